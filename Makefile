@@ -1,0 +1,36 @@
+# Everything runs in a virtual environment that the first target makes from the lock.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+OUT ?= videos
+
+.PHONY: demo test lint types check lock clean
+
+demo: $(VENV)/.ready
+	$(BIN)/dit-sparse generate examples/prompts.txt --out $(OUT)
+
+test: $(VENV)/.ready
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.ready
+	$(BIN)/mypy
+
+check: lint types test
+
+# The marker is made last, so an interrupted set-up starts again.
+$(VENV)/.ready: requirements.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+# Resolves pyproject's ranges afresh in a throw-away environment.
+lock:
+	$(PYTHON) scripts/lock.py requirements.lock
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
