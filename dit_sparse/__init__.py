@@ -1,0 +1,58 @@
+"""Sparse attention for Hugging Face diffusers' DiT pipelines: one line to switch on, nothing to compile."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from dit_sparse.attention import sparse_attention
+    from dit_sparse.methods import AdaSpa, Dense, Neighborhood, Paro
+    from dit_sparse.pipelines import SparseWanPipeline, load_pipeline, save_plan, sparsify, statistics, unsparsify
+    from dit_sparse.schedule import Schedule
+    from dit_sparse.types import AttentionPlan, BlockMask, Site, TokenGrid, TokenOrder
+
+# Names load on first use: kernels alone need no diffusers, and the command line's help needs no torch.
+_HOMES = {
+    "attention": ("sparse_attention",),
+    "methods": ("AdaSpa", "Dense", "Neighborhood", "Paro"),
+    "pipelines": ("SparseWanPipeline", "load_pipeline", "save_plan", "sparsify", "statistics", "unsparsify"),
+    "schedule": ("Schedule",),
+    "types": ("AttentionPlan", "BlockMask", "Site", "TokenGrid", "TokenOrder"),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "AdaSpa",
+    "AttentionPlan",
+    "BlockMask",
+    "Dense",
+    "Neighborhood",
+    "Paro",
+    "Schedule",
+    "Site",
+    "SparseWanPipeline",
+    "TokenGrid",
+    "TokenOrder",
+    "__version__",
+    "load_pipeline",
+    "save_plan",
+    "sparse_attention",
+    "sparsify",
+    "statistics",
+    "unsparsify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'dit_sparse' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"dit_sparse.{_HOME_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,109 @@
+"""`sparse_attention`: the kernel layer's public door, for anyone who has q, k, v and a plan."""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from dit_sparse.kernels import select
+from dit_sparse.types import AttentionPlan
+
+
+@overload
+def sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, *, scale: float | None = ..., backend: str = ...
+) -> Tensor: ...
+
+
+@overload
+def sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: AttentionPlan,
+    *,
+    scale: float | None = ...,
+    backend: str = ...,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+def sparse_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: AttentionPlan,
+    *,
+    scale: float | None = None,
+    backend: str = "auto",
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention over the query-key blocks that `plan` keeps.
+
+    Args:
+        q, k, v: `[B, H, N, D]` in the sequence's own order, any strides, one floating dtype and device.
+        plan: the token orders and the block mask, on the same device.
+        scale: factor on q.k; `None` is 1 / sqrt(D).
+        backend: a name in `dit_sparse.kernels.BACKENDS`, or "auto" for the fastest one that can compute this call.
+        return_lse: also return the natural-log row sums.
+
+    Returns:
+        `out` `[B, H, N, D]` in `q`'s dtype and order, and with `return_lse` also `lse` `[B, H, N]` float32. A query
+        that keeps no key gives zeros and -inf.
+
+    Raises:
+        ValueError: tensors or a plan that do not fit each other, or a backend that cannot compute this call.
+        BackendUnavailableError: a backend asked for by name that is not there; the message says how to get it.
+    """
+    _validate(q, k, v, plan)
+    chosen = select(backend, q, k, v, plan)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    out, lse = chosen.forward(
+        plan.q_order.permute(q),
+        plan.kv_order.permute(k),
+        plan.kv_order.permute(v),
+        plan,
+        scale=scale,
+        return_lse=return_lse,
+    )
+    out = plan.q_order.restore(out)
+    if not return_lse:
+        return out
+    if lse is None:
+        raise ValueError(f"return_lse must be False with backend {chosen.name!r}, which has no LSE; got True")
+    return out, plan.q_order.restore(lse)
+
+
+def _validate(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> None:
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.ndim != 4:
+            raise ValueError(f"{name} must be [B, H, N, D], got {tuple(tensor.shape)}")
+        if not tensor.is_floating_point() or tensor.dtype != q.dtype:
+            raise ValueError(f"q, k, v must have one floating dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+        if tensor.device != q.device:
+            raise ValueError(f"q, k, v must be on one device, got {q.device}, {k.device}, {v.device}")
+    if k.shape[:3] != v.shape[:3] or k.shape[:2] != q.shape[:2] or k.shape[-1] != q.shape[-1]:
+        raise ValueError(
+            f"q, k, v must agree in [B, H, N, D], got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
+        )
+    for name, tokens, order in (("q", q.shape[2], plan.q_order), ("kv", k.shape[2], plan.kv_order)):
+        if order.num_tokens != tokens:
+            raise ValueError(f"plan's {name}_order is for {order.num_tokens} tokens, got {tokens}")
+    _validate_leading(q, plan)
+    plan_device = plan.q_order.index.device
+    if torch.device(plan_device) != q.device:
+        raise ValueError(f"plan must be on q's device {q.device}, got {plan_device}; use plan.to(q.device)")
+
+
+def _validate_leading(q: Tensor, plan: AttentionPlan) -> None:
+    mask = plan.block_mask
+    for name, tensor in (
+        ("q_order.index", plan.q_order.index),
+        ("kv_order.index", plan.kv_order.index),
+        ("block_mask.kv_counts", mask.kv_counts),
+    ):
+        for size, want, letter in zip(tensor.shape[:2], q.shape[:2], "BH", strict=True):
+            if size not in (1, want):
+                raise ValueError(f"plan's {name} must have 1 or {want} in dimension {letter}, got {size}")

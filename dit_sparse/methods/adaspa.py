@@ -1,0 +1,89 @@
+"""AdaSpa: blocks found by an exact online search at a few steps, and reused in between.
+
+Source: Xia et al., "Training-free and Adaptive Sparse Attention for Efficient Long Video Generation", arXiv 2502.21079.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from dit_sparse.kernels import block_mass, dense_attention
+from dit_sparse.masks import select_density
+from dit_sparse.methods.parameters import check_block, check_share
+from dit_sparse.reorder import raster_order
+from dit_sparse.types import AttentionPlan, Previous, Scope, Site, TokenGrid
+
+
+@dataclass(frozen=True)
+class AdaSpa:
+    """The key blocks of the largest attention mass, equally many a query block, found online (sections 4.2, 4.3).
+
+    The first search needs the row LSE of a dense attention; the schedule keeps the one of the last dense step. The
+    search then sums exp(q k^T / sqrt(d) - LSE) over every block. Later searches reuse that LSE, which barely moves.
+    Text blocks are kept as queries and as keys.
+
+    Differs from the paper: searches come at shares of the run (by default after the dense warm-up of 20% and at 60%:
+    steps 10 and 30 of 50, the paper's) instead of fixed step numbers.
+
+    Raises:
+        ValueError: a density or recall outside (0, 1], or a block below 1.
+    """
+
+    density: float = field(default=0.25, metadata={"help": "share of query-key pairs computed, text included"})
+    block: int = field(default=64, metadata={"help": "tokens a block"})
+    head_adaptive: bool = field(default=True, metadata={"help": "move density from concentrated heads to diffuse ones"})
+    recall: float = field(
+        default=0.8, metadata={"help": "a head that keeps more of its mass than this can give blocks"}
+    )
+
+    name: ClassVar[str] = "adaspa"
+    version: ClassVar[int] = 1
+    paper: ClassVar[str] = "AdaSpa (arXiv 2502.21079), algorithm 1"
+    scope: ClassVar[Scope] = "call"
+    uses_lse: ClassVar[bool] = True
+    refresh: ClassVar[tuple[float, ...]] = (0.6,)
+
+    def __post_init__(self) -> None:
+        check_share("density", self.density)
+        check_share("recall", self.recall)
+        check_block("block", self.block)
+
+    def check(self, grid: TokenGrid) -> None:
+        """Fits every grid."""
+
+    def plan(self, q: Tensor, k: Tensor, v: Tensor, site: Site, previous: Previous | None) -> AttentionPlan:
+        """Plan from one search over `q, k, v` `[B, H, N, D]`, with `previous.lse` where there is one."""
+        order = raster_order(site.grid, self.block, device=q.device)
+        lse = None if previous is None else previous.lse
+        if lse is None:
+            lse = dense_attention(q, k, v, return_lse=True)[1]
+        mass = block_mass(q, k, lse, order.offsets, order.offsets, scale=q.shape[-1] ** -0.5)
+        density = torch.full(mass.shape[:2], self.density, dtype=torch.float64, device=mass.device)
+        kept = select_density(mass, density, order, order, site.grid)
+        if self.head_adaptive and self.density < 1:
+            kept = select_density(mass, head_densities(mass, kept, self.density, self.recall), order, order, site.grid)
+        return AttentionPlan.from_kept(order, kept)
+
+
+def head_densities(mass: Tensor, kept: Tensor, density: float, recall: float) -> Tensor:
+    """Densities `[B, H]` float64 that move blocks from the heads of highest recall to those of lowest (section 4.3).
+
+    With `n` heads above `recall`, at most half of all, the `n` best get sparsity (1 + s) / 2 and the `n` worst
+    (3 s - 1) / 2, clamped at 0, where s = 1 - `density`.
+
+    Args:
+        mass, kept: `[B, H, Mq, Mk]` block masses and the blocks kept at equal density.
+    """
+    sparsity = 1 - density
+    head_recall = (mass * kept).sum((-1, -2)) / mass.sum((-1, -2)).clamp_min(torch.finfo(mass.dtype).tiny)
+    heads = mass.shape[1]
+    moved = (head_recall > recall).sum(1, keepdim=True).clamp_max(heads // 2)
+    rank = head_recall.argsort(dim=1, descending=True, stable=True).argsort(dim=1, stable=True)
+    result = torch.full(head_recall.shape, sparsity, dtype=torch.float64, device=mass.device)
+    result[rank < moved] = (1 + sparsity) / 2
+    result[rank >= heads - moved] = max(0.0, (3 * sparsity - 1) / 2)
+    return 1 - result

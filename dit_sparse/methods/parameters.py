@@ -1,0 +1,129 @@
+"""What a method's dataclass fields are, how they are read from text and JSON, and the checks they share."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable
+from dataclasses import MISSING, Field, dataclass, fields
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from dit_sparse.types import Method
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of a method, for help texts and listings."""
+
+    name: str
+    type: str
+    default: Any
+    help: str
+
+
+def parameters(cls: type[Method]) -> list[Parameter]:
+    """The parameters of a method class, in order."""
+    return [
+        Parameter(f.name, str(f.type), None if f.default is MISSING else f.default, f.metadata.get("help", ""))
+        for f in _fields(cls)
+    ]
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """A sentence that names the nearest of `known`, and all of them."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    guess = f"did you mean {close[0]!r}? " if close else ""
+    return f"{guess}known: {', '.join(known)}"
+
+
+def parse_parameter(cls: type[Method], name: str, text: str) -> Any:
+    """Value of parameter `name` read from a command line's `text`, such as `0.25`, `true` or `4x12x16`.
+
+    Raises:
+        ValueError: no such parameter (the nearest is named), or a text that is not of its type.
+    """
+    name = name.replace("-", "_")
+    return _convert(f"--{name.replace('_', '-')}", _type_of(cls, name), text)
+
+
+def read_parameter(cls: type[Method], name: str, value: Any) -> Any:
+    """Value of parameter `name` from JSON's `value`; lists become tuples.
+
+    Raises:
+        ValueError: no such parameter (the nearest is named), or a value of another type.
+    """
+    return _convert(name, _type_of(cls, name), value)
+
+
+def check_share(name: str, value: float) -> None:
+    """Raise ValueError unless `value` is a number in (0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not 0 < value <= 1:
+        raise ValueError(f"{name} must be above 0 and at most 1, got {value!r}")
+
+
+def check_block(name: str, value: int) -> None:
+    """Raise ValueError unless `value` is a whole number of tokens, at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a whole number of tokens, at least 1 (64 and 128 are fast), got {value!r}")
+
+
+def _fields(cls: type[Method]) -> tuple[Field[Any], ...]:
+    return fields(cls)  # type: ignore[arg-type]
+
+
+def _type_of(cls: type[Method], name: str) -> Any:
+    known = [f.name for f in _fields(cls)]
+    if name not in known:
+        raise ValueError(f"{cls.name} has no parameter {name!r}; {nearest(name, known)}")
+    return get_type_hints(cls)[name]
+
+
+def _convert(name: str, kind: Any, value: Any) -> Any:
+    options = get_args(kind) if get_origin(kind) is Union or type(kind).__name__ == "UnionType" else (kind,)
+    if type(None) in options and (value is None or value == "none"):
+        return None
+    for option in options:
+        converted = _as(option, value)
+        if converted is not None:
+            return converted
+    raise ValueError(f"{name} must be {' or '.join(_words(o) for o in options)}, got {value!r}")
+
+
+def _as(kind: Any, value: Any) -> Any:
+    """`value` as `kind`, or None where it is not one."""
+    if get_origin(kind) is tuple:
+        return _as_tuple(get_args(kind), value)
+    if kind is bool:
+        return value if isinstance(value, bool) else {"true": True, "false": False}.get(str(value).lower())
+    if isinstance(value, bool):
+        return None
+    if kind is str:
+        return value if isinstance(value, str) else None
+    if kind in (int, float) and isinstance(value, (int, float, str)):
+        try:
+            number = float(value)
+            return int(value) if kind is int and number == int(number) else number if kind is float else None
+        except (ValueError, OverflowError):
+            return None
+    return None
+
+
+def _as_tuple(kinds: tuple[Any, ...], value: Any) -> tuple[Any, ...] | None:
+    parts = value.replace("x", ",").split(",") if isinstance(value, str) else value
+    if not isinstance(parts, (list, tuple)):
+        return None
+    if len(kinds) == 2 and kinds[1] is Ellipsis:
+        kinds = (kinds[0],) * len(parts)
+    if len(parts) != len(kinds):
+        return None
+    converted = tuple(_as(kind, part) for kind, part in zip(kinds, parts, strict=True))
+    return None if any(part is None for part in converted) else converted
+
+
+def _words(kind: Any) -> str:
+    if kind is type(None):
+        return "none"
+    if get_origin(kind) is tuple:
+        return f"{len(get_args(kind))} numbers such as 4x8x8"
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}.get(kind, str(kind))

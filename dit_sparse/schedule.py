@@ -1,0 +1,128 @@
+"""When a method plans anew, when its plan is reused, and when attention runs dense; wraps any method."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from dit_sparse.methods import find_method, nearest, read_parameter
+from dit_sparse.types import Method, Previous, Site
+
+Action = Literal["dense", "reuse", "plan"]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What one attention call does.
+
+    Args:
+        action: run "dense", "reuse" the plan there is, or "plan" anew.
+        reason: why it is dense; empty otherwise.
+        keep_lse: whether the dense call should hand its LSE to the method's next plan.
+    """
+
+    action: Action
+    reason: str = ""
+    keep_lse: bool = False
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A method with the steps and layers at which it applies.
+
+    Args:
+        method: any method.
+        warmup: share of the steps that run dense at the start; rounded up to whole steps.
+        dense_layers: transformer blocks that always run dense; negative ones count from the end.
+        refresh: shares of the run at which a plan that depends on the data is made anew, beside the first one;
+            `None` takes the method's own.
+
+    Raises:
+        ValueError: a share outside [0, 1].
+    """
+
+    method: Method
+    warmup: float = field(default=0.2, metadata={"help": "share of the steps that run dense at the start"})
+    dense_layers: tuple[int, ...] = field(default=(), metadata={"help": "transformer blocks that always run dense"})
+    refresh: tuple[float, ...] | None = field(
+        default=None, metadata={"help": "shares of the run at which a plan is made anew; none: the method's own"}
+    )
+
+    def __post_init__(self) -> None:
+        if not _is_share(self.warmup):
+            raise ValueError(f"warmup must be from 0 to 1, got {self.warmup!r}")
+        for share in self.refresh or ():
+            if not _is_share(share):
+                raise ValueError(f"refresh must be shares from 0 to 1, got {share!r}")
+
+    @classmethod
+    def of(cls, method: Method | Schedule) -> Schedule:
+        """`method` itself if it is a schedule already, else the default schedule around it."""
+        return method if isinstance(method, Schedule) else cls(method)
+
+    def warmup_steps(self, num_steps: int) -> int:
+        """Dense steps at the start of a run of `num_steps`."""
+        # The rounding keeps 0.2 * 15 = 3.0000000000000004 at three steps.
+        return math.ceil(round(self.warmup * num_steps, 6))
+
+    def refresh_steps(self, num_steps: int) -> frozenset[int]:
+        """Steps at which a plan is made anew, beside the first sparse one."""
+        shares = self.method.refresh if self.refresh is None else self.refresh
+        return frozenset(round(share * num_steps) for share in shares)
+
+    def key(self, site: Site) -> tuple[Any, ...]:
+        """What shares a plan with this site: branches, layers and models never mix unless the method is static."""
+        scope = self.method.scope
+        if scope == "grid":
+            return (site.grid,)
+        return (site.grid, site.model, site.layer) + ((site.branch,) if scope == "call" else ())
+
+    def decide(self, site: Site, previous: Previous | None) -> Decision:
+        """What the call at `site` does, given what is there from before."""
+        if site.layer in {layer % site.num_layers for layer in self.dense_layers}:
+            return Decision("dense", "layer")
+        warmup = self.warmup_steps(site.num_steps)
+        if site.step < warmup:
+            return Decision("dense", "warm-up", keep_lse=self.method.uses_lse and site.step == warmup - 1)
+        if self.method.uses_lse and (previous is None or previous.lse is None):
+            return Decision("dense", "search", keep_lse=True)
+        if previous is None or previous.plan is None:
+            return Decision("plan")
+        due = site.step in self.refresh_steps(site.num_steps) and previous.step != site.step
+        return Decision("plan" if due and self.method.scope == "call" else "reuse")
+
+    def to_config(self) -> dict[str, Any]:
+        """A flat JSON-ready dict with the method's name, version and parameters and this schedule's."""
+        config: dict[str, Any] = {"method": self.method.name, "version": self.method.version}
+        for owner in (self.method, self):
+            for f in fields(owner):  # type: ignore[arg-type]
+                if f.name != "method":
+                    value = getattr(owner, f.name)
+                    config[f.name] = list(value) if isinstance(value, tuple) else value
+        return config
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Schedule:
+        """The schedule that `to_config` wrote; missing parameters take their defaults.
+
+        Raises:
+            ValueError: no dict, an unknown method, key or version, or a value that is not allowed.
+        """
+        if not isinstance(config, dict) or not isinstance(config.get("method"), str):
+            raise ValueError(f'a config must be an object with a "method", got {config!r:.80}')
+        method_class = find_method(config["method"])
+        version = config.get("version", method_class.version)
+        if version != method_class.version:
+            raise ValueError(f"{method_class.name} has version {method_class.version} here, got version {version!r}")
+        own = {f.name for f in fields(cls)} - {"method"}
+        of_method = {f.name for f in fields(method_class)}  # type: ignore[arg-type]
+        for key in config.keys() - {"method", "version"} - own - of_method:
+            raise ValueError(f"unknown key {key!r} for {method_class.name}; {nearest(key, own | of_method)}")
+        parameters = {key: read_parameter(method_class, key, config[key]) for key in of_method & config.keys()}
+        options = {key: read_parameter(cls, key, config[key]) for key in own & config.keys()}  # type: ignore[arg-type]
+        return cls(method_class(**parameters), **options)
+
+
+def _is_share(value: float) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1

@@ -1,0 +1,57 @@
+"""Reading method parameters from text and JSON."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from dit_sparse.methods import METHODS, AdaSpa, Neighborhood, Paro, find_method, parameters, parse_parameter
+from dit_sparse.methods.parameters import check_share
+
+
+@pytest.mark.parametrize(
+    ("cls", "name", "text", "value"),
+    [
+        (AdaSpa, "density", "0.5", 0.5),
+        (AdaSpa, "block", "128", 128),
+        (AdaSpa, "head-adaptive", "false", False),
+        (Neighborhood, "window", "4x12x16", (4, 12, 16)),
+        (Neighborhood, "window", "4,12,16", (4, 12, 16)),
+        (Neighborhood, "window", "none", None),
+        (Paro, "plan_file", "a.safetensors", "a.safetensors"),
+    ],
+)
+def test_text_becomes_a_value(cls: type, name: str, text: str, value: object) -> None:
+    assert parse_parameter(cls, name, text) == value
+
+
+@pytest.mark.parametrize(
+    ("cls", "name", "text", "message"),
+    [
+        (AdaSpa, "density", "lots", "--density must be a number, got 'lots'"),
+        (AdaSpa, "block", "1.5", "--block must be a whole number"),
+        (AdaSpa, "head_adaptive", "maybe", "--head-adaptive must be true or false"),
+        (AdaSpa, "dnsity", "0.5", "did you mean 'density'"),
+        (Neighborhood, "window", "4xtwo", "--window must be"),
+    ],
+)
+def test_bad_text_is_named(cls: type, name: str, text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_parameter(cls, name, text)
+
+
+@pytest.mark.parametrize("value", [0, -0.1, 1.01, math.nan, math.inf, True, "0.5", None])
+def test_shares_out_of_range(value: object) -> None:
+    with pytest.raises(ValueError, match="density must be above 0 and at most 1"):
+        check_share("density", value)  # type: ignore[arg-type]
+
+
+def test_an_unknown_method_names_the_nearest() -> None:
+    with pytest.raises(ValueError, match="unknown method 'para'; did you mean 'paro'"):
+        find_method("para")
+
+
+def test_every_parameter_has_a_help_text() -> None:
+    for cls in METHODS.values():
+        assert all(parameter.help for parameter in parameters(cls)), cls

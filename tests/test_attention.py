@@ -1,0 +1,74 @@
+"""The public kernel door: orders are undone, and bad arguments are named."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dit_sparse import AttentionPlan, TokenOrder, sparse_attention
+
+
+def random_plan(
+    heads: int, tokens: int, density: float = 0.5, generator: torch.Generator | None = None
+) -> AttentionPlan:
+    index = torch.stack([torch.randperm(tokens, generator=generator) for _ in range(heads)])[None]
+    offsets = torch.tensor([*range(0, tokens, 7), tokens])
+    order = TokenOrder.from_index(index, offsets)
+    kept = torch.rand(1, heads, order.num_blocks, order.num_blocks, generator=generator) < density
+    return AttentionPlan.from_kept(order, kept)
+
+
+def oracle(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> tuple[Tensor, Tensor]:
+    scores = q.double() @ k.double().transpose(-1, -2) * q.shape[-1] ** -0.5
+    scores = scores.masked_fill(~plan.token_mask(), -torch.inf)
+    return scores.softmax(-1).nan_to_num(0) @ v.double(), scores.logsumexp(-1)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference", "gather"])
+@pytest.mark.parametrize("seed", range(3))
+def test_equals_dense_attention_under_the_plans_mask(backend: str, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    plan = random_plan(3, 45, generator=generator)
+    q, k, v = torch.randn(3, 2, 3, 45, 20, generator=generator)
+    out, lse = sparse_attention(q, k, v, plan, backend=backend, return_lse=True)
+    want, want_lse = oracle(q, k, v, plan)
+    floor = (F.scaled_dot_product_attention(q, k, v, attn_mask=plan.token_mask()).nan_to_num(0) - want).abs().max()
+    assert (out - want).abs().max() <= 2 * floor + 1e-6
+    assert torch.allclose(lse.double(), want_lse, atol=1e-5)
+
+
+def test_a_full_plan_equals_sdpa() -> None:
+    from dit_sparse import Dense, Site, TokenGrid
+
+    q, k, v = torch.randn(3, 1, 2, 60, 16)
+    plan = Dense().plan(q, k, v, Site(TokenGrid(3, 4, 5)), None)
+    assert torch.equal(sparse_attention(q, k, v, plan), F.scaled_dot_product_attention(q, k, v))
+
+
+def test_scale_is_a_factor_on_the_scores() -> None:
+    plan = random_plan(1, 21)
+    q, k, v = torch.randn(3, 1, 1, 21, 16)
+    scaled = sparse_attention(q, k, v, plan, scale=0.5)
+    assert torch.allclose(scaled, sparse_attention(q * 2, k, v, plan, scale=0.25), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda a: a.update(q=a["q"][0]), "q must be"),
+        (lambda a: a.update(k=a["k"].half()), "one floating dtype"),
+        (lambda a: a.update(q=a["q"].int(), k=a["k"].int(), v=a["v"].int()), "one floating dtype"),
+        (lambda a: a.update(v=a["v"][:, :, :5]), "must agree"),
+        (lambda a: a.update(q=a["q"][:, :, :5]), "q_order is for 21 tokens, got 5"),
+        (lambda a: a.update(plan=random_plan(2, 21)), "must have 1 or 3 in dimension H"),
+        (lambda a: a.update(backend="gathr"), "gather"),
+    ],
+)
+def test_bad_arguments_are_named(change, message: str) -> None:
+    q, k, v = torch.randn(3, 1, 3, 21, 16)
+    arguments = {"q": q, "k": k, "v": v, "plan": random_plan(3, 21), "backend": "auto"}
+    change(arguments)
+    with pytest.raises(ValueError, match=message):
+        sparse_attention(**arguments)

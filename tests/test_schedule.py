@@ -1,0 +1,137 @@
+"""When a method plans, reuses or leaves a call dense, and how a schedule is written down."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dit_sparse.methods import METHODS, AdaSpa, Dense, Neighborhood, Paro
+from dit_sparse.schedule import Schedule
+from dit_sparse.types import AttentionPlan, Previous, Site, TokenGrid
+
+GRID = TokenGrid(2, 4, 4)
+
+
+def site(step: int = 0, num_steps: int = 20, layer: int = 0, branch: str = "cond", model: str = "transformer") -> Site:
+    return Site(GRID, layer=layer, num_layers=4, step=step, num_steps=num_steps, branch=branch, model=model)
+
+
+def some_plan() -> AttentionPlan:
+    q = torch.randn(1, 1, 32, 16)
+    return Dense().plan(q, q, q, site(), None)
+
+
+@pytest.mark.parametrize(
+    ("share", "steps", "expected"), [(0.2, 20, 4), (0.2, 15, 3), (0.2, 50, 10), (0.0, 9, 0), (0.1, 4, 1), (1.0, 3, 3)]
+)
+def test_warmup_steps(share: float, steps: int, expected: int) -> None:
+    assert Schedule(AdaSpa(), warmup=share).warmup_steps(steps) == expected
+
+
+def test_adaspa_searches_at_the_papers_steps() -> None:
+    schedule = Schedule(AdaSpa())
+    previous = None
+    actions = {}
+    for step in range(50):
+        decision = schedule.decide(site(step, 50), previous)
+        actions[step] = decision.action
+        if decision.keep_lse:
+            previous = Previous(None, torch.zeros(1), step)
+        if decision.action == "plan":
+            previous = Previous(some_plan(), torch.zeros(1), step)
+    assert [step for step, action in actions.items() if action == "plan"] == [10, 30]
+    assert all(actions[step] == "dense" for step in range(10))
+    assert actions[11] == actions[49] == "reuse"
+
+
+def test_lse_is_kept_at_the_last_dense_step_alone() -> None:
+    schedule = Schedule(AdaSpa())
+    assert [schedule.decide(site(step), None).keep_lse for step in range(4)] == [False, False, False, True]
+
+
+def test_without_warmup_the_search_comes_first() -> None:
+    decision = Schedule(AdaSpa(), warmup=0).decide(site(0), None)
+    assert (decision.action, decision.reason, decision.keep_lse) == ("dense", "search", True)
+    after = Schedule(AdaSpa(), warmup=0).decide(site(1), Previous(None, torch.zeros(1), 0))
+    assert after.action == "plan"
+
+
+def test_a_static_method_never_plans_twice() -> None:
+    schedule = Schedule(Neighborhood(window=2), refresh=(0.5,))
+    assert schedule.decide(site(4), None).action == "plan"
+    assert schedule.decide(site(10), Previous(some_plan(), None, 4)).action == "reuse"
+
+
+def test_dense_layers_count_from_both_ends() -> None:
+    schedule = Schedule(AdaSpa(), warmup=0, dense_layers=(0, -1))
+    reasons = [schedule.decide(site(5, layer=layer), None).reason for layer in range(4)]
+    assert reasons == ["layer", "search", "search", "layer"]
+
+
+def test_branches_models_and_layers_share_no_data_plan() -> None:
+    schedule = Schedule(AdaSpa())
+    sites = [
+        site(branch=b, layer=n, model=m)
+        for b in ("cond", "uncond")
+        for n in (0, 1)
+        for m in ("transformer", "transformer_2")
+    ]
+    assert len({schedule.key(s) for s in sites}) == 8
+    assert len({Schedule(Neighborhood(window=2)).key(s) for s in sites}) == 1
+
+
+@pytest.mark.parametrize(
+    "method", [Dense(), Neighborhood(window=(1, 2, 3)), Neighborhood(), AdaSpa(density=0.5), Paro(alpha=0.5)]
+)
+def test_config_round_trip(method: object) -> None:
+    schedule = Schedule(method, warmup=0.3, dense_layers=(0, -1), refresh=(0.5, 0.75))  # type: ignore[arg-type]
+    assert Schedule.from_config(json.loads(json.dumps(schedule.to_config()))) == schedule
+
+
+@given(
+    density=st.floats(0.01, 1.0),
+    warmup=st.floats(0, 1),
+    layers=st.lists(st.integers(-40, 40), max_size=4),
+    refresh=st.none() | st.lists(st.floats(0, 1), max_size=4),
+)
+def test_config_round_trip_of_any_schedule(
+    density: float, warmup: float, layers: list[int], refresh: list[float] | None
+) -> None:
+    schedule = Schedule(AdaSpa(density=density), warmup, tuple(layers), None if refresh is None else tuple(refresh))
+    assert Schedule.from_config(json.loads(json.dumps(schedule.to_config()))) == schedule
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ([], "must be an object"),
+        ({}, "must be an object"),
+        ({"method": "adspa"}, "did you mean 'adaspa'"),
+        ({"method": "adaspa", "densty": 0.5}, "did you mean 'density'"),
+        ({"method": "adaspa", "density": "much"}, "density must be a number"),
+        ({"method": "adaspa", "density": 0}, "density must be above 0"),
+        ({"method": "adaspa", "density": 1.5}, "at most 1"),
+        ({"method": "adaspa", "density": True}, "density must be a number"),
+        ({"method": "adaspa", "version": 99}, "version 99"),
+        ({"method": "adaspa", "warmup": 2}, "warmup must be from 0 to 1"),
+        ({"method": "adaspa", "refresh": [3]}, "refresh must be shares"),
+        ({"method": "adaspa", "block": 0}, "block must be a whole number"),
+        ({"method": "neighborhood", "window": [1, 2]}, "window must be"),
+    ],
+)
+def test_bad_configs_are_refused(config: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Schedule.from_config(config)  # type: ignore[arg-type]
+
+
+def test_every_method_is_hashable_and_has_the_protocols_attributes() -> None:
+    for name, cls in METHODS.items():
+        method = cls()
+        assert hash(method) == hash(cls())
+        assert method.name == name
+        assert method.scope in ("grid", "layer", "call")
+        assert "arXiv" in method.paper
