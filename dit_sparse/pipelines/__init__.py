@@ -1,0 +1,19 @@
+"""Where diffusers' pipelines and the toolkit meet; the only package beside `demo` that imports diffusers."""
+
+from dit_sparse.pipelines.loading import ModelError, load_pipeline
+from dit_sparse.pipelines.sparsify import save_plan, session_of, sparsify, statistics, token_grid, unsparsify
+from dit_sparse.pipelines.statistics import RunStatistics
+from dit_sparse.pipelines.wan import SparseWanPipeline
+
+__all__ = [
+    "ModelError",
+    "RunStatistics",
+    "SparseWanPipeline",
+    "load_pipeline",
+    "save_plan",
+    "session_of",
+    "sparsify",
+    "statistics",
+    "token_grid",
+    "unsparsify",
+]

@@ -1,0 +1,61 @@
+"""The hook on a transformer's forward that tells the session where it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.hooks import HookRegistry, ModelHook
+from diffusers.hooks.hooks import BaseState, StateManager
+
+from dit_sparse.pipelines.adapter import FamilyAdapter
+from dit_sparse.pipelines.session import Session
+
+HOOK_NAME = "dit_sparse"
+
+
+class _NoState(BaseState):
+    """The hook keeps no state in the registry; it only wants the name of the cache context."""
+
+    def reset(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing to reset."""
+
+
+class SiteHook(ModelHook):
+    """Derives the token grid and the guidance branch of each forward and hands them to the session."""
+
+    # diffusers sets the cache context, which names the branch, on stateful hooks alone.
+    _is_stateful = True
+
+    def __init__(self, session: Session, adapter: FamilyAdapter, model: str) -> None:
+        super().__init__()
+        self.session = session
+        self.adapter = adapter
+        self.model = model
+        self.context = StateManager(_NoState)
+
+    def pre_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        hidden_states = args[0] if args else kwargs["hidden_states"]
+        context = self.context._context
+        branch = None if context is None else context.name
+        self.session.begin_forward(self.adapter.grid_of_latents(module, hidden_states), self.model, branch)
+        return args, kwargs
+
+    def post_forward(self, module: torch.nn.Module, output: Any) -> Any:
+        self.session.end_forward()
+        return output
+
+    def reset_state(self, module: torch.nn.Module) -> torch.nn.Module:
+        self.context.reset()
+        return module
+
+
+def add_site_hook(transformer: torch.nn.Module, session: Session, adapter: FamilyAdapter, model: str) -> None:
+    """Register the hook on `transformer`."""
+    registry = HookRegistry.check_if_exists_or_initialize(transformer)
+    registry.register_hook(SiteHook(session, adapter, model), HOOK_NAME)
+
+
+def remove_site_hook(transformer: torch.nn.Module) -> None:
+    """Take the hook off `transformer`."""
+    HookRegistry.check_if_exists_or_initialize(transformer).remove_hook(HOOK_NAME, recurse=False)

@@ -1,0 +1,109 @@
+"""Loading a pipeline of a supported family, with every failure as one clear line."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from safetensors import SafetensorError
+
+from dit_sparse.pipelines.adapter import adapter_for
+
+OFFLOADS = ("none", "model", "group")
+
+
+class ModelError(ValueError):
+    """A model that cannot be loaded; the message says which and why."""
+
+
+def load_pipeline(
+    model: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32, device: str = "cpu", offload: str = "none"
+) -> Any:
+    """The dense pipeline in a folder or under a hub id, on `device`.
+
+    Args:
+        model: a folder in diffusers' format, or a hub id such as "Wan-AI/Wan2.1-T2V-1.3B-Diffusers".
+        dtype: of the weights; the VAE stays in float32, as diffusers recommends for Wan.
+        device: a torch device.
+        offload: "none", or diffusers' "model" or "group" offload, which need a GPU.
+
+    Raises:
+        ModelError: no such model, no diffusers model, an unsupported family, or damaged files.
+        ValueError: an unknown offload or an unusable device.
+    """
+    _check_placement(device, offload)
+    _check_folder(model)
+    try:
+        pipe = DiffusionPipeline.from_pretrained(os.fspath(model), dtype=dtype, use_safetensors=True)
+    except (SafetensorError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ModelError(f"model {os.fspath(model)!r} has a damaged file: {_first_line(error)}") from error
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
+        raise ModelError(f"model {os.fspath(model)!r} cannot be loaded: {_first_line(error)}") from error
+    try:
+        adapter_for(pipe)
+    except ValueError as error:
+        raise ModelError(f"model {os.fspath(model)!r}: {error}") from error
+    if dtype != torch.float32 and getattr(pipe, "vae", None) is not None:
+        pipe.vae.to(torch.float32)
+    return _place(pipe, device, offload)
+
+
+def _place(pipe: Any, device: str, offload: str) -> Any:
+    if offload == "model":
+        pipe.enable_model_cpu_offload(device=device)
+        return pipe
+    if offload == "group":
+        pipe.enable_group_offload(
+            onload_device=torch.device(device), offload_device=torch.device("cpu"), offload_type="leaf_level"
+        )
+        return pipe
+    return pipe.to(device)
+
+
+def _check_placement(device: str, offload: str) -> None:
+    if offload not in OFFLOADS:
+        raise ValueError(f"offload must be one of {', '.join(OFFLOADS)}, got {offload!r}")
+    try:
+        parsed = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device must be a torch device such as cpu or cuda:0, got {device!r}") from error
+    if parsed.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"device {device!r} needs an NVIDIA GPU and a CUDA build of torch, got torch {torch.__version__}"
+        )
+    if parsed.type == "cuda" and parsed.index is not None and parsed.index >= torch.cuda.device_count():
+        raise ValueError(f"device must be below cuda:{torch.cuda.device_count()}, got {device!r}")
+    if offload != "none" and parsed.type != "cuda":
+        raise ValueError(f"offload {offload!r} needs a GPU to offload from, got device {device!r}; use offload none")
+
+
+def _check_folder(model: str | os.PathLike[str]) -> None:
+    """Say what is wrong with a local folder before diffusers guesses that it is a hub id."""
+    path = Path(model)
+    if path.is_file():
+        raise ModelError(f"model must be a folder or a hub id, got the file {os.fspath(model)!r}")
+    looks_local = os.fspath(model).startswith((".", "/", "~")) or os.fspath(model).count("/") != 1
+    if not path.is_dir():
+        if looks_local:
+            raise ModelError(f"model must be an existing folder or a hub id owner/name, got {os.fspath(model)!r}")
+        return
+    index = path / "model_index.json"
+    if not index.is_file():
+        raise ModelError(
+            f"model must be a diffusers folder with a model_index.json, got {os.fspath(model)!r} without one"
+        )
+    try:
+        config = json.loads(index.read_text("utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ModelError(f"model {os.fspath(model)!r} has a damaged model_index.json: {error}") from error
+    if not isinstance(config, dict) or "_class_name" not in config:
+        raise ModelError(f'model {os.fspath(model)!r} has a model_index.json without "_class_name"')
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else 'no message'}"

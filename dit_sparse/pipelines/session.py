@@ -1,0 +1,148 @@
+"""The state of one sparsified pipeline: where the run is, which plans are in use, what was done."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dit_sparse.attention import sparse_attention
+from dit_sparse.kernels import dense_attention, select
+from dit_sparse.pipelines.statistics import CallRecord, RunStatistics, Stopwatch
+from dit_sparse.pipelines.steps import StepCounter
+from dit_sparse.schedule import Decision, Schedule
+from dit_sparse.types import AttentionPlan, Previous, Site, TokenGrid
+
+DenseAttention = Callable[[], Tensor]
+
+
+class Session:
+    """Runs every self-attention call of a pipeline's transformers under one schedule.
+
+    Args:
+        schedule: when which method applies.
+        backend: kernel backend of the sparse calls, as in `sparse_attention`.
+    """
+
+    def __init__(self, schedule: Schedule, backend: str = "auto") -> None:
+        self.schedule = schedule
+        self.backend = backend
+        self.steps = StepCounter()
+        self.statistics = RunStatistics()
+        self.previous: dict[tuple[Any, ...], Previous] = {}
+        self._pipelines: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._run = 0
+        self._forward: tuple[TokenGrid, str, str] | None = None
+        self._unnamed_forwards = (0, 0)
+
+    def watch(self, pipe: Any) -> None:
+        """Follow the steps of `pipe`'s scheduler, also after it is replaced."""
+        self._pipelines.add(pipe)
+        self.steps.watch(pipe.scheduler)
+
+    def begin_forward(self, grid: TokenGrid, model: str, branch: str | None) -> None:
+        """Called before each forward of a transformer; `branch` is `None` where the pipeline does not name it."""
+        for pipe in self._pipelines:
+            if not self.steps.watches(pipe.scheduler):
+                self.steps.watch(pipe.scheduler)
+                self.steps.adopt(pipe.scheduler)
+        if self.steps.run != self._run:
+            self._begin_run()
+        self._forward = (grid, model, branch or self._numbered_branch())
+
+    def end_forward(self) -> None:
+        """Called after each forward of a transformer."""
+        self._forward = None
+
+    def _begin_run(self) -> None:
+        self._run = self.steps.run
+        self.statistics = RunStatistics()
+        # A plan of the grid alone stays right; everything else belongs to the run that made it.
+        if self.schedule.method.scope != "grid":
+            self.previous.clear()
+
+    def _numbered_branch(self) -> str:
+        """Without a name, forwards of one step are told apart by their number, so that their plans never mix."""
+        step, count = self._unnamed_forwards
+        count = count + 1 if step == self.steps.step else 0
+        self._unnamed_forwards = (self.steps.step, count)
+        return f"forward {count}"
+
+    @torch.compiler.disable
+    def attend(self, layer: int, num_layers: int, q: Tensor, k: Tensor, v: Tensor, dense: DenseAttention) -> Tensor:
+        """One self-attention call.
+
+        Args:
+            layer, num_layers: which transformer block of how many.
+            q, k, v: `[B, H, N, D]`, any strides.
+            dense: computes the model's own attention, `[B, H, N, D]`.
+        """
+        if self._forward is None or not self.steps.inside_run:
+            return self._dense(Decision("dense", "outside a run"), None, q, k, v, dense, layer)
+        grid, model, branch = self._forward
+        site = Site(grid, layer, num_layers, self.steps.step, self.steps.num_steps, self.steps.sigma, branch, model)
+        key = self.schedule.key(site)
+        previous = self.previous.get(key)
+        decision = self.schedule.decide(site, previous)
+        if decision.action == "dense":
+            return self._dense(decision, key, q, k, v, dense, layer)
+        planning = None
+        if decision.action == "plan":
+            planning = Stopwatch(q.device)
+            plan = self.schedule.method.plan(q, k, v, site, previous)
+            planning.stop()
+            self.previous[key] = Previous(plan, None if previous is None else previous.lse, site.step)
+        else:
+            assert previous is not None
+            assert previous.plan is not None
+            plan = previous.plan
+        return self._sparse(plan, planning, site, q, k, v)
+
+    def _sparse(
+        self, plan: AttentionPlan, planning: Stopwatch | None, site: Site, q: Tensor, k: Tensor, v: Tensor
+    ) -> Tensor:
+        backend = select(self.backend, q, k, v, plan)
+        watch = Stopwatch(q.device)
+        out = sparse_attention(q, k, v, plan, backend=backend.name)
+        watch.stop()
+        full = plan.block_mask.is_full
+        self.statistics.records.append(
+            CallRecord(
+                layer=site.layer,
+                step=site.step,
+                branch=site.branch,
+                model=site.model,
+                density=None if full else plan.density,
+                reason="every block kept" if full else "",
+                backend=backend.name,
+                attention=watch,
+                planning=planning,
+            )
+        )
+        return out
+
+    def _dense(
+        self,
+        decision: Decision,
+        key: tuple[Any, ...] | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        dense: DenseAttention,
+        layer: int,
+    ) -> Tensor:
+        watch = Stopwatch(q.device)
+        if decision.keep_lse and key is not None:
+            out, lse = dense_attention(q, k, v, return_lse=True)
+            self.previous[key] = Previous(None, lse, self.steps.step)
+        else:
+            out = dense()
+        watch.stop()
+        _, model, branch = self._forward or (None, "", "")
+        self.statistics.records.append(
+            CallRecord(layer, self.steps.step, branch, model, None, decision.reason, "dense", watch)
+        )
+        return out

@@ -1,0 +1,128 @@
+"""`sparsify` and `unsparsify`: sparse attention in a diffusers pipeline, in place, and back."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from dit_sparse.methods import Paro
+from dit_sparse.methods.plan_file import PlanFile
+from dit_sparse.pipelines.adapter import adapter_for, transformers_of
+from dit_sparse.pipelines.hooks import add_site_hook, remove_site_hook
+from dit_sparse.pipelines.session import Session
+from dit_sparse.pipelines.statistics import RunStatistics
+from dit_sparse.schedule import Schedule
+from dit_sparse.types import Method, TokenGrid
+
+Pipeline = TypeVar("Pipeline")
+_INSTALLED = "_dit_sparse"
+
+
+class _Installed:
+    """What `sparsify` left on a transformer: its session, and how to take it off."""
+
+    def __init__(self, session: Session, originals: dict[str, Any], model: str) -> None:
+        self.session = session
+        self.originals = originals
+        self.model = model
+
+
+def sparsify(pipe: Pipeline, method: Method | Schedule, *, backend: str = "auto") -> Pipeline:
+    """Switch sparse attention on in `pipe`, in place; what was on before is replaced.
+
+    The attention belongs to the transformers: other pipelines that share them become sparse too.
+
+    Args:
+        pipe: any diffusers pipeline of a supported family.
+        method: a method, which gets the default schedule, or a schedule.
+        backend: kernel backend of the sparse calls, as in `sparse_attention`.
+
+    Returns:
+        `pipe`.
+
+    Raises:
+        ValueError: an unsupported family, a foreign attention processor, or context parallelism.
+    """
+    adapter = adapter_for(pipe)
+    unsparsify(pipe)
+    session = Session(Schedule.of(method), backend)
+    for model, transformer in transformers_of(pipe).items():
+        originals = adapter.install(transformer, model, session)
+        add_site_hook(transformer, session, adapter, model)
+        setattr(transformer, _INSTALLED, _Installed(session, originals, model))
+    session.watch(pipe)
+    return pipe
+
+
+def unsparsify(pipe: Pipeline) -> Pipeline:
+    """Undo `sparsify`: the pipeline computes bit for bit what it did before. Does nothing on a dense pipeline."""
+    for transformer in transformers_of(pipe).values():
+        installed = getattr(transformer, _INSTALLED, None)
+        if installed is None:
+            continue
+        for path, processor in installed.originals.items():
+            transformer.get_submodule(path.removeprefix(f"{installed.model}.")).processor = processor
+        remove_site_hook(transformer)
+        installed.session.steps.release()
+        delattr(transformer, _INSTALLED)
+    return pipe
+
+
+def session_of(pipe: Any) -> Session | None:
+    """The session of a sparsified pipeline, or `None`."""
+    for transformer in transformers_of(pipe).values():
+        installed = getattr(transformer, _INSTALLED, None)
+        if installed is not None:
+            return installed.session
+    return None
+
+
+def statistics(pipe: Any) -> RunStatistics:
+    """What the latest run of a sparsified pipeline did.
+
+    Raises:
+        ValueError: the pipeline is not sparsified.
+    """
+    return _session(pipe).statistics
+
+
+def token_grid(pipe: Any, height: int, width: int, frames: int) -> TokenGrid:
+    """The token grid of a video of `height` x `width` pixels and `frames` frames.
+
+    Raises:
+        ValueError: an unsupported family, or a size that its VAE or patches cannot take.
+    """
+    return adapter_for(pipe).token_grid(pipe, height, width, frames)
+
+
+def save_plan(pipe: Any, path: str | os.PathLike[str], notes: Mapping[str, Any] | None = None) -> None:
+    """Write the orders and masks that `Paro()` found in the latest run, for `Paro(plan_file=path)`.
+
+    The plans of the conditional branch are taken. `notes` is stored with them, for people.
+
+    Raises:
+        ValueError: the pipeline is not sparsified with Paro, or has not run yet.
+    """
+    session = _session(pipe)
+    method = session.schedule.method
+    if not isinstance(method, Paro):
+        raise ValueError(f"pipeline must be sparsified with Paro to save a plan, got {method.name!r}")
+    found = {
+        (key[2], key[3]): (key[0], previous.plan)
+        for key, previous in session.previous.items()
+        if previous.plan is not None and key[1] == "transformer"
+    }
+    if not found:
+        raise ValueError("pipeline must have run before its plan is saved, got no plan yet; call it first")
+    branch = next(iter(found))[1]
+    plans = {layer: plan for (layer, name), (_, plan) in found.items() if name == branch}
+    grid = next(iter(found.values()))[0]
+    PlanFile.save(path, plans, grid, method.block, {"density": method.density, **(notes or {})})
+
+
+def _session(pipe: Any) -> Session:
+    session = session_of(pipe)
+    if session is None:
+        raise ValueError(f"pipeline must be sparsified, got a dense {type(pipe).__name__}; call sparsify(pipe, method)")
+    return session

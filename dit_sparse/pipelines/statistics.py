@@ -1,0 +1,140 @@
+"""What a run did: densities, dense calls and why, time of planning and of attention."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Stopwatch:
+    """Seconds between construction and `stop`; on a GPU by events, so that nothing waits until they are read."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
+        self._seconds = 0.0
+        if device.type == "cuda":
+            self._events = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+            self._events[0].record()
+        self._start = time.perf_counter()
+
+    def stop(self) -> Stopwatch:
+        if self._events is not None:
+            self._events[1].record()
+        else:
+            self._seconds = time.perf_counter() - self._start
+        return self
+
+    @property
+    def seconds(self) -> float:
+        if self._events is not None:
+            self._events[1].synchronize()
+            self._seconds = self._events[0].elapsed_time(self._events[1]) / 1e3
+            self._events = None
+        return self._seconds
+
+
+@dataclass(frozen=True, eq=False)
+class CallRecord:
+    """One self-attention call.
+
+    Args:
+        layer, step, branch, model: where it was.
+        density: `[B|1, H|1]` float64 share of query-key pairs computed, or `None` for a dense call.
+        reason: why it was dense; empty for a sparse one.
+        backend: which backend ran.
+        attention, planning: their stopwatches; `planning` is `None` where the plan was reused.
+    """
+
+    layer: int
+    step: int
+    branch: str
+    model: str
+    density: Tensor | None
+    reason: str
+    backend: str
+    attention: Stopwatch
+    planning: Stopwatch | None = None
+
+
+@dataclass
+class RunStatistics:
+    """The self-attention calls of one run of a pipeline, and their sums."""
+
+    records: list[CallRecord] = field(default_factory=list)
+
+    @property
+    def calls(self) -> int:
+        return len(self.records)
+
+    @property
+    def dense_calls(self) -> dict[str, int]:
+        """Number of dense calls by reason: "warm-up", "layer", "search", "outside a run", ..."""
+        return dict(Counter(r.reason for r in self.records if r.density is None))
+
+    @property
+    def backends(self) -> dict[str, int]:
+        """Number of calls by the backend that ran."""
+        return dict(Counter(r.backend for r in self.records))
+
+    @property
+    def density(self) -> float | None:
+        """Share of query-key pairs computed over the whole run, dense calls counted as 1; `None` before any call."""
+        return _mean([1.0 if r.density is None else float(r.density.mean()) for r in self.records])
+
+    @property
+    def sparse_density(self) -> float | None:
+        """The same over the sparse calls alone; `None` when there were none."""
+        return _mean([float(r.density.mean()) for r in self.records if r.density is not None])
+
+    @property
+    def attention_seconds(self) -> float:
+        return sum(r.attention.seconds for r in self.records)
+
+    @property
+    def plan_seconds(self) -> float:
+        return sum(r.planning.seconds for r in self.records if r.planning is not None)
+
+    def layers(self) -> list[dict[str, Any]]:
+        """Per transformer block: calls, dense calls by reason, mean density of each head over its sparse calls."""
+        groups: dict[tuple[str, int], list[CallRecord]] = {}
+        for record in self.records:
+            groups.setdefault((record.model, record.layer), []).append(record)
+        return [_layer_summary(model, layer, records) for (model, layer), records in sorted(groups.items())]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything above, ready for JSON."""
+        return {
+            "calls": self.calls,
+            "density": self.density,
+            "sparse_density": self.sparse_density,
+            "dense_calls": self.dense_calls,
+            "backends": self.backends,
+            "attention_seconds": self.attention_seconds,
+            "plan_seconds": self.plan_seconds,
+            "layers": self.layers(),
+        }
+
+
+def _layer_summary(model: str, layer: int, records: list[CallRecord]) -> dict[str, Any]:
+    part = RunStatistics(records)
+    heads = [r.density.mean(0) for r in records if r.density is not None]
+    width = max((h.shape[0] for h in heads), default=0)
+    head_density = torch.stack([h.expand(width) for h in heads]).mean(0).tolist() if heads else None
+    return {
+        "model": model,
+        "layer": layer,
+        "calls": part.calls,
+        "dense_calls": part.dense_calls,
+        "head_density": head_density,
+        "attention_seconds": part.attention_seconds,
+        "plan_seconds": part.plan_seconds,
+    }
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None

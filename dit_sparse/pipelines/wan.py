@@ -1,0 +1,168 @@
+"""Wan 2.1 and 2.2: where its attention lets the toolkit in, and `SparseWanPipeline`."""
+
+import math
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
+from diffusers.schedulers import FlowMatchEulerDiscreteScheduler
+from transformers import AutoTokenizer, UMT5EncoderModel
+
+from dit_sparse.pipelines.adapter import FamilyAdapter
+from dit_sparse.pipelines.saving import SparsePipelineMixin
+from dit_sparse.pipelines.session import Session
+from dit_sparse.types import TokenGrid
+
+RotaryEmbedding = tuple[torch.Tensor, torch.Tensor]
+
+
+class SparseWanAttnProcessor(WanAttnProcessor):
+    """Wan's processor with its self-attention handed to a session; cross-attention stays upstream's.
+
+    Args:
+        session: runs the attention.
+        layer, num_layers: which transformer block of how many.
+        original: the processor this one replaces; its backend setting is kept.
+    """
+
+    def __init__(self, session: Session, layer: int, num_layers: int, original: WanAttnProcessor) -> None:
+        super().__init__()
+        self.session = session
+        self.layer = layer
+        self.num_layers = num_layers
+        self._attention_backend = original._attention_backend
+        self._parallel_config = original._parallel_config
+
+    def __call__(
+        self,
+        attn: WanAttention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        rotary_emb: RotaryEmbedding | None = None,
+    ) -> torch.Tensor:
+        if self._parallel_config is not None:
+            raise ValueError("context parallelism must be off with sparse attention, got a parallel config; unsparsify")
+        if encoder_hidden_states is not None:
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
+        if attention_mask is not None:
+            raise ValueError("Wan's self-attention has no mask to combine with sparse blocks, got an attention_mask")
+        query, key, value = project(attn, hidden_states, rotary_emb)
+        q, k, v = (t.transpose(1, 2) for t in (query, key, value))
+
+        def dense() -> torch.Tensor:
+            return dispatch_attention_fn(query, key, value, backend=self._attention_backend).transpose(1, 2)
+
+        out = self.session.attend(self.layer, self.num_layers, q, k, v, dense)
+        out = out.transpose(1, 2).flatten(2, 3).type_as(query)
+        return attn.to_out[1](attn.to_out[0](out))
+
+
+def project(
+    attn: WanAttention, hidden_states: torch.Tensor, rotary_emb: RotaryEmbedding | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Query, key and value `[B, N, H, D]` of Wan's self-attention, after norm and rotary embedding."""
+    if attn.fused_projections:
+        query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
+    else:
+        query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+    query, key = attn.norm_q(query), attn.norm_k(key)
+    query, key, value = (t.unflatten(2, (attn.heads, -1)) for t in (query, key, value))
+    if rotary_emb is not None:
+        query, key = rotate(query, *rotary_emb), rotate(key, *rotary_emb)
+    return query, key, value
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """`x` `[B, N, H, D]` with pairs of channels rotated by Wan's tables `[1, N, 1, D]`, each angle standing twice."""
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[..., 0::2], sin[..., 1::2]
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x)
+
+
+class WanAdapter(FamilyAdapter):
+    """Wan: video tokens alone in self-attention (`attn1`); text goes through cross-attention, which stays as it is."""
+
+    family = "Wan"
+    transformer_class = "WanTransformer3DModel"
+
+    def install(self, transformer: Any, model: str, session: Session) -> dict[str, Any]:
+        originals = {}
+        for layer, block in enumerate(transformer.blocks):
+            path, processor = f"{model}.blocks.{layer}.attn1", block.attn1.processor
+            if type(processor) is not WanAttnProcessor:
+                raise ValueError(
+                    f"{path}.processor must be diffusers' WanAttnProcessor, got {type(processor).__name__}; "
+                    "sparsify before installing another processor"
+                )
+            if processor._parallel_config is not None:
+                raise ValueError("context parallelism must be off with sparse attention, got a parallel config")
+            originals[path] = processor
+        for layer, block in enumerate(transformer.blocks):
+            original = originals[f"{model}.blocks.{layer}.attn1"]
+            block.attn1.processor = SparseWanAttnProcessor(session, layer, len(transformer.blocks), original)
+        return originals
+
+    def grid_of_latents(self, transformer: Any, hidden_states: torch.Tensor) -> TokenGrid:
+        """`hidden_states` is `[B, C, F, H, W]`."""
+        sizes = (
+            size // patch for size, patch in zip(hidden_states.shape[2:], transformer.config.patch_size, strict=True)
+        )
+        return TokenGrid(*sizes)
+
+    def token_grid(self, pipe: Any, height: int, width: int, frames: int) -> TokenGrid:
+        transformer = pipe.transformer if pipe.transformer is not None else pipe.transformer_2
+        patch_f, patch_h, patch_w = transformer.config.patch_size
+        temporal, spatial = pipe.vae_scale_factor_temporal, pipe.vae_scale_factor_spatial
+        for name, got, patch in (("height", height, patch_h), ("width", width, patch_w)):
+            # WanPipeline.check_inputs asks for 16 whatever the model's own factor is.
+            multiple = math.lcm(16, spatial * patch)
+            if got < multiple or got % multiple:
+                raise ValueError(f"{name} must be a multiple of {multiple}, got {got}; try {_near(got, multiple)}")
+        if frames < 1 or (frames - 1) % temporal:
+            raise ValueError(
+                f"frames must be 1 more than a multiple of {temporal}, got {frames}; "
+                f"try {max(0, (frames - 1) // temporal) * temporal + 1}"
+            )
+        latent_frames = (frames - 1) // temporal + 1
+        if latent_frames % patch_f:
+            raise ValueError(f"frames must give latent frames that divide by {patch_f}, got {frames} frames")
+        return TokenGrid(latent_frames // patch_f, height // (spatial * patch_h), width // (spatial * patch_w))
+
+
+def _near(value: int, multiple: int) -> int:
+    return max(multiple, value // multiple * multiple)
+
+
+class SparseWanPipeline(SparsePipelineMixin, WanPipeline):
+    """`WanPipeline` with sparse attention switched on.
+
+    Example:
+        pipe = SparseWanPipeline.from_pretrained("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", sparse=AdaSpa(density=0.25))
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        tokenizer: AutoTokenizer,
+        text_encoder: UMT5EncoderModel,
+        vae: AutoencoderKLWan,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        transformer: WanTransformer3DModel | None = None,
+        transformer_2: WanTransformer3DModel | None = None,
+        boundary_ratio: float | None = None,
+        expand_timesteps: bool = False,
+    ) -> None:
+        super().__init__(
+            tokenizer=tokenizer,
+            text_encoder=text_encoder,
+            vae=vae,
+            scheduler=scheduler,
+            transformer=transformer,
+            transformer_2=transformer_2,
+            boundary_ratio=boundary_ratio,
+            expand_timesteps=expand_timesteps,
+        )

@@ -1,0 +1,109 @@
+"""Every way in which a model cannot be loaded is one clear line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from dit_sparse.pipelines import ModelError, load_pipeline
+
+
+@pytest.fixture
+def folder(tiny_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+
+
+def test_a_good_folder_loads(folder: Path) -> None:
+    pipe = load_pipeline(folder, dtype=torch.bfloat16)
+    assert pipe.transformer.dtype == torch.bfloat16
+    assert pipe.vae.dtype == torch.float32
+
+
+def _refused(folder: Path | str, *parts: str) -> None:
+    with pytest.raises(ModelError) as caught:
+        load_pipeline(folder)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert Path(folder).name in message
+    for part in parts:
+        assert part in message
+
+
+def test_no_such_folder(tmp_path: Path) -> None:
+    _refused(tmp_path / "nowhere", "existing folder or a hub id")
+
+
+def test_a_file(tmp_path: Path) -> None:
+    (tmp_path / "weights.bin").write_bytes(b"x")
+    _refused(tmp_path / "weights.bin", "got the file")
+
+
+def test_no_diffusers_model(tmp_path: Path) -> None:
+    _refused(tmp_path, "model_index.json")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", "\udce4"])
+def test_a_damaged_index(folder: Path, content: str) -> None:
+    (folder / "model_index.json").write_text(content, "utf-8", errors="surrogateescape")
+    _refused(folder, "model_index.json")
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder"])
+@pytest.mark.parametrize("damage", ["cut", "garbage", "missing"])
+def test_damaged_weights(folder: Path, part: str, damage: str) -> None:
+    weights = next((folder / part).glob("*.safetensors"))
+    if damage == "missing":
+        weights.unlink()
+    else:
+        content = weights.read_bytes()
+        weights.write_bytes(content[: len(content) // 2] if damage == "cut" else b"\xff" * 100)
+    _refused(folder)
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae", "scheduler", "text_encoder"])
+def test_a_damaged_config(folder: Path, part: str) -> None:
+    config = next(p for p in (folder / part).glob("*.json") if "config" in p.name)
+    config.write_text("{ not json")
+    _refused(folder)
+
+
+def test_weights_of_another_shape(folder: Path) -> None:
+    config = json.loads((folder / "transformer" / "config.json").read_text())
+    (folder / "transformer" / "config.json").write_text(json.dumps({**config, "ffn_dim": 48}))
+    _refused(folder)
+
+
+def test_a_family_that_is_not_supported(tmp_path: Path) -> None:
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+    unet = UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8,),
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+    )
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path / "ddpm")
+    _refused(tmp_path / "ddpm", "DDPMPipeline", "Wan (WanTransformer3DModel)")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "gpu"}, "device must be a torch device"),
+        ({"offload": "disk"}, "offload must be one of none, model, group"),
+        ({"offload": "model"}, "needs a GPU"),
+        pytest.param(
+            {"device": "cuda"},
+            "needs an NVIDIA GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here"),
+        ),
+    ],
+)
+def test_bad_placements(folder: Path, options: dict[str, str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_pipeline(folder, **options)

@@ -1,0 +1,235 @@
+"""Wan: the processor equals upstream's, sparse equals dense under the plan's mask, branches and steps stay apart."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+import torch.nn.functional as F
+from diffusers.models.transformers.transformer_wan import WanAttnProcessor
+from torch import Tensor
+
+from dit_sparse import AdaSpa, Dense, Neighborhood, Paro, Schedule, TokenGrid, sparsify, statistics, unsparsify
+from dit_sparse.pipelines import session_of, token_grid
+from dit_sparse.pipelines.session import Session
+from dit_sparse.pipelines.wan import SparseWanAttnProcessor
+
+METHODS = [
+    Neighborhood(window=(1, 5, 7), tile=(1, 4, 4)),
+    AdaSpa(density=0.5, block=16),
+    Paro(density=0.5, block=16),
+]
+
+
+def test_the_processors_signature_is_upstreams() -> None:
+    """`WanAttention.forward` passes its arguments by position."""
+    ours, theirs = (list(inspect.signature(c.__call__).parameters) for c in (SparseWanAttnProcessor, WanAttnProcessor))
+    assert ours == theirs
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_dense_call_equals_upstreams_bit_for_bit(pipe, dtype: torch.dtype, fused: bool) -> None:
+    transformer = pipe.transformer.to(dtype)
+    attn = transformer.blocks[0].attn1
+    if fused:
+        attn.fuse_projections()
+    hidden = torch.randn(2, 3 * 8 * 12, attn.inner_dim, dtype=dtype)
+    rotary = transformer.rope(torch.empty(2, 8, 3, 8, 12))
+    want = attn(hidden, None, None, rotary)
+    attn.processor = SparseWanAttnProcessor(Session(Schedule(AdaSpa())), 0, 1, attn.processor)
+    assert torch.equal(attn(hidden, None, None, rotary), want)
+    assert torch.equal(attn(hidden, None, None, None), WanAttnProcessor()(attn, hidden))
+
+
+@pytest.mark.parametrize("schedule", [Dense(), Schedule(Dense(), warmup=0), Schedule(AdaSpa(), warmup=1)], ids=str)
+def test_dense_runs_equal_upstreams(pipe, render, schedule) -> None:
+    want = render(pipe)
+    assert torch.equal(render(sparsify(pipe, schedule)), want)
+
+
+@pytest.mark.parametrize(
+    "method", [AdaSpa(density=1, block=16), Paro(density=1, block=16), Neighborhood(window=(3, 8, 12))]
+)
+def test_density_one_is_dense_up_to_rounding(pipe, render, method) -> None:
+    want = render(pipe)
+    got = render(sparsify(pipe, Schedule(method, warmup=0)))
+    assert statistics(pipe).sparse_density == 1
+    assert (got - want).abs().max() <= 1e-4 * want.abs().max()
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_sparse_equals_dense_attention_under_the_plans_own_mask(pipe, render, method, batch, monkeypatch) -> None:
+    """The same run with every sparse call replaced by fp64 attention under the plan's token mask."""
+    prompts = ["a red ball", "a blue square"][:batch]
+    got = render(sparsify(pipe, method), prompts)
+    dense = render(unsparsify(pipe), prompts)
+
+    def oracle(q: Tensor, k: Tensor, v: Tensor, plan, **_) -> Tensor:
+        mask = plan.token_mask()
+        return F.scaled_dot_product_attention(q.double(), k.double(), v.double(), attn_mask=mask).to(q.dtype)
+
+    monkeypatch.setattr("dit_sparse.pipelines.session.sparse_attention", oracle)
+    want = render(sparsify(pipe, method), prompts)
+    assert (got - want).abs().max() <= 1e-4 * want.abs().max()
+    assert (got - dense).abs().max() > 1e-3 * want.abs().max(), "sparsity changed nothing"
+
+
+def test_unsparsify_is_bit_identical(pipe, render) -> None:
+    want = render(pipe)
+    processors = [block.attn1.processor for block in pipe.transformer.blocks]
+    sparse = render(sparsify(pipe, AdaSpa(density=0.3, block=16)))
+    assert not torch.equal(sparse, want)
+    unsparsify(pipe)
+    assert torch.equal(render(pipe), want)
+    assert [block.attn1.processor for block in pipe.transformer.blocks] == processors
+    assert session_of(pipe) is None
+    assert "step" not in vars(pipe.scheduler)
+    assert unsparsify(pipe) is pipe
+
+
+def test_cross_attention_is_left_alone(pipe) -> None:
+    before = [block.attn2.processor for block in pipe.transformer.blocks]
+    sparsify(pipe, AdaSpa())
+    assert [block.attn2.processor for block in pipe.transformer.blocks] == before
+
+
+def test_branches_have_plans_of_their_own(pipe, render) -> None:
+    render(sparsify(pipe, AdaSpa(density=0.5, block=16)))
+    keys = session_of(pipe).previous.keys()
+    assert {key[-1] for key in keys} == {"cond", "uncond"}
+    assert len(keys) == 2 * len(pipe.transformer.blocks)
+
+
+def test_without_guidance_there_is_one_branch(pipe, render) -> None:
+    render(sparsify(pipe, AdaSpa(density=0.5, block=16)), guidance_scale=1.0)
+    assert {key[-1] for key in session_of(pipe).previous} == {"cond"}
+
+
+def test_statistics_count_every_call(pipe, render) -> None:
+    render(sparsify(pipe, Schedule(AdaSpa(density=0.5, block=16), warmup=0.2, dense_layers=(1,))), steps=10)
+    found = statistics(pipe)
+    layers = len(pipe.transformer.blocks)
+    assert found.calls == 10 * 2 * layers
+    assert found.dense_calls == {"warm-up": 2 * 2 * (layers - 1), "layer": 10 * 2}
+    assert found.sparse_density == pytest.approx(0.5, abs=0.05)
+    dense = sum(found.dense_calls.values())
+    assert found.density == pytest.approx((dense + (found.calls - dense) * found.sparse_density) / found.calls)
+    assert found.attention_seconds > 0
+    assert found.plan_seconds > 0
+    per_layer = found.to_dict()["layers"]
+    assert [entry["layer"] for entry in per_layer] == list(range(layers))
+    assert per_layer[1]["head_density"] is None
+    assert len(per_layer[0]["head_density"]) == pipe.transformer.config.num_attention_heads
+
+
+def test_a_new_run_starts_afresh(pipe, render) -> None:
+    sparsify(pipe, AdaSpa(density=0.5, block=16))
+    first = render(pipe)
+    calls = statistics(pipe).calls
+    assert torch.equal(render(pipe), first)
+    assert statistics(pipe).calls == calls
+
+
+def test_an_exception_inside_a_step_leaves_the_next_run_right(pipe, render) -> None:
+    sparsify(pipe, AdaSpa(density=0.5, block=16))
+    want = render(pipe)
+
+    def fails(pipe, step, timestep, tensors):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        render(pipe, callback_on_step_end=fails)
+    assert torch.equal(render(pipe), want)
+
+
+def test_two_pipelines_in_turn_do_not_interfere(pipe, render) -> None:
+    from tests.pipelines.tiny import tiny_wan
+
+    other = tiny_wan(fine=True, seed=1)
+    want, other_want = render(sparsify(pipe, AdaSpa(density=0.5, block=16))), render(other)
+    sparsify(other, Neighborhood(window=(1, 5, 7), tile=(1, 4, 4)))
+    got = []
+
+    def renders_the_other(inner, step, timestep, tensors):
+        if step == 2:
+            got.append(render(other))
+        return tensors
+
+    assert torch.equal(render(pipe, callback_on_step_end=renders_the_other), want)
+    assert not torch.equal(got[0], other_want)
+    assert torch.equal(render(unsparsify(other)), other_want)
+
+
+def test_a_grid_that_is_no_multiple_of_the_block(pipe, render) -> None:
+    sparsify(pipe, AdaSpa(density=0.4, block=64))
+    out = render(pipe, height=48, width=48, num_frames=5)
+    assert torch.isfinite(out).all()
+    assert statistics(pipe).sparse_density < 0.7
+
+
+def test_a_transformer_called_outside_a_run_is_dense(pipe) -> None:
+    latents, text = torch.randn(1, 8, 2, 4, 6), torch.randn(1, 5, 32)
+    arguments = {"timestep": torch.tensor([500]), "encoder_hidden_states": text, "return_dict": False}
+    want = pipe.transformer(latents, **arguments)[0]
+    sparsify(pipe, AdaSpa())
+    assert torch.equal(pipe.transformer(latents, **arguments)[0], want)
+    assert statistics(pipe).dense_calls == {"outside a run": len(pipe.transformer.blocks)}
+
+
+def test_two_transformers_share_one_step_counter(render) -> None:
+    """Wan 2.2: the second transformer takes over at a boundary."""
+    from diffusers import WanPipeline
+
+    from tests.pipelines.tiny import tiny_wan
+
+    first, second = tiny_wan(fine=True, seed=0), tiny_wan(fine=True, seed=1)
+    pipe = WanPipeline(
+        **{**first.components, "transformer": first.transformer, "transformer_2": second.transformer},
+        boundary_ratio=0.7,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    sparsify(pipe, Schedule(AdaSpa(density=0.5, block=16), warmup=0.2))
+    render(pipe, steps=6)
+    records = statistics(pipe).records
+    assert {record.model for record in records} == {"transformer", "transformer_2"}
+    assert sorted({record.step for record in records}) == list(range(6))
+    firsts = [min(r.step for r in records if r.model == m) for m in ("transformer", "transformer_2")]
+    assert firsts[0] == 0
+    assert 0 < firsts[1] < 6
+
+
+def test_context_parallelism_and_foreign_processors_are_refused(pipe) -> None:
+    block = pipe.transformer.blocks[1]
+    upstream = block.attn1.processor
+    block.attn1.processor = type("Mine", (WanAttnProcessor,), {})()
+    with pytest.raises(ValueError, match=r"blocks\.1\.attn1\.processor must be diffusers' WanAttnProcessor, got Mine"):
+        sparsify(pipe, AdaSpa())
+    assert type(pipe.transformer.blocks[0].attn1.processor) is WanAttnProcessor
+    block.attn1.processor = upstream
+    upstream._parallel_config = object()
+    with pytest.raises(ValueError, match="context parallelism"):
+        sparsify(pipe, AdaSpa())
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "frames", "message"),
+    [
+        (36, 48, 9, "height must be a multiple of 16, got 36; try 32"),
+        (32, 50, 9, "width must be a multiple of 16, got 50; try 48"),
+        (32, 48, 10, "frames must be 1 more than a multiple of 4, got 10; try 9"),
+        (0, 48, 9, "height must be a multiple of 16, got 0; try 16"),
+        (32, 48, 0, "frames must be 1 more than a multiple of 4, got 0; try 1"),
+    ],
+)
+def test_sizes_that_do_not_fit(pipe, height: int, width: int, frames: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        token_grid(pipe, height, width, frames)
+
+
+def test_token_grid_is_what_the_run_sees(pipe, render) -> None:
+    assert token_grid(pipe, 32, 48, 9) == TokenGrid(3, 8, 12)
+    render(sparsify(pipe, AdaSpa(block=16)))
+    assert {key[0] for key in session_of(pipe).previous} == {TokenGrid(3, 8, 12)}
