@@ -1,0 +1,36 @@
+"""Block scores: how much each query block is expected to attend to each key block."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from dit_sparse.kernels.block_mass import pooled_blocks
+from dit_sparse.types import TokenOrder
+
+
+def pooled_scores(
+    q: Tensor, k: Tensor, q_order: TokenOrder, kv_order: TokenOrder, scale: float | None = None
+) -> Tensor:
+    """Share of attention that each key block is expected to get, from mean-pooled queries and keys.
+
+    `softmax over j of (scale * mean(q of block i) . mean(k of block j) + ln B_j)`, where `B_j` is the size of block j:
+    a block counts for as many tokens as it holds, so that uneven blocks compare.
+
+    Args:
+        q, k: `[B, H, N, D]`, in the orders' positions (already permuted).
+        q_order, kv_order: the orders, of which only the blocks are used.
+        scale: of the logits; `D ** -0.5` by default.
+
+    Returns:
+        `[B, H, Mq, Mk]` float32, each row summing to 1; empty key blocks get 0.
+
+    Source: block means as in SpargeAttn (arXiv 2502.18137), weighted by block size as in SVG2 (arXiv 2505.18875).
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    q_means = pooled_blocks(q, q_order.offsets).float()
+    k_means = pooled_blocks(k, kv_order.offsets).float()
+    logits = scale * (q_means @ k_means.transpose(-1, -2))
+    sizes = kv_order.block_sizes[..., None, :]
+    # The mean of an empty block may be anything; its log-size of -inf must win.
+    logits = (logits + sizes.log()).masked_fill(sizes == 0, float("-inf"))
+    return logits.softmax(dim=-1)

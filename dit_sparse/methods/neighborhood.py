@@ -1,0 +1,134 @@
+"""Neighborhood attention: each query sees a window of the video around it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from itertools import product
+from math import prod
+from typing import ClassVar
+
+from torch import Tensor
+
+from dit_sparse.masks.neighborhood import neighborhood_blocks, neighborhood_predicate, per_axis
+from dit_sparse.reorder.tiles import tile_order
+from dit_sparse.types import AttentionPlan, Previous, Scope, Site, TokenGrid
+
+Axes = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Neighborhood:
+    """A fixed window per axis, with a stride and a dilation, on tokens ordered by 3-D tiles.
+
+    Every size is given for frames, height and width; one number stands for all three.
+
+    Args:
+        window: video keys that a query sees; by default made from `density` and the grid.
+        stride: queries that share a window: 1 slides, `window` gives blocked attention. Where stride, window and
+            grid are multiples of `tile`, no block is partial and the kernel is fastest.
+        dilation: distance between the keys of a window.
+        tile: tokens of a tile; one tile is one block.
+        density: share of the video keys that a query sees; only used where `window` is not given.
+
+    Raises:
+        ValueError: a size below 1, or a `density` outside (0, 1].
+
+    Source: Generalized Neighborhood Attention (arXiv 2504.16922), the definition of NATTEN.
+    Differs from the paper: no causal axes; video tokens are not padded to whole tiles; text is always kept; the
+    default window is ours.
+    """
+
+    name: ClassVar[str] = "neighborhood"
+    version: ClassVar[int] = 1
+    paper: ClassVar[str] = "Generalized Neighborhood Attention (arXiv 2504.16922)"
+    scope: ClassVar[Scope] = "grid"
+    uses_lse: ClassVar[bool] = False
+    refresh: ClassVar[tuple[float, ...]] = ()
+
+    window: int | tuple[int, int, int] | None = field(
+        default=None,
+        metadata={"help": "video keys a query sees along frames, height, width; made from density where not given"},
+    )
+    stride: int | tuple[int, int, int] = field(
+        default=(1, 1, 1), metadata={"help": "queries that share a window along frames, height, width; 1 slides"}
+    )
+    dilation: int | tuple[int, int, int] = field(
+        default=(1, 1, 1), metadata={"help": "distance between the keys of a window along frames, height, width"}
+    )
+    tile: int | tuple[int, int, int] = field(
+        default=(2, 8, 8), metadata={"help": "tokens of a tile along frames, height, width; one tile is one block"}
+    )
+    density: float = field(
+        default=0.25, metadata={"help": "share of the video keys a query sees; ignored where window is given"}
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("window", "stride", "dilation", "tile"):
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, per_axis(name, value))
+        if not 0 < self.density <= 1:
+            raise ValueError(f"density must be above 0 and at most 1, got {self.density}: 0.25 keeps a quarter")
+
+    def window_for(self, grid: TokenGrid) -> Axes:
+        """The window in use on `grid`: the one given, or one made from `density`.
+
+        An axis no longer than its tile is covered whole; the others take equal shares, whose product comes as near to
+        `density` as whole tokens allow. No window is smaller than a tile or the stride where the grid has room.
+        """
+        if self.window is not None:
+            return per_axis("window", self.window)
+        dilation, stride, tile = (per_axis(n, getattr(self, n)) for n in ("dilation", "stride", "tile"))
+        most = [max(1, length // d) for length, d in zip(grid.shape, dilation, strict=True)]
+        least = [min(m, max(t, s)) for m, t, s in zip(most, tile, stride, strict=True)]
+        shares = _equal_shares(grid.shape, least, most, self.density)
+        choices = (
+            sorted({max(lo, min(hi, int(share * length) + up)) for up in (0, 1)})
+            for share, length, lo, hi in zip(shares, grid.shape, least, most, strict=True)
+        )
+        wanted = self.density * grid.video_len
+        f, h, w = min(product(*choices), key=lambda window: abs(prod(window) - wanted))
+        return f, h, w
+
+    def check(self, grid: TokenGrid) -> None:
+        """Whether the parameters fit `grid`.
+
+        Raises:
+            ValueError: `window * dilation` larger than the grid along an axis, or a stride larger than the window.
+        """
+        neighborhood_predicate(
+            grid, self.window_for(grid), per_axis("stride", self.stride), per_axis("dilation", self.dilation)
+        )
+
+    def plan(self, q: Tensor, k: Tensor, v: Tensor, site: Site, previous: Previous | None) -> AttentionPlan:
+        """Plan that depends on the grid of `site` alone.
+
+        Args:
+            q, k, v: `[B, H, N, D]`; only the device of `q` matters.
+            site: where in the run the call is.
+            previous: not used.
+
+        Raises:
+            ValueError: as in `check`.
+        """
+        grid, window = site.grid, self.window_for(site.grid)
+        stride, dilation = per_axis("stride", self.stride), per_axis("dilation", self.dilation)
+        order = tile_order(grid, per_axis("tile", self.tile), device=q.device)
+        kept, partial = neighborhood_blocks(grid, order, window, stride, dilation)
+        if not partial.any():
+            return AttentionPlan.from_kept(order, kept)
+        predicate = neighborhood_predicate(grid, window, stride, dilation)
+        return AttentionPlan.from_kept(order, kept, partial=partial, predicate=predicate)
+
+
+def _equal_shares(shape: Axes, least: list[int], most: list[int], density: float) -> list[float]:
+    """One share of each axis, with product `density`: equal ones, save where a bound fixes an axis."""
+    fixed: dict[int, float] = {axis: most[axis] / shape[axis] for axis in range(3) if least[axis] == most[axis]}
+    while len(fixed) < 3:
+        share = min(1.0, (density / prod(fixed.values())) ** (1 / (3 - len(fixed))))
+        bounds = {a: (least[a] / shape[a], most[a] / shape[a]) for a in range(3) if a not in fixed}
+        outside = {a: low if share < low else high for a, (low, high) in bounds.items() if not low <= share <= high}
+        if not outside:
+            return [fixed.get(axis, share) for axis in range(3)]
+        fixed.update(outside)
+    return [fixed[axis] for axis in range(3)]

@@ -1,0 +1,16 @@
+"""Token orders: raster, the six axis orders, 3-D tiles and a space-filling curve."""
+
+from dit_sparse.reorder.axes import AXIS_ORDERS, axis_order, axis_orders_per_head
+from dit_sparse.reorder.curve import curve_order
+from dit_sparse.reorder.grid import grid_order, raster_order
+from dit_sparse.reorder.tiles import tile_order
+
+__all__ = [
+    "AXIS_ORDERS",
+    "axis_order",
+    "axis_orders_per_head",
+    "curve_order",
+    "grid_order",
+    "raster_order",
+    "tile_order",
+]

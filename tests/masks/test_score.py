@@ -1,0 +1,66 @@
+"""Pooled scores against loops over blocks."""
+
+import math
+
+import pytest
+import torch
+
+from dit_sparse.masks import pooled_scores
+from dit_sparse.reorder import axis_orders_per_head, tile_order
+from dit_sparse.types import TokenGrid, TokenOrder
+
+
+def scores_by_loops(q, k, q_offsets, k_offsets, scale):
+    """`q`, `k` `[N, D]`, offsets as lists."""
+    rows = []
+    for i in range(len(q_offsets) - 1):
+        weights = []
+        for j in range(len(k_offsets) - 1):
+            size = k_offsets[j + 1] - k_offsets[j]
+            q_mean = q[q_offsets[i] : q_offsets[i + 1]].double().mean(0)
+            k_mean = k[k_offsets[j] : k_offsets[j + 1]].double().mean(0)
+            weights.append(size * math.exp(scale * float(q_mean @ k_mean)) if size else 0.0)
+        rows.append([weight / sum(weights) for weight in weights])
+    return torch.tensor(rows)
+
+
+@pytest.mark.parametrize("scale", [None, 0.7])
+def test_scores_are_the_softmax_over_blocks_weighted_by_size(scale):
+    torch.manual_seed(0)
+    order = tile_order(TokenGrid(3, 5, 5, text_len=7), (2, 2, 4))
+    q, k = torch.randn(2, 2, 3, order.num_tokens, 8)
+    got = pooled_scores(q, k, order, order, scale)
+    assert got.dtype == torch.float32
+    bounds = order.offsets[0, 0].tolist()
+    for b in range(2):
+        for h in range(3):
+            want = scores_by_loops(q[b, h], k[b, h], bounds, bounds, scale or 8**-0.5)
+            torch.testing.assert_close(got[b, h].double(), want.double(), rtol=1e-5, atol=1e-6)
+
+
+def test_queries_and_keys_may_have_orders_of_their_own():
+    torch.manual_seed(0)
+    grid = TokenGrid(2, 3, 4)
+    q_order = axis_orders_per_head(grid, ["FHW", "WHF"], 5)
+    kv_order = TokenOrder.from_index(q_order.index, torch.tensor([[[0, 3, 24], [0, 20, 24]]]))
+    q, k = torch.randn(2, 1, 2, 24, 8)
+    got = pooled_scores(q, k, q_order, kv_order)
+    assert got.shape == (1, 2, 5, 2)
+    for h in range(2):
+        bounds = kv_order.offsets[0, h].tolist()
+        want = scores_by_loops(q[0, h], k[0, h], q_order.offsets[0, 0].tolist(), bounds, 8**-0.5)
+        torch.testing.assert_close(got[0, h].double(), want.double(), rtol=1e-5, atol=1e-6)
+
+
+def test_an_empty_key_block_gets_nothing():
+    order = TokenOrder.from_index(torch.arange(6), torch.tensor([0, 2, 2, 6]))
+    q_order = TokenOrder.from_index(torch.arange(6), torch.tensor([0, 6]))
+    got = pooled_scores(torch.randn(1, 1, 6, 4), torch.randn(1, 1, 6, 4), q_order, order)
+    assert got[0, 0, 0, 1] == 0
+    torch.testing.assert_close(got.sum(-1), torch.ones(1, 1, 1))
+
+
+def test_low_precision_inputs_give_float32():
+    order = tile_order(TokenGrid(2, 4, 4), (1, 2, 2))
+    q = torch.randn(1, 1, 32, 8, dtype=torch.bfloat16)
+    assert pooled_scores(q, q, order, order).dtype == torch.float32
