@@ -32,6 +32,8 @@ class BlockMask:
         predicate: `(batch, head, q_token, k_token) -> bool`, on broadcastable int64 tensors of token numbers in
             the sequence's own order.
         is_full: every block is known to be kept whole, so dense attention computes the same.
+        kept_pairs: `[B|1, H|1]` float64 number of query-key pairs kept, where the maker of the mask knows it; counting
+            the pairs of partial blocks is slow.
 
     Raises:
         ValueError: shapes or dtypes that do not fit, or partial blocks without a predicate.
@@ -45,6 +47,7 @@ class BlockMask:
     partial_indices: Tensor | None = None
     predicate: TokenPredicate | None = None
     is_full: bool = False
+    kept_pairs: Tensor | None = None
 
     def __post_init__(self) -> None:
         for name in ("kv_counts", "kv_indices", "q_offsets", "k_offsets", "partial_counts", "partial_indices"):
@@ -71,6 +74,7 @@ class BlockMask:
         *,
         partial: Tensor | None = None,
         predicate: TokenPredicate | None = None,
+        kept_pairs: Tensor | None = None,
     ) -> BlockMask:
         """Mask that keeps the blocks `kept` `[B|1, H|1, Mq, Mk]` (bool), those also in `partial` by `predicate`.
 
@@ -83,7 +87,9 @@ class BlockMask:
         full = kept if partial is None else kept & ~partial
         counts, indices = _compact(full)
         partial_counts, partial_indices = (None, None) if partial is None else _compact(kept & partial)
-        return cls(counts, indices, q_offsets, k_offsets, partial_counts, partial_indices, predicate)
+        return cls(
+            counts, indices, q_offsets, k_offsets, partial_counts, partial_indices, predicate, kept_pairs=kept_pairs
+        )
 
     @classmethod
     def full(cls, q_offsets: Tensor, k_offsets: Tensor) -> BlockMask:
@@ -136,11 +142,16 @@ class BlockMask:
 
     def density(self, q_index: Tensor, k_index: Tensor) -> Tensor:
         """`[B|1, H|1]` float64 share of query-key pairs kept; arguments as in `to_bool`."""
+        return self._count_pairs(q_index, k_index) / (q_index.shape[-1] * k_index.shape[-1])
+
+    def _count_pairs(self, q_index: Tensor, k_index: Tensor) -> Tensor:
+        if self.kept_pairs is not None:
+            return self.kept_pairs
         q_sizes, k_sizes = self.q_offsets.diff(dim=-1).double(), self.k_offsets.diff(dim=-1).double()
         kept = torch.einsum("bhq,bhqk,bhk->bh", *_same_batch(q_sizes, self.full_blocks.double(), k_sizes))
         if self.partial_blocks is not None and self.predicate is not None:
             kept = kept + self._partial_pairs(q_index, k_index)
-        return kept / (q_index.shape[-1] * k_index.shape[-1])
+        return kept
 
     def _partial_pairs(self, q_index: Tensor, k_index: Tensor) -> Tensor:
         """`[B|1, H|1]` float64 pairs kept inside partial blocks, one row of blocks at a time."""
@@ -221,6 +232,7 @@ class BlockMask:
             k_offsets=self.k_offsets.to(device),
             partial_counts=None if self.partial_counts is None else self.partial_counts.to(device),
             partial_indices=None if self.partial_indices is None else self.partial_indices.to(device),
+            kept_pairs=None if self.kept_pairs is None else self.kept_pairs.to(device),
         )
 
     def pack(self) -> PackedBlockMask:

@@ -91,10 +91,10 @@ def neighborhood_predicate(
     return predicate
 
 
-def neighborhood_blocks(
+def neighborhood_pairs(
     grid: TokenGrid, order: TokenOrder, window: int | Axes, stride: int | Axes = 1, dilation: int | Axes = 1
-) -> tuple[Tensor, Tensor]:
-    """Which pairs of blocks a neighborhood mask keeps, and which of them only in part; exact for any order.
+) -> Tensor:
+    """How many query-key pairs of each pair of blocks a neighborhood mask keeps; exact for any order.
 
     Args:
         grid: the layout of the sequence.
@@ -102,11 +102,10 @@ def neighborhood_blocks(
         window, stride, dilation: as in `neighborhood_predicate`.
 
     Returns:
-        `kept` and `partial`, bool `[B|1, H|1, M, M]` with the order's leading dimensions: a block pair is kept where at
-        least one query sees a key, and partial where not every query sees every key.
+        `[B|1, H|1, M, M]` float64 with the order's leading dimensions, text counted as seeing and seen.
 
     Raises:
-        ValueError: as in `neighborhood_predicate`.
+        ValueError: as in `neighborhood_predicate`, or an order for another number of tokens.
 
     Source: Generalized Neighborhood Attention (arXiv 2504.16922), the tiles that its simulator visits.
     """
@@ -115,7 +114,29 @@ def neighborhood_blocks(
         raise ValueError(
             f"order must hold the {grid.num_tokens} tokens of grid {grid}, got {order.num_tokens}: make it for that"
         )
-    pairs = _visible_pairs(predicate, order)
+    batch, heads = torch.broadcast_shapes(order.inverse.shape[:2], order.offsets.shape[:2])
+    inverse = order.inverse.expand(batch, heads, -1).flatten(0, 1)
+    offsets = order.offsets.expand(batch, heads, -1).flatten(0, 1)
+    pairs = [_visible_pairs(predicate, *one_head) for one_head in zip(inverse, offsets, strict=True)]
+    return torch.stack(pairs).unflatten(0, (batch, heads))
+
+
+def neighborhood_blocks(
+    grid: TokenGrid, order: TokenOrder, window: int | Axes, stride: int | Axes = 1, dilation: int | Axes = 1
+) -> tuple[Tensor, Tensor]:
+    """Which pairs of blocks a neighborhood mask keeps, and which of them only in part.
+
+    Args, Raises: as in `neighborhood_pairs`.
+
+    Returns:
+        `kept` and `partial`, bool `[B|1, H|1, M, M]`: a block pair is kept where at least one query sees a key, and
+        partial where not every query sees every key.
+    """
+    return blocks_of_pairs(neighborhood_pairs(grid, order, window, stride, dilation), order)
+
+
+def blocks_of_pairs(pairs: Tensor, order: TokenOrder) -> tuple[Tensor, Tensor]:
+    """`kept` and `partial`, as `neighborhood_blocks` returns them, from the counts of `neighborhood_pairs`."""
     sizes = order.block_sizes.double()
     kept = pairs > 0
     return kept, kept & (pairs < sizes[..., :, None] * sizes[..., None, :])
@@ -165,16 +186,8 @@ def _sees(query: Tensor, key: Tensor, length: int, window: int, stride: int, dil
     return (key % dilation == group) & (place >= start) & (place < start + window)
 
 
-def _visible_pairs(predicate: NeighborhoodPredicate, order: TokenOrder) -> Tensor:
-    """`[B|1, H|1, M, M]` float64 number of query-key pairs seen in each pair of blocks."""
-    batch, heads = torch.broadcast_shapes(order.inverse.shape[:2], order.offsets.shape[:2])
-    inverse = order.inverse.expand(batch, heads, -1).flatten(0, 1)
-    offsets = order.offsets.expand(batch, heads, -1).flatten(0, 1)
-    pairs = [_visible_pairs_of_head(predicate, *one_head) for one_head in zip(inverse, offsets, strict=True)]
-    return torch.stack(pairs).unflatten(0, (batch, heads))
-
-
-def _visible_pairs_of_head(predicate: NeighborhoodPredicate, inverse: Tensor, offsets: Tensor) -> Tensor:
+def _visible_pairs(predicate: NeighborhoodPredicate, inverse: Tensor, offsets: Tensor) -> Tensor:
+    """`[M, M]` float64 number of query-key pairs seen in each pair of blocks of one head."""
     grid = predicate.grid
     blocks = offsets.shape[-1] - 1
     block_of = BlockMask.block_of(offsets[None, None])[0, 0][inverse]

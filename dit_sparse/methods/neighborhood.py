@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from dit_sparse.masks.neighborhood import neighborhood_blocks, neighborhood_predicate, per_axis
+from dit_sparse.masks.neighborhood import blocks_of_pairs, neighborhood_pairs, neighborhood_predicate, per_axis
 from dit_sparse.reorder.tiles import tile_order
 from dit_sparse.types import AttentionPlan, Previous, Scope, Site, TokenGrid
 
@@ -114,11 +114,13 @@ class Neighborhood:
         grid, window = site.grid, self.window_for(site.grid)
         stride, dilation = per_axis("stride", self.stride), per_axis("dilation", self.dilation)
         order = tile_order(grid, per_axis("tile", self.tile), device=q.device)
-        kept, partial = neighborhood_blocks(grid, order, window, stride, dilation)
+        pairs = neighborhood_pairs(grid, order, window, stride, dilation)
+        kept, partial = blocks_of_pairs(pairs, order)
+        kept_pairs = pairs.sum((-1, -2))
         if not partial.any():
-            return AttentionPlan.from_kept(order, kept)
+            return AttentionPlan.from_kept(order, kept, kept_pairs=kept_pairs)
         predicate = neighborhood_predicate(grid, window, stride, dilation)
-        return AttentionPlan.from_kept(order, kept, partial=partial, predicate=predicate)
+        return AttentionPlan.from_kept(order, kept, partial=partial, predicate=predicate, kept_pairs=kept_pairs)
 
 
 def _equal_shares(shape: Axes, least: list[int], most: list[int], density: float) -> list[float]:

@@ -31,7 +31,9 @@ def plan_of(method, grid):
 )
 def test_the_plan_is_the_mask_of_the_definition(method, grid):
     plan = plan_of(method, grid)
-    assert torch.equal(plan.token_mask()[0, 0], mask_by_loops(grid, method.window, method.stride, method.dilation))
+    want = mask_by_loops(grid, method.window, method.stride, method.dilation)
+    assert torch.equal(plan.token_mask()[0, 0], want)
+    assert plan.density.item() == want.double().mean().item()
 
 
 def test_a_plan_without_partial_blocks_needs_no_predicate():
