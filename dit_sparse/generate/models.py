@@ -1,0 +1,159 @@
+"""Which model, device and precision a request means, and what the model takes where the request leaves it open."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dit_sparse.demo import demo_defaults, demo_model_path
+from dit_sparse.generate.request import Request
+
+__all__ = [
+    "DEMO",
+    "DTYPES",
+    "call_parameters",
+    "known_defaults",
+    "load_model",
+    "model_name",
+    "pipeline_defaults",
+    "resolve_device",
+    "resolve_dtype",
+]
+
+DEMO = "demo"
+DTYPES = ("float32", "float16", "bfloat16")
+_ARGUMENTS = {
+    "height": "height",
+    "width": "width",
+    "frames": "num_frames",
+    "steps": "num_inference_steps",
+    "guidance": "guidance_scale",
+}
+"""The request's names and the pipelines' own."""
+
+
+def model_name(model: str | None) -> str:
+    """The name of `model` in the manifest: "demo", an absolute folder, or a hub id."""
+    if model is None or model == DEMO:
+        return DEMO
+    path = Path(model)
+    if not path.exists():
+        return model
+    resolved = path.resolve()
+    return DEMO if resolved == _demo_folder() else str(resolved)
+
+
+def load_model(request: Request) -> Any:
+    """The diffusers pipeline that `request` means, on its device.
+
+    Raises:
+        ValueError, OSError: no such model, not a diffusers model, a family that is not supported, a corrupt file.
+    """
+    import torch
+
+    from dit_sparse.pipelines import load_pipeline
+
+    demo = request.model is None or model_name(request.model) == DEMO
+    folder = demo_model_path() if demo else str(request.model)
+    device = resolve_device(request.device)
+    dtype = getattr(torch, resolve_dtype(request.dtype, device))
+    pipe = load_pipeline(folder, dtype=dtype, device=device, offload=request.offload)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def resolve_device(name: str) -> str:
+    """The device called `name`; "auto" is the first GPU, or else the CPU.
+
+    Raises:
+        ValueError: no such device, or not here.
+    """
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: torch finds no GPU here; use --device cpu (`dit-sparse doctor` says more)")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}: this machine has {torch.cuda.device_count()} GPUs, numbered from 0")
+    return str(device)
+
+
+def resolve_dtype(name: str, device: str) -> str:
+    """The precision called `name`; "auto" is bfloat16 on a GPU and float32 on a CPU.
+
+    Raises:
+        ValueError: no such precision.
+    """
+    if name == "auto":
+        return "float32" if device.startswith("cpu") else "bfloat16"
+    if name not in DTYPES:
+        raise ValueError(f"--dtype must be auto, {', '.join(DTYPES)}, got {name!r}")
+    return name
+
+
+def known_defaults(request: Request) -> dict[str, Any] | None:
+    """Sizes, steps and guidance of `request`, where that can be said without loading its model."""
+    asked = {name: getattr(request, name) for name in _ARGUMENTS}
+    if model_name(request.model) == DEMO:
+        return _fill(asked, {name: demo_defaults[argument] for name, argument in _ARGUMENTS.items()})
+    return asked if all(value is not None for value in asked.values()) else None
+
+
+def pipeline_defaults(request: Request, pipe: Any) -> dict[str, Any]:
+    """Sizes, steps and guidance of `request`, with the defaults of the pipeline's own `__call__`.
+
+    Raises:
+        ValueError: `request` sets something that the pipeline does not take.
+    """
+    takes = call_parameters(pipe)
+    asked = {name: getattr(request, name) for name in _ARGUMENTS}
+    if request.negative_prompt is not None and "negative_prompt" not in takes:
+        raise ValueError(f"--negative-prompt: {type(pipe).__name__} takes none")
+    if "num_frames" not in takes and asked["frames"] not in (None, 1):
+        raise ValueError(f"--frames must be 1: {type(pipe).__name__} makes single images, got {asked['frames']}")
+    if "guidance_scale" not in takes and asked["guidance"] is not None:
+        raise ValueError(f"--guidance: {type(pipe).__name__} takes none")
+    return _fill(asked, {name: _default(pipe, takes, name) for name in _ARGUMENTS})
+
+
+def call_parameters(pipe: Any) -> Mapping[str, inspect.Parameter]:
+    """The parameters of the pipeline's `__call__`."""
+    return inspect.signature(type(pipe).__call__).parameters
+
+
+def _default(pipe: Any, takes: Mapping[str, inspect.Parameter], name: str) -> Any:
+    argument = _ARGUMENTS[name]
+    if argument not in takes:
+        return 1 if name == "frames" else None
+    default = takes[argument].default
+    return _default_size(pipe, name) if default is None and name in ("height", "width", "frames") else default
+
+
+def _default_size(pipe: Any, name: str) -> Any:
+    """What CogVideoX and FLUX fill in themselves, from their configs."""
+    config = pipe.transformer.config
+    if name == "frames":
+        return config.sample_frames
+    if hasattr(pipe, "default_sample_size"):
+        return pipe.default_sample_size * pipe.vae_scale_factor
+    return getattr(config, f"sample_{name}") * pipe.vae_scale_factor_spatial
+
+
+def _fill(asked: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    return {name: defaults[name] if value is None else value for name, value in asked.items()}
+
+
+def _demo_folder() -> Path | None:
+    try:
+        return demo_model_path().resolve()
+    except FileNotFoundError:
+        return None

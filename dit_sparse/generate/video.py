@@ -1,0 +1,158 @@
+"""Writes frames to a video file; what is not finished never bears the final name."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+__all__ = ["check_writer", "extension", "is_partial", "remove_partials", "to_uint8", "write_video"]
+
+_PREFIX = ".partial-"
+
+
+def extension(format: str) -> str:
+    """Ending of a file name in `format`; a folder of frames has none."""
+    return "" if format == "png" else f".{format}"
+
+
+def check_writer(format: str) -> None:
+    """Make sure that `format` can be written here.
+
+    Raises:
+        ValueError: mp4 without an ffmpeg.
+    """
+    if format != "mp4":
+        return
+    import imageio_ffmpeg  # type: ignore[import-untyped]
+
+    try:
+        imageio_ffmpeg.get_ffmpeg_exe()
+    except RuntimeError:
+        raise ValueError("--format mp4 needs ffmpeg: pip install imageio[ffmpeg], or use --format gif or png") from None
+
+
+def to_uint8(frames: np.ndarray) -> np.ndarray:
+    """Frames `[T, H, W, 3]` of floats in [0, 1] as uint8, rounded.
+
+    Raises:
+        ValueError: NaN or infinite values.
+    """
+    if not np.isfinite(frames).all():
+        raise ValueError("the model gave frames with NaN or infinite values (another --dtype may help)")
+    return (frames.clip(0, 1) * 255).round().astype(np.uint8)
+
+
+def write_video(
+    frames: np.ndarray, path: Path, *, format: str, fps: int, when_whole: Callable[[], None] | None = None
+) -> None:
+    """Write `frames` `[T, H, W, 3]` uint8 to `path`, under another name until it is whole.
+
+    Args:
+        path: the file, or the folder for "png"; what is there is replaced.
+        format: "mp4" (H.264, 4:2:0, which plays everywhere), "gif" or "png".
+        when_whole: called once everything is written, right before the file takes its name.
+
+    Raises:
+        ValueError: frames of another shape or dtype, or an unknown format.
+        OSError: the file cannot be written.
+    """
+    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not len(frames):
+        raise ValueError(f"frames must be uint8 [T, H, W, 3], got {frames.dtype} {list(frames.shape)}")
+    writers = {"mp4": _write_mp4, "gif": _write_gif, "png": _write_png}
+    if format not in writers:
+        raise ValueError(f"format must be one of {', '.join(writers)}, got {format!r}")
+    with _partial(path) as partial:
+        writers[format](frames, partial, fps)
+        if when_whole is not None:
+            when_whole()
+
+
+def is_partial(name: str) -> bool:
+    """Whether a file name is one of an unfinished video."""
+    return name.startswith(_PREFIX)
+
+
+def remove_partials(folder: Path) -> None:
+    """Remove what processes that no longer run left unfinished in `folder`."""
+    for path in folder.glob(f"{_PREFIX}*"):
+        pid = path.name[len(_PREFIX) :].partition("-")[0]
+        if not (pid.isdigit() and _alive(int(pid))):
+            _remove(path)
+
+
+@contextmanager
+def _partial(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place on success and vanishes on any failure."""
+    partial = path.with_name(f"{_PREFIX}{os.getpid()}-{path.name}")
+    _remove(partial)
+    try:
+        yield partial
+        if path.is_dir():
+            # A folder cannot be replaced in one move.
+            shutil.rmtree(path)
+        os.replace(partial, path)
+    finally:
+        _remove(partial)
+
+
+def _write_mp4(frames: np.ndarray, path: Path, fps: int) -> None:
+    import imageio.v2 as imageio
+
+    # 4:2:0 stores one colour for 2x2 pixels, so odd sizes get one more row or column.
+    height, width = frames.shape[1:3]
+    frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
+    writer: Any = imageio.get_writer(
+        path,
+        format="FFMPEG",
+        mode="I",
+        fps=fps,
+        codec="libx264",
+        pixelformat="yuv420p",
+        quality=None,
+        macro_block_size=1,
+        ffmpeg_log_level="error",
+        output_params=["-crf", "18", "-movflags", "+faststart"],
+    )
+    with writer:
+        for frame in frames:
+            writer.append_data(frame)
+    if not path.is_file() or not path.stat().st_size:
+        raise OSError(f"ffmpeg could not write {path.name}")
+
+
+def _write_gif(frames: np.ndarray, path: Path, fps: int) -> None:
+    from PIL import Image
+
+    images = [Image.fromarray(frame) for frame in frames]
+    images[0].save(path, format="GIF", save_all=True, append_images=images[1:], duration=1000 / fps, loop=0)
+
+
+def _write_png(frames: np.ndarray, path: Path, fps: int) -> None:
+    from PIL import Image
+
+    path.mkdir()
+    for number, frame in enumerate(frames):
+        Image.fromarray(frame).save(path / f"{number:04d}.png")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True

@@ -1,0 +1,171 @@
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dit_sparse.generate.config import build_schedule, read_config, split_arguments
+from dit_sparse.generate.request import MAX_SEED, Clip, Request, Settings, clips, slug
+
+SETTINGS = Settings(
+    model="demo",
+    config={"method": "adaspa", "version": 1, "density": 0.25},
+    height=96,
+    width=128,
+    frames=29,
+    steps=20,
+    guidance=3.5,
+    negative_prompt=None,
+    dtype="float32",
+    format="mp4",
+    fps=16,
+)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prompts": ()},
+        {"height": 0},
+        {"width": -8},
+        {"frames": 0},
+        {"steps": 0},
+        {"num_samples": 0},
+        {"fps": 0},
+        {"fps": 1000},
+        {"guidance": float("nan")},
+        {"guidance": float("inf")},
+        {"guidance": -1.0},
+        {"seed": -1},
+        {"seed": MAX_SEED, "num_samples": 2},
+        {"format": "avi"},
+    ],
+)
+def test_refuses_values_out_of_range(change):
+    with pytest.raises(ValueError, match="must"):
+        Request(**({"prompts": ("a",), "config": {}, "out": Path("x")} | change))
+
+
+def test_slug_is_readable():
+    assert slug("A big, RED ball!") == "a-big-red-ball"
+    assert slug("Straße über Köln") == "strasse-uber-koln"
+    assert slug("it's") == "its"
+    assert slug("青い空") == slug("../..") == "prompt"
+    assert slug("word " * 40) == "-".join(["word"] * 12)
+
+
+@given(st.text())
+def test_slug_is_always_a_safe_name(text):
+    assert re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", slug(text))
+    assert len(slug(text)) <= 60
+
+
+@given(st.lists(st.sampled_from(["a", "b", "A!", "青"]), min_size=1, max_size=6), st.integers(1, 3))
+def test_names_and_keys_never_collide(prompts, num_samples):
+    made = clips(prompts, 7, num_samples)
+    assert len(made) == len(prompts) * num_samples
+    assert len({clip.stem for clip in made}) == len(made)
+    assert len({SETTINGS.key(clip) for clip in made}) == len(made)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model": "other"},
+        {"config": {"method": "adaspa", "version": 1, "density": 0.3}},
+        {"height": 64},
+        {"steps": 4},
+        {"guidance": 1.0},
+        {"negative_prompt": "x"},
+        {"dtype": "bfloat16"},
+        {"format": "gif"},
+        {"fps": 8},
+    ],
+)
+def test_key_depends_on_every_setting(change):
+    clip = Clip(1, "a", 0)
+    assert replace(SETTINGS, **change).key(clip) != SETTINGS.key(clip)
+
+
+def test_key_does_not_depend_on_the_place_in_the_file():
+    assert SETTINGS.key(Clip(1, "a", 0)) == SETTINGS.key(Clip(5, "a", 0))
+
+
+def test_splits_arguments():
+    positional, options = split_arguments(["--window", "4x12x16", "p.txt", "--dense-layers=0,1", "--warmup", "-0.1"])
+    assert positional == ["p.txt"]
+    assert options == {"window": "4x12x16", "dense_layers": "0,1", "warmup": "-0.1"}
+    assert split_arguments(["-"]) == (["-"], {})
+
+
+@pytest.mark.parametrize("arguments", [["--window"], ["--window", "--warmup=1"], ["--a=1", "--a=2"], ["-x"], ["--"]])
+def test_refuses_broken_arguments(arguments):
+    with pytest.raises(ValueError, match="option"):
+        split_arguments(arguments)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not valid JSON.*line 1, column 2"),
+        ("[1]", "must hold an object"),
+        ('{"density": NaN}', "NaN is not a JSON number"),
+        ("[" * 100_000, "nested too deeply|not valid JSON"),
+    ],
+)
+def test_refuses_broken_config_files(tmp_path, text, message):
+    path = tmp_path / "config.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_config(path)
+
+
+def test_refuses_config_files_that_cannot_be_read(tmp_path):
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    for name in ("none.json", "binary", "."):
+        with pytest.raises(ValueError, match="config file"):
+            read_config(tmp_path / name)
+
+
+def test_options_override_the_config_file(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text('{"method": "adaspa", "density": 0.5, "warmup": 0.1}')
+    schedule = build_schedule(None, path, {"density": "0.3", "refresh": "0.5,0.75", "dense_layers": "0,1"})
+    assert schedule.method.density == 0.3
+    assert (schedule.warmup, schedule.refresh, schedule.dense_layers) == (0.1, (0.5, 0.75), (0, 1))
+
+
+def test_method_option_overrides_the_config_file(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text('{"method": "adaspa", "version": 1, "density": 0.5}')
+    assert build_schedule("paro", path, {}).to_config()["method"] == "paro"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"densty": "0.3"}, "no such option: --densty; did you mean --density"),
+        ({"hieght": "96"}, "did you mean --height"),
+        ({"density": "0"}, "density must be above 0"),
+        ({"density": "nan"}, "density"),
+        ({"density": "much"}, "density must be a number"),
+        ({"warmup": "2"}, "warmup must be from 0 to 1"),
+    ],
+)
+def test_refuses_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        build_schedule("adaspa", None, options, ["height"])
+
+
+def test_unknown_method_names_the_nearest():
+    with pytest.raises(ValueError, match="adaspa"):
+        build_schedule("adasp", None, {})
+
+
+def test_needs_no_torch():
+    code = "import sys, dit_sparse.generate.request; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

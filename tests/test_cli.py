@@ -1,0 +1,309 @@
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from dit_sparse import cli
+from tests.pipelines.tiny import make_tiny_wan
+
+SMALL = ["--height", "64", "--width", "64", "--frames", "9", "--steps", "2", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(make_tiny_wan(tmp_path_factory.mktemp("model") / "tiny"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """The tiny model's operations are so small that threads which wait for each other cost more than they bring."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+def _main(*arguments) -> int:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([str(argument) for argument in arguments])
+    return stopped.value.code
+
+
+def _tree(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*"))
+
+
+def _prompts(*prompts: str) -> str:
+    Path("prompts.txt").write_text("\n".join(prompts), encoding="utf-8")
+    return "prompts.txt"
+
+
+def test_generates_reports_and_resumes(model, capsys):
+    command = ["generate", _prompts("# two", "a red ball", "a blue square"), "--model", model, *SMALL]
+    command += ["--density", "0.3", "--block=8", "--warmup", "0.5", "--num-samples", "2", "--out", "out"]
+    assert _main(*command) == 0
+    output = capsys.readouterr().out
+    assert "4 made, of 4, in out" in output
+    assert "warm-up" in output
+    lines = [json.loads(line) for line in Path("out/manifest.jsonl").read_text().splitlines()]
+    assert [line["file"] for line in lines] == [
+        *("0001-a-red-ball-seed0.mp4", "0001-a-red-ball-seed1.mp4"),
+        *("0002-a-blue-square-seed0.mp4", "0002-a-blue-square-seed1.mp4"),
+    ]
+    assert all(Path("out", line["file"]).stat().st_size for line in lines)
+    assert lines[0]["config"]["warmup"] == 0.5
+    assert lines[0]["config"]["block"] == 8
+
+    before = {path: path.stat().st_mtime_ns for path in _tree(Path("out"))}
+    assert _main(*command) == 0
+    assert "4 of 4 already done" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in _tree(Path("out"))} == before
+
+
+def test_compare_dense_with_a_config_file_and_standard_input(model, capsys, monkeypatch):
+    Path("config.json").write_text('{"method": "adaspa", "density": 0.5, "block": 8, "warmup": 0}')
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a ball\n")))
+    command = ["generate", "-", "--model", model, *SMALL, "--config", "config.json", "--density", "0.2"]
+    assert _main(*command, "--compare-dense", "--format", "gif") == 0
+    output = capsys.readouterr().out
+    assert "speed-" in output
+    assert "PSNR" in output
+    (line,) = [json.loads(line) for line in Path("videos/manifest.jsonl").read_text().splitlines()]
+    assert line["config"]["density"] == 0.2
+    assert line.keys() >= {"dense_seconds", "speedup", "psnr", "ssim"}
+
+
+def test_a_failing_prompt_gives_exit_code_1(model, capsys, monkeypatch):
+    from diffusers import WanPipeline
+
+    def failing(*_, **__):
+        raise RuntimeError("no [luck]")
+
+    monkeypatch.setattr(WanPipeline, "encode_prompt", failing)
+    assert _main("generate", "--prompt", "a", "--model", model, *SMALL) == 1
+    captured = capsys.readouterr()
+    assert "failed: 0001-a-seed0: RuntimeError: no [luck]" in captured.err
+    assert "0 made, 1 failed" in captured.out
+
+
+def _damaged(model: str, path: str, data: bytes) -> str:
+    """A copy of the model with one file damaged."""
+    import shutil
+
+    copy = Path("damaged")
+    shutil.copytree(model, copy)
+    (copy / path).write_bytes(data)
+    return str(copy)
+
+
+BAD_OPTIONS = [
+    (["--method", "adasp"], "adaspa"),
+    (["--density", "0"], "density must be above 0"),
+    (["--density", "-0.5"], "density must be above 0"),
+    (["--density", "1.5"], "at most 1"),
+    (["--density", "nan"], "density"),
+    (["--method", "neighborhood", "--window", "99x99x99"], "window"),
+    (["--method", "neighborhood", "--window", "4x4"], "window"),
+    (["--windw", "4x4x4"], "no such option: --windw"),
+    (["--hieght", "64"], "did you mean --height"),
+    (["--warmup", "7"], "warmup"),
+    (["--block"], "no value"),
+    (["--height", "63"], "height"),
+    (["--width", "0"], "--width must be at least 1"),
+    (["--frames", "8"], "frames"),
+    (["--steps", "0"], "--steps must be at least 1"),
+    (["--steps", "many"], "--steps"),
+    (["--num-samples", "0"], "--num-samples must be at least 1"),
+    (["--seed", "-1"], "--seed must be"),
+    (["--guidance", "inf"], "--guidance must be"),
+    (["--guidance", "nan"], "--guidance must be"),
+    (["--fps", "0"], "--fps must be"),
+    (["--format", "avi"], "--format must be one of mp4, gif, png"),
+    (["--dtype", "int8"], "--dtype must be"),
+    (["--device", "abacus"], "--device must be"),
+    (["--device", "meta"], "--device must be"),
+    (["--offload", "moon"], "offload"),
+    (["--out", "file.txt"], "--out 'file.txt' cannot be written"),
+    (["--out", "file.txt/videos"], "cannot be written"),
+    (["--out", "/proc/videos"], "cannot be written"),
+    (["--config", "none.json"], "no such config file"),
+    (["--config", "broken.json"], "not valid JSON"),
+    (["--config", "unknown.json"], "density"),
+    (["--config", "zero.json"], "density must be above 0"),
+    (["--model", "none/at/all"], "model"),
+    (["--model", "empty"], "model_index.json"),
+    (["--model", "family"], "StableDiffusionPipeline|not supported|supported"),
+    (["--prompt", "x"], "not both"),
+    (["other.txt"], "one prompt file"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), BAD_OPTIONS, ids=lambda value: " ".join(value)[:40])
+def test_bad_options_give_one_line_and_write_nothing(model, tmp_path, capsys, options, message):
+    Path("file.txt").touch()
+    Path("broken.json").write_text('{"density": 0.2')
+    Path("unknown.json").write_text('{"method": "adaspa", "densty": 0.2}')
+    Path("zero.json").write_text('{"method": "adaspa", "density": 0}')
+    Path("empty").mkdir()
+    Path("family").mkdir()
+    Path("family/model_index.json").write_text('{"_class_name": "StableDiffusionPipeline", "_diffusers_version": "0"}')
+    command = ["generate", _prompts("a red ball"), "--model", model, *SMALL, *options]
+    _assert_refused(tmp_path, capsys, command, message)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+def test_cuda_without_a_gpu_says_so(model, tmp_path, capsys):
+    command = ["generate", "--prompt", "a", "--model", model, *SMALL, "--device", "cuda"]
+    _assert_refused(tmp_path, capsys, command, "finds no GPU")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (None, "no such prompt file"),
+        (b"", "no prompt"),
+        (b"# nothing\n\n", "no prompt"),
+        (b"\x89PNG\r\n\x1a\n\x00\x00", "line 1"),
+        ("ein Bär".encode("latin-1"), "line 1: byte 0xe4 is not UTF-8"),
+    ],
+)
+def test_bad_prompt_files(model, tmp_path, capsys, data, message):
+    if data is not None:
+        Path("prompts.txt").write_bytes(data)
+    _assert_refused(tmp_path, capsys, ["generate", "prompts.txt", "--model", model, *SMALL], message)
+
+
+@pytest.mark.parametrize(
+    ("path", "data"),
+    [
+        ("transformer/diffusion_pytorch_model.safetensors", b"garbage"),
+        ("transformer/config.json", b"{"),
+        ("model_index.json", b"{"),
+        ("vae/config.json", b"\xff\xff"),
+        ("text_encoder/model.safetensors", b""),
+    ],
+)
+def test_damaged_models(model, tmp_path, capsys, path, data):
+    command = ["generate", "--prompt", "a", "--model", _damaged(model, path, data), *SMALL]
+    _assert_refused(tmp_path, capsys, command, "damaged")
+
+
+def _assert_refused(folder, capsys, command, message):
+    before = _tree(folder)
+    assert _main(*command) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = captured.err.splitlines()
+    assert line.startswith("error: ")
+    assert any(part in line for part in message.split("|"))
+    assert _tree(folder) == before
+
+
+def test_interruption_while_loading(model, capsys, monkeypatch):
+    from dit_sparse.generate import models
+
+    def interrupt(request):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(models, "load_model", interrupt)
+    assert _main("generate", "--prompt", "a", "--model", model, *SMALL) == 130
+    assert capsys.readouterr().err.splitlines()[-1].startswith("interrupted")
+    assert not list(Path().iterdir())
+
+
+def _start(command: list[str]) -> subprocess.Popen:
+    def default_interrupt():
+        # A test run in the background may ignore SIGINT, and children inherit that.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    return subprocess.Popen(
+        [sys.executable, "-m", "dit_sparse", *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=default_interrupt,
+    )
+
+
+def _finished() -> list[Path]:
+    # pathlib's `*` takes in hidden files too.
+    return sorted(path for path in Path("out").glob("*.mp4") if not path.name.startswith("."))
+
+
+def _wait_for_a_video(process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 60
+    while not _finished() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    assert process.poll() is None
+
+
+@pytest.mark.parametrize(("kill", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
+def test_goes_on_where_it_was_stopped(model, capsys, kill, code):
+    prompts = _prompts(*(f"a red ball {n}" for n in range(4)))
+    command = ["generate", prompts, "--model", model, *SMALL, "--out", "out", "--steps", "40", "--block", "8"]
+    process = _start(command)
+    _wait_for_a_video(process)
+    process.send_signal(kill)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code
+    if kill == signal.SIGINT:
+        assert "interrupted" in errors
+        assert "Traceback" not in errors
+        assert not list(Path("out").glob(".*"))
+    else:
+        # What a kill in the middle of the encoding leaves, which is too short to be hit for sure.
+        Path("out", f".partial-{process.pid}-0002-a-red-ball-1-seed0.mp4").write_bytes(b"half")
+    finished = {path: path.stat().st_mtime_ns for path in _finished()}
+    assert 0 < len(finished) < 4
+
+    assert _main(*command) == 0
+    assert f"{4 - len(finished)} made, {len(finished)} already done, of 4" in capsys.readouterr().out
+    assert len(_finished()) == 4
+    assert not list(Path("out").glob(".*"))
+    assert all(path.stat().st_mtime_ns == made for path, made in finished.items())
+    assert len(Path("out/manifest.jsonl").read_text().splitlines()) == 4
+
+
+def test_lists_methods(capsys):
+    assert _main("methods", "--json") == 0
+    listing = {entry["name"]: entry for entry in json.loads(capsys.readouterr().out)}
+    assert set(listing) >= {"dense", "neighborhood", "adaspa", "paro"}
+    assert "density" in [parameter["name"] for parameter in listing["adaspa"]["parameters"]]
+    assert _main("methods") == 0
+    assert "--density" in capsys.readouterr().out
+
+
+def test_doctor(capsys):
+    assert _main("doctor", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["ready"]
+    assert _main("doctor") == 0
+    assert "generate can run" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [["generat"], ["--verson"], ["methods", "x"]])
+def test_bad_commands(capsys, command):
+    assert _main(*command) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+@pytest.mark.parametrize("option", ["--version", "--help"])
+def test_starts_without_torch(option):
+    code = f"import sys; sys.argv = ['x', {option!r}]\nfrom dit_sparse.cli import main\ntry: main()\nfinally:"
+    code += " assert 'torch' not in sys.modules"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
+    assert result.returncode == 0, result.stderr
+    assert "dit-sparse" in result.stdout
