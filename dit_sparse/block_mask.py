@@ -30,7 +30,7 @@ class BlockMask:
         q_offsets, k_offsets: `[B|1, H|1, M+1]` int32 bounds of the blocks, in the orders' positions.
         partial_counts, partial_indices: the same for blocks that `predicate` refines; `None` without any.
         predicate: `(batch, head, q_token, k_token) -> bool`, on broadcastable int64 tensors of token numbers in
-            the sequence's own order.
+            the sequence's own order. One that ignores batch and head may say so by an attribute `uniform` that is true.
         is_full: every block is known to be kept whole, so dense attention computes the same.
         kept_pairs: `[B|1, H|1]` float64 number of query-key pairs kept, where the maker of the mask knows it; counting
             the pairs of partial blocks is slow.

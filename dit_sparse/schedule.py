@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from dit_sparse.methods import find_method, nearest, read_parameter
-from dit_sparse.types import Method, Previous, Site
+from dit_sparse.types import Method, Previous, Site, TokenGrid
 
 Action = Literal["dense", "reuse", "plan"]
 
@@ -60,6 +60,21 @@ class Schedule:
     def of(cls, method: Method | Schedule) -> Schedule:
         """`method` itself if it is a schedule already, else the default schedule around it."""
         return method if isinstance(method, Schedule) else cls(method)
+
+    def check(self, grid: TokenGrid, num_layers: int) -> None:
+        """Whether method and schedule fit a model; called before a run, so that nothing fails in its middle.
+
+        Raises:
+            ValueError: a parameter that does not fit `grid`, or a dense layer that the model does not have.
+        """
+        self.method.check(grid)
+        self.check_layers(num_layers)
+
+    def check_layers(self, num_layers: int) -> None:
+        """Raise ValueError for a dense layer that a model of `num_layers` does not have."""
+        for layer in self.dense_layers:
+            if not -num_layers <= layer < num_layers:
+                raise ValueError(f"dense_layers must be from {-num_layers} to {num_layers - 1}, got {layer}")
 
     def warmup_steps(self, num_steps: int) -> int:
         """Dense steps at the start of a run of `num_steps`."""

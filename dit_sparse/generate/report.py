@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import statistics
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -92,6 +93,8 @@ def result_table(lines: Sequence[dict[str, Any]]) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     for line in lines:
         table.add_row(*_cells(line), *(_comparison_cells(line) if compared else ()))
+    if compared and len(lines) > 1:
+        table.add_row(*_median_cells(lines), style="bold")
     return table
 
 
@@ -161,6 +164,24 @@ def _comparison_cells(line: dict[str, Any]) -> list[str]:
         return [""] * 4
     psnr = "same" if line["identical"] else _number(line["psnr"], ".2f")
     return [f"{line['dense_seconds']:.2f}", f"{line['speedup']:.2f}x", psnr, _number(line["ssim"], ".4f")]
+
+
+def _median_cells(lines: Sequence[dict[str, Any]]) -> list[str]:
+    def median(name: str, format: str) -> str:
+        values = [line[name] for line in lines if line.get(name) is not None]
+        return f"{statistics.median(values):{format}}" if values else "-"
+
+    return [
+        "median",
+        median("seconds", ".2f"),
+        median("attention_density", ".3f"),
+        "",
+        "",
+        median("dense_seconds", ".2f"),
+        f"{median('speedup', '.2f')}x",
+        median("psnr", ".2f"),
+        median("ssim", ".4f"),
+    ]
 
 
 def _number(value: float | None, format: str) -> str:

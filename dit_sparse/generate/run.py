@@ -81,6 +81,7 @@ def prepare(request: Request) -> Job:
     Raises:
         ValueError, OSError: one line that says what is wrong and what is allowed.
     """
+    from dit_sparse.pipelines import check
     from dit_sparse.schedule import Schedule
 
     schedule = Schedule.from_config(dict(request.config))
@@ -97,7 +98,7 @@ def prepare(request: Request) -> Job:
     if todo:
         pipe = pipe or models.load_model(request)
         models.pipeline_defaults(request, pipe)
-        _check_sizes(pipe, settings, schedule)
+        check(pipe, schedule, settings.height, settings.width, settings.frames)
     return Job(request, settings, schedule, pipe, manifest, tuple(todo), tuple(done))
 
 
@@ -178,12 +179,6 @@ def _divide(request: Request, settings: Settings, manifest: Manifest) -> tuple[l
         else:
             done.append(line)
     return todo, done
-
-
-def _check_sizes(pipe: Any, settings: Settings, schedule: Schedule) -> None:
-    from dit_sparse.pipelines import token_grid
-
-    schedule.method.check(token_grid(pipe, settings.height, settings.width, settings.frames))
 
 
 def _make(job: Job, clip: Clip, listener: Listener) -> tuple[np.ndarray, dict[str, Any]]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -43,6 +44,8 @@ class NeighborhoodPredicate:
     window: Axes
     stride: Axes
     dilation: Axes
+
+    uniform: ClassVar[bool] = True
 
     def __call__(self, batch: Tensor, head: Tensor, q_token: Tensor, k_token: Tensor) -> Tensor:
         """Bool, of the shape that `q_token` and `k_token` (int64 token numbers, on any device) broadcast to."""

@@ -31,6 +31,10 @@ class FamilyAdapter(ABC):
         """
 
     @abstractmethod
+    def num_layers(self, transformer: Any) -> int:
+        """How many transformer blocks take sparse attention."""
+
+    @abstractmethod
     def grid_of_latents(self, transformer: Any, hidden_states: torch.Tensor) -> TokenGrid:
         """The layout of the sequence made of `hidden_states`, the transformer's first argument."""
 

@@ -42,11 +42,14 @@ def sparsify(pipe: Pipeline, method: Method | Schedule, *, backend: str = "auto"
         `pipe`.
 
     Raises:
-        ValueError: an unsupported family, a foreign attention processor, or context parallelism.
+        ValueError: an unsupported family, a dense layer that the model does not have, a foreign attention processor, or
+            context parallelism.
     """
-    adapter = adapter_for(pipe)
+    adapter, schedule = adapter_for(pipe), Schedule.of(method)
+    for transformer in transformers_of(pipe).values():
+        schedule.check_layers(adapter.num_layers(transformer))
     unsparsify(pipe)
-    session = Session(Schedule.of(method), backend)
+    session = Session(schedule, backend)
     for model, transformer in transformers_of(pipe).items():
         originals = adapter.install(transformer, model, session)
         add_site_hook(transformer, session, adapter, model)
@@ -94,6 +97,17 @@ def token_grid(pipe: Any, height: int, width: int, frames: int) -> TokenGrid:
         ValueError: an unsupported family, or a size that its VAE or patches cannot take.
     """
     return adapter_for(pipe).token_grid(pipe, height, width, frames)
+
+
+def check(pipe: Any, method: Method | Schedule, height: int, width: int, frames: int) -> None:
+    """Whether `pipe` can make a video of this size with `method`; for programs that want to know before they start.
+
+    Raises:
+        ValueError: a size that the model cannot take, or a parameter that does not fit it.
+    """
+    adapter, grid = adapter_for(pipe), token_grid(pipe, height, width, frames)
+    for transformer in transformers_of(pipe).values():
+        Schedule.of(method).check(grid, adapter.num_layers(transformer))
 
 
 def save_plan(pipe: Any, path: str | os.PathLike[str], notes: Mapping[str, Any] | None = None) -> None:

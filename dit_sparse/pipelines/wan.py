@@ -103,8 +103,11 @@ class WanAdapter(FamilyAdapter):
             originals[path] = processor
         for layer, block in enumerate(transformer.blocks):
             original = originals[f"{model}.blocks.{layer}.attn1"]
-            block.attn1.processor = SparseWanAttnProcessor(session, layer, len(transformer.blocks), original)
+            block.attn1.processor = SparseWanAttnProcessor(session, layer, self.num_layers(transformer), original)
         return originals
+
+    def num_layers(self, transformer: Any) -> int:
+        return len(transformer.blocks)
 
     def grid_of_latents(self, transformer: Any, hidden_states: torch.Tensor) -> TokenGrid:
         """`hidden_states` is `[B, C, F, H, W]`."""

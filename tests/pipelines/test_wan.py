@@ -11,7 +11,7 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor
 
 from dit_sparse import AdaSpa, Dense, Neighborhood, Paro, Schedule, TokenGrid, sparsify, statistics, unsparsify
-from dit_sparse.pipelines import session_of, token_grid
+from dit_sparse.pipelines import check, session_of, token_grid
 from dit_sparse.pipelines.session import Session
 from dit_sparse.pipelines.wan import SparseWanAttnProcessor
 
@@ -227,6 +227,14 @@ def test_context_parallelism_and_foreign_processors_are_refused(pipe) -> None:
 def test_sizes_that_do_not_fit(pipe, height: int, width: int, frames: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         token_grid(pipe, height, width, frames)
+
+
+def test_a_dense_layer_that_is_not_there_is_refused(pipe, render) -> None:
+    with pytest.raises(ValueError, match="dense_layers must be from -2 to 1, got 2"):
+        sparsify(pipe, Schedule(AdaSpa(), dense_layers=(0, 2)))
+    assert session_of(pipe) is None
+    with pytest.raises(ValueError, match="window"):
+        check(pipe, Neighborhood(window=9), 32, 48, 9)
 
 
 def test_token_grid_is_what_the_run_sees(pipe, render) -> None:

@@ -1,0 +1,30 @@
+"""Attention kernels: backends that compute an `AttentionPlan`, dense attention, and block scores."""
+
+from dit_sparse.kernels.backend import (
+    BACKENDS,
+    Backend,
+    BackendUnavailableError,
+    get_backend,
+    register,
+    select,
+)
+from dit_sparse.kernels.block_mass import block_mass, pooled_blocks
+from dit_sparse.kernels.dense import SdpaBackend, XformersBackend, dense_attention
+from dit_sparse.kernels.flex import FlexBackend
+from dit_sparse.kernels.gather import GatherBackend
+from dit_sparse.kernels.reference import ReferenceBackend
+
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "BackendUnavailableError",
+    "block_mass",
+    "dense_attention",
+    "get_backend",
+    "pooled_blocks",
+    "register",
+    "select",
+]
+
+for _backend in (ReferenceBackend(), SdpaBackend(), GatherBackend(), FlexBackend(), XformersBackend()):
+    register(_backend)

@@ -1,0 +1,111 @@
+"""What a kernel backend is, and how one is chosen.
+
+Every backend computes the same function of `(q, k, v, plan)`; they differ in speed and in what they accept. An
+explicitly requested backend either runs or raises: nothing here falls back to another one.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from dit_sparse.types import AttentionPlan
+
+__all__ = ["BACKENDS", "Backend", "BackendUnavailableError", "get_backend", "register", "select"]
+
+
+class BackendUnavailableError(RuntimeError):
+    """A backend was asked for by name that this machine or this installation cannot run."""
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """One way to compute attention under a plan.
+
+    Attributes:
+        name: what users ask for it by.
+    """
+
+    name: str
+
+    def unavailable(self, device: torch.device) -> str | None:
+        """What is missing to run on `device`, and how to get it; `None` when nothing is."""
+        ...
+
+    def refuses(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> str | None:
+        """Why this call cannot be computed; `None` when it can. Arguments as in `forward`."""
+        ...
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, *, scale: float, return_lse: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention under `plan`.
+
+        Args:
+            q: `[B, H, Nq, D]` in the plan's query order.
+            k, v: `[B, H, Nk, D]` in the plan's key order.
+            plan: the blocks kept.
+            scale: factor of the scores.
+            return_lse: whether the row sums are wanted.
+
+        Returns:
+            Output `[B, H, Nq, D]` in the query order and the dtype of `q`, and the natural-log row sums `[B, H, Nq]`
+            in float32 (float64 for float64 inputs), or `None`. A row that keeps nothing gives zeros and -inf.
+        """
+        ...
+
+
+BACKENDS: dict[str, Backend] = {}
+
+
+def register(backend: Backend) -> None:
+    """Make `backend` selectable by its name.
+
+    Raises:
+        ValueError: the name is "auto" or taken.
+    """
+    if backend.name == "auto" or backend.name in BACKENDS:
+        raise ValueError(f"backend name must be new and not 'auto', got {backend.name!r}")
+    BACKENDS[backend.name] = backend
+
+
+def get_backend(name: str) -> Backend:
+    """The backend called `name`.
+
+    Raises:
+        ValueError: there is none; the message names the nearest.
+    """
+    if name in BACKENDS:
+        return BACKENDS[name]
+    near = difflib.get_close_matches(name, ("auto", *BACKENDS), n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"backend must be 'auto' or one of {', '.join(BACKENDS)}, got {name!r}{hint}")
+
+
+def select(name: str, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Backend:
+    """The backend for a call: `name`, or for "auto" the default of the device and the plan.
+
+    "auto" is "sdpa" for a plan known to keep everything, else "gather" on CPU and "flex" on CUDA. Arguments as in
+    `Backend.forward`.
+
+    Raises:
+        ValueError: unknown name, or a call that the backend cannot compute.
+        BackendUnavailableError: the backend cannot run on this machine.
+    """
+    backend = get_backend(_default_name(q.device, plan) if name == "auto" else name)
+    missing = backend.unavailable(q.device)
+    if missing is not None:
+        raise BackendUnavailableError(f"backend {backend.name!r} is not available on {q.device}: {missing}")
+    reason = backend.refuses(q, k, v, plan)
+    if reason is not None:
+        raise ValueError(f"backend {backend.name!r} cannot compute this call: {reason}")
+    return backend
+
+
+def _default_name(device: torch.device, plan: AttentionPlan) -> str:
+    if plan.block_mask.is_full:
+        return "sdpa"
+    return "flex" if device.type == "cuda" else "gather"

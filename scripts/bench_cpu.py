@@ -1,0 +1,205 @@
+"""Time the CPU kernels against torch's dense SDPA: ratio to dense, and to density x dense ("ideal").
+
+    python scripts/bench_cpu.py                  # the table, about three minutes on two cores
+    python scripts/bench_cpu.py --quick          # the demo model's shape only
+    python scripts/bench_cpu.py --flex --out cpu.json
+
+Masks are random a head and keep equally many blocks a row. Each result is compared with the reference backend before it
+is timed. Dense and sparse calls take turns, and the medians are reported, so that a busy machine slows both alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from dit_sparse.kernels import block_mass, dense_attention, get_backend
+from dit_sparse.kernels.reference import mask_rows
+from dit_sparse.types import AttentionPlan, TokenOrder
+
+DENSITIES = (1.0, 0.5, 0.25, 0.125)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One shape; blocks are square."""
+
+    tokens: int
+    dim: int
+    heads: int
+    dtype: str
+    block: int
+
+
+DEMO = Case(6144, 64, 3, "float32", 64)
+CASES = (
+    DEMO,
+    Case(6144, 64, 3, "float32", 128),
+    Case(8192, 128, 1, "float32", 64),
+    Case(8192, 128, 1, "float32", 128),
+    Case(6144, 64, 3, "bfloat16", 64),
+    Case(6144, 64, 3, "float16", 64),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement; times in milliseconds, medians. `ideal_ratio` is over density x dense, empty for block_mass."""
+
+    case: Case
+    kernel: str
+    density: float
+    time_ms: float
+    dense_ms: float
+    dense_ratio: float
+    ideal_ratio: float | None
+
+
+def even_order(tokens: int, block: int) -> TokenOrder:
+    offsets = torch.tensor([*range(0, tokens, block), tokens])
+    return TokenOrder.from_index(torch.arange(tokens), offsets, is_identity=True)
+
+
+def random_plan(case: Case, density: float) -> AttentionPlan:
+    """Plan with random blocks a head, equally many in every row."""
+    order = even_order(case.tokens, case.block)
+    blocks = order.num_blocks
+    scores = torch.rand(1, case.heads, blocks, blocks)
+    top = scores.topk(max(1, round(density * blocks)), -1).indices
+    return AttentionPlan.from_kept(order, torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, top, True))
+
+
+def interleaved_medians(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median seconds of each call; the calls take turns."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def check(name: str, plan: AttentionPlan, inputs: tuple[Tensor, Tensor, Tensor], scale: float) -> None:
+    """Compare backend `name` with the reference in float64; also its warm-up.
+
+    Raises:
+        RuntimeError: its error is more than twice that of torch's masked SDPA, plus two units in the last place.
+    """
+    q, k, v = inputs
+    out = get_backend(name).forward(*inputs, plan, scale=scale, return_lse=False)[0]
+    want = get_backend("reference").forward(q.double(), k.double(), v.double(), plan, scale=scale, return_lse=False)[0]
+    mask = mask_rows(plan, q.shape[0], q.shape[1], 0, q.shape[2])
+    plain = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    error = (out - want).abs().max()
+    if error > 2 * (plain - want).abs().max() + 2 * torch.finfo(q.dtype).eps * want.abs().max():
+        raise RuntimeError(f"{name} differs from the reference by {float(error):.2e}")
+
+
+def measure(case: Case, backends: list[str], rounds: int) -> list[Row]:
+    """All rows of one case, every kernel and density in turn with dense SDPA."""
+    torch.manual_seed(0)
+    dtype = getattr(torch, case.dtype)
+    q, k, v = (torch.randn(1, case.heads, case.tokens, case.dim).to(dtype) for _ in range(3))
+    scale = case.dim**-0.5
+    offsets = even_order(case.tokens, case.block).offsets
+    lse = dense_attention(q, k, v, return_lse=True)[1]
+    calls: dict[str, Callable[[], object]] = {
+        "dense": lambda: dense_attention(q, k, v),
+        "block_mass": lambda: block_mass(q, k, lse, offsets, offsets, scale=scale),
+    }
+    densities = {}
+    for density in DENSITIES:
+        plan = random_plan(case, density)
+        for name in backends:
+            check(name, plan, (q, k, v), scale)
+            label = f"{name} {density}"
+            densities[label] = float(plan.density.mean())
+            forward = get_backend(name).forward
+            calls[label] = partial(forward, q, k, v, plan, scale=scale, return_lse=False)
+    medians = interleaved_medians(calls, rounds)
+    dense = medians.pop("dense")
+    rows = []
+    for label, seconds in medians.items():
+        ideal = seconds / dense / densities[label] if label in densities else None
+        name, density = label.split()[0], densities.get(label, 1.0)
+        rows.append(Row(case, name, density, seconds * 1e3, dense * 1e3, seconds / dense, ideal))
+    return rows
+
+
+def table(rows: list[Row]) -> Table:
+    out = Table(title="time / dense SDPA, and / (density x dense SDPA)")
+    for column in (
+        "tokens",
+        "dim",
+        "heads",
+        "dtype",
+        "block",
+        "kernel",
+        "density",
+        "ms",
+        "dense ms",
+        "x dense",
+        "x ideal",
+    ):
+        out.add_column(column, justify="right")
+    for row in rows:
+        ideal = "" if row.ideal_ratio is None else f"{row.ideal_ratio:.2f}"
+        numbers = (f"{row.density:.3f}", f"{row.time_ms:.1f}", f"{row.dense_ms:.1f}", f"{row.dense_ratio:.3f}", ideal)
+        out.add_row(*(str(value) for value in asdict(row.case).values()), row.kernel, *numbers)
+    return out
+
+
+def environment() -> dict[str, object]:
+    """Where the numbers come from."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    return {
+        "device": "cpu",
+        "cpu": cpu_model(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "commit": commit or None,
+    }
+
+
+def cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="the demo model's shape only")
+    parser.add_argument("--flex", action="store_true", help="time compiled FlexAttention too; compiles once a shape")
+    parser.add_argument("--rounds", type=int, default=9, help="timed calls of each kernel")
+    parser.add_argument("--out", type=Path, help="write the rows and the environment to this JSON file")
+    options = parser.parse_args()
+    torch.set_grad_enabled(False)
+    backends = ["gather", "flex"] if options.flex else ["gather"]
+    rows = [row for case in (CASES[:1] if options.quick else CASES) for row in measure(case, backends, options.rounds)]
+    Console(width=120).print(table(rows))
+    if options.out is not None:
+        report = {"environment": environment(), "rounds": options.rounds, "rows": [asdict(row) for row in rows]}
+        options.out.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

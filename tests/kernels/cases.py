@@ -1,0 +1,91 @@
+"""Plans, inputs and the float64 oracle that the kernel tests share."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dit_sparse.types import AttentionPlan, BlockMask, TokenOrder
+
+EVEN = [0, 16, 32, 48, 64, 80, 96]
+RAGGED = [0, 16, 32, 48, 64, 80, 91]
+# Video blocks of 32 with a ragged last one, then 7 tokens of text in a block of their own.
+TEXT = [0, 32, 64, 90, 97]
+UNEVEN = [0, 1, 40, 40, 53, 120, 121]
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def random_order(bounds: list[list[int]], batch: int, heads: int, seed: int = 0) -> TokenOrder:
+    """A random order a head; `bounds` are the block bounds of each head, cycled."""
+    draw = generator(seed)
+    count = batch * heads
+    index = torch.stack([torch.randperm(bounds[0][-1], generator=draw) for _ in range(count)])
+    offsets = torch.tensor([bounds[i % len(bounds)] for i in range(count)], dtype=torch.int32)
+    return TokenOrder.from_index(index.view(batch, heads, -1), offsets.view(batch, heads, -1))
+
+
+def random_plan(
+    bounds: list[int], *, batch: int = 1, heads: int = 1, density: float = 0.4, seed: int = 0
+) -> AttentionPlan:
+    order = random_order([bounds], batch, heads, seed)
+    kept = torch.rand(batch, heads, order.num_blocks, order.num_blocks, generator=generator(seed + 1)) < density
+    return AttentionPlan.from_kept(order, kept)
+
+
+def keeping(kept: Tensor, bounds: list[int], **mask_options: object) -> AttentionPlan:
+    """Plan in raster order that keeps the blocks `kept`."""
+    order = TokenOrder.from_index(torch.arange(bounds[-1]), torch.tensor(bounds), is_identity=True)
+    return AttentionPlan.from_kept(order, kept, **mask_options)
+
+
+def inputs(plan: AttentionPlan, batch: int, heads: int, dim: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """q, k, v `[B, H, N, D]` in the plan's orders."""
+    draw = generator(dim)
+    sizes = (plan.q_order.num_tokens, plan.kv_order.num_tokens, plan.kv_order.num_tokens)
+    return [torch.randn(batch, heads, n, dim, generator=draw).to(dtype) for n in sizes]
+
+
+def position_mask(plan: AttentionPlan) -> Tensor:
+    """The plan's mask over positions of its orders."""
+    return plan.block_mask.to_bool(plan.q_order.index, plan.kv_order.index)
+
+
+def oracle(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Float64 output and row sums under `mask`; zeros and -inf for empty rows."""
+    scores = (q.double() @ k.double().transpose(-1, -2) * scale).masked_fill(~mask, float("-inf"))
+    return scores.softmax(-1).nan_to_num(0.0) @ v.double(), scores.logsumexp(-1)
+
+
+def assert_as_good_as_torch(
+    got: tuple[Tensor, Tensor | None], q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float
+) -> None:
+    """Errors are at most twice those of torch in the inputs' dtype, plus two units in the last place."""
+    out, lse = got
+    want, want_lse = oracle(q, k, v, mask, scale)
+    plain = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).nan_to_num(0.0)
+    eps = torch.finfo(q.dtype).eps
+    assert out.dtype == q.dtype
+    assert out.isfinite().all()
+    allowed = 2 * (plain - want).abs().max() + 2 * eps * want.abs().max()
+    assert (out - want).abs().max() <= allowed
+    if lse is None:
+        return
+    empty = want_lse.isinf()
+    assert lse.dtype == (torch.float64 if q.dtype == torch.float64 else torch.float32)
+    assert torch.equal(lse.isneginf(), empty)
+    assert not out[empty].any()
+    scores = (q @ k.transpose(-1, -2) * scale).to(lse.dtype).masked_fill(~mask, float("-inf"))
+    error = (lse - want_lse)[~empty].abs()
+    plain_error = (scores.logsumexp(-1) - want_lse)[~empty].abs()
+    if error.numel():
+        peak = want_lse[~empty].abs().max()
+        assert error.max() <= 2 * plain_error.max() + 2 * torch.finfo(lse.dtype).eps * (1 + peak)
+
+
+def full_plan(tokens: int, block: int = 16) -> AttentionPlan:
+    order = TokenOrder.from_index(torch.arange(tokens), torch.tensor([*range(0, tokens, block), tokens]))
+    return AttentionPlan(order, order, BlockMask.full(order.offsets, order.offsets))

@@ -1,0 +1,177 @@
+"""The gather backend against float64 dense attention under the plan's own mask."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dit_sparse.kernels import gather, get_backend
+from dit_sparse.types import AttentionPlan, BlockMask
+from tests.kernels import cases
+
+GATHER = get_backend("gather")
+
+
+def run(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float = 0.3) -> tuple[Tensor, Tensor | None]:
+    return GATHER.forward(q, k, v, plan, scale=scale, return_lse=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dim", [16, 40, 64, 80, 96, 112, 128, 256])
+def test_every_dtype_and_head_dim(dtype: torch.dtype, dim: int) -> None:
+    plan = cases.random_plan(cases.RAGGED, heads=2)
+    q, k, v = cases.inputs(plan, 1, 2, dim, dtype)
+    cases.assert_as_good_as_torch(run(q, k, v, plan, dim**-0.5), q, k, v, cases.position_mask(plan), dim**-0.5)
+
+
+@pytest.mark.parametrize("bounds", [cases.EVEN, cases.RAGGED, cases.TEXT, cases.UNEVEN], ids=str)
+@pytest.mark.parametrize(("batch", "heads"), [(1, 1), (1, 3), (2, 1), (2, 3)])
+def test_masks_and_orders_per_batch_and_head(bounds: list[int], batch: int, heads: int) -> None:
+    plan = cases.random_plan(bounds, batch=batch, heads=heads)
+    q, k, v = cases.inputs(plan, 2, 3, 16)
+    cases.assert_as_good_as_torch(run(q, k, v, plan), q, k, v, cases.position_mask(plan), 0.3)
+
+
+def test_offsets_that_differ_between_heads() -> None:
+    order = cases.random_order([[0, 10, 50, 90], [0, 45, 45, 90]], 1, 2)
+    kept = torch.rand(1, 2, 3, 3, generator=cases.generator()) < 0.5
+    plan = AttentionPlan.from_kept(order, kept)
+    q, k, v = cases.inputs(plan, 2, 2, 16)
+    cases.assert_as_good_as_torch(run(q, k, v, plan), q, k, v, cases.position_mask(plan), 0.3)
+
+
+def test_different_query_and_key_lengths_and_blocks() -> None:
+    q_order = cases.random_order([cases.RAGGED], 1, 1)
+    kv_order = cases.random_order([cases.UNEVEN], 1, 1)
+    kept = torch.rand(1, 1, q_order.num_blocks, kv_order.num_blocks, generator=cases.generator()) < 0.5
+    plan = AttentionPlan(q_order, kv_order, BlockMask.from_bool(kept, q_order.offsets, kv_order.offsets))
+    q, k, v = cases.inputs(plan, 1, 2, 16)
+    cases.assert_as_good_as_torch(run(q, k, v, plan), q, k, v, cases.position_mask(plan), 0.3)
+
+
+def test_rows_that_keep_nothing() -> None:
+    kept = torch.zeros(1, 1, 6, 6, dtype=torch.bool)
+    kept[..., 1, 2] = kept[..., 4, 0] = True
+    plan = cases.keeping(kept, cases.RAGGED)
+    q, k, v = cases.inputs(plan, 1, 2, 16)
+    out, lse = run(q, k, v, plan)
+    cases.assert_as_good_as_torch((out, lse), q, k, v, cases.position_mask(plan), 0.3)
+    assert lse is not None
+    assert lse[:, :, :16].isneginf().all()
+
+
+def test_a_plan_that_keeps_nothing() -> None:
+    plan = cases.keeping(torch.zeros(1, 1, 6, 6, dtype=torch.bool), cases.RAGGED)
+    q, k, v = cases.inputs(plan, 1, 1, 16)
+    out, lse = run(q, k, v, plan)
+    assert lse is not None
+    assert not out.any()
+    assert lse.isneginf().all()
+
+
+def test_every_output_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    empty, new_empty = torch.empty, Tensor.new_empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **kw: empty(*a, **kw).fill_(float("nan")))
+    monkeypatch.setattr(Tensor, "new_empty", lambda *a, **kw: new_empty(*a, **kw).fill_(float("nan")))
+    for bounds in (cases.EVEN, cases.TEXT, cases.UNEVEN):
+        plan = cases.random_plan(bounds, heads=2, density=0.3)
+        q, k, v = cases.inputs(plan, 1, 2, 16)
+        out, lse = run(q, k, v, plan)
+        assert lse is not None
+        assert not out.isnan().any()
+        assert not lse.isnan().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_partial_blocks_see_tokens_in_the_sequences_own_order(dtype: torch.dtype) -> None:
+    order = cases.random_order([cases.RAGGED], 2, 2)
+    draw = cases.generator()
+    kept, partial = (torch.rand(2, 2, 6, 6, generator=draw) < share for share in (0.6, 0.5))
+
+    def predicate(batch: Tensor, head: Tensor, q_token: Tensor, k_token: Tensor) -> Tensor:
+        return (q_token - k_token + head * 7 + batch * 3) % 4 == 0
+
+    plan = AttentionPlan.from_kept(order, kept, partial=partial, predicate=predicate)
+    q, k, v = cases.inputs(plan, 2, 2, 16, dtype)
+    cases.assert_as_good_as_torch(run(q, k, v, plan), q, k, v, cases.position_mask(plan), 0.3)
+
+
+def test_a_predicate_that_empties_single_rows() -> None:
+    kept = torch.eye(6, dtype=torch.bool)[None, None]
+    plan = cases.keeping(kept, cases.RAGGED, partial=kept, predicate=lambda b, h, i, j: (i % 5 != 0) & (j <= i))
+    q, k, v = cases.inputs(plan, 1, 1, 16)
+    out, lse = run(q, k, v, plan)
+    cases.assert_as_good_as_torch((out, lse), q, k, v, cases.position_mask(plan), 0.3)
+    assert lse is not None
+    assert lse[..., ::5].isneginf().all()
+
+
+def test_strided_views_need_no_copy_by_the_caller() -> None:
+    plan = cases.random_plan(cases.TEXT, heads=2)
+    q, k, v = cases.inputs(plan, 2, 2, 16)
+    strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    assert torch.equal(run(*strided, plan)[0], run(q, k, v, plan)[0])
+
+
+def test_density_one_equals_sdpa() -> None:
+    plan = cases.keeping(torch.ones(1, 1, 6, 6, dtype=torch.bool), cases.RAGGED)
+    q, k, v = cases.inputs(plan, 2, 2, 32)
+    out, lse = run(q, k, v, plan)
+    assert torch.equal(out, F.scaled_dot_product_attention(q, k, v, scale=0.3))
+    cases.assert_as_good_as_torch((out, lse), q, k, v, cases.position_mask(plan), 0.3)
+
+
+@pytest.mark.parametrize("bounds", [[0, 64, 128, 192, 256], [0, 128, 256, 384, 500], [0, 200, 400, 590]], ids=str)
+def test_flash_and_matmul_agree(bounds: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = cases.inputs(cases.random_plan(bounds, heads=2), 1, 2, 40)
+    results = []
+    for found in (True, False):
+        monkeypatch.setattr(gather, "has_flash_cpu", lambda dtype, found=found: found)
+        plan = cases.random_plan(bounds, heads=2)
+        results.append(run(q, k, v, plan))
+        cases.assert_as_good_as_torch(results[-1], q, k, v, cases.position_mask(plan), 0.3)
+
+
+def test_query_blocks_that_share_their_keys_are_stacked() -> None:
+    kept = torch.zeros(1, 1, 6, 6, dtype=torch.bool)
+    kept[..., ::2, :2], kept[..., 1::2, 3] = True, True
+    plan = cases.keeping(kept, cases.EVEN)
+    batches = gather._prepare(plan, 128).batches[0][0]
+    assert sorted(batch.q_units.shape[1] for batch in batches) == [3, 3]
+    q, k, v = cases.inputs(plan, 1, 1, 16)
+    cases.assert_as_good_as_torch(run(q, k, v, plan), q, k, v, cases.position_mask(plan), 0.3)
+
+
+def test_preparation_lasts_as_long_as_the_plan() -> None:
+    plan = cases.random_plan(cases.EVEN)
+    q, k, v = cases.inputs(plan, 1, 1, 16)
+    run(q, k, v, plan)
+    assert plan in gather._prepared
+    before = len(gather._prepared)
+    del plan
+    assert len(gather._prepared) == before - 1
+
+
+def test_refuses_what_it_cannot_compute() -> None:
+    plan = cases.random_plan(cases.EVEN)
+    q, k, v = cases.inputs(plan, 1, 1, 16)
+    assert GATHER.refuses(q, k, v, plan) is None
+    assert "float16" in str(GATHER.refuses(q, k.half(), v, plan))
+    assert "no backward" in str(GATHER.refuses(q.requires_grad_(), k, v, plan))
+    assert "CPU only" in str(GATHER.unavailable(torch.device("cuda")))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_random_plans(data: st.DataObject) -> None:
+    seed = data.draw(st.integers(0, 2**16))
+    sizes = data.draw(st.lists(st.integers(0, 20), min_size=1, max_size=6).filter(any))
+    bounds = [0, *torch.tensor(sizes).cumsum(0).tolist()]
+    shared = data.draw(st.booleans())
+    plan = cases.random_plan(bounds, batch=1, heads=1 if shared else 2, density=data.draw(st.floats(0, 1)), seed=seed)
+    q, k, v = cases.inputs(plan, 2, 2, 16)
+    cases.assert_as_good_as_torch(run(q, k, v, plan), q, k, v, cases.position_mask(plan), 0.3)
