@@ -1,0 +1,89 @@
+"""Imports flow one way, and the package is light to import."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "dit_sparse"
+
+# Who may import whom: each entry sees itself and what its line names.
+MAY_IMPORT = {
+    "block_mask": set(),
+    "types": {"block_mask"},
+    "kernels": {"types", "block_mask"},
+    "reorder": {"types", "block_mask", "kernels"},
+    "masks": {"types", "block_mask", "kernels", "reorder"},
+    "methods": {"types", "block_mask", "kernels", "reorder", "masks"},
+    "schedule": {"types", "methods"},
+    "attention": {"types", "kernels"},
+    "pipelines": {"types", "kernels", "methods", "schedule", "attention"},
+    "demo": set(),
+    "eval": {"types", "pipelines"},
+    "generate": {"types", "methods", "schedule", "pipelines", "demo", "eval"},
+    "doctor": {"kernels", "demo"},
+    "cli": {"methods", "schedule", "generate", "doctor", "demo", "eval", "pipelines"},
+}
+# Everybody may read the version; nothing else lives in the package's own namespace.
+FREE = {""}
+OPTIONAL = {"triton", "xformers", "vbench", "ray", "torchmetrics", "torchvision"}
+
+
+def _files() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def _unit(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def _imports(tree: ast.AST) -> list[str]:
+    names = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            names.append(node.module)
+            if node.module == "dit_sparse":
+                names += [f"dit_sparse.{alias.name}" for alias in node.names if not alias.name.startswith("__")]
+    return names
+
+
+def test_every_unit_has_a_place_in_the_order() -> None:
+    units = {_unit(path) for path in _files()} - {"__init__", "__main__"}
+    assert units == set(MAY_IMPORT)
+
+
+@pytest.mark.parametrize("path", _files(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_flow_one_way(path: Path) -> None:
+    unit = _unit(path)
+    if unit in ("__init__", "__main__"):
+        return
+    for name in _imports(ast.parse(path.read_text("utf-8"))):
+        parts = name.split(".")
+        if parts[0] == "dit_sparse":
+            target = parts[1] if len(parts) > 1 else ""
+            assert target == unit or target in MAY_IMPORT[unit] | FREE, f"{unit} must not import {name}"
+        if parts[0] == "diffusers":
+            assert unit in ("pipelines", "demo"), f"{unit} must not import diffusers"
+
+
+@pytest.mark.parametrize("path", _files(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_optional_packages_are_imported_where_used(path: Path) -> None:
+    at_import = ast.Module(
+        [n for n in ast.parse(path.read_text("utf-8")).body if not isinstance(n, ast.FunctionDef)], []
+    )
+    top_level = [node for node in at_import.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    for name in _imports(ast.Module(top_level, [])):
+        assert name.split(".")[0] not in OPTIONAL, f"{path.name} imports {name} at its top"
+
+
+def test_import_needs_neither_diffusers_nor_triton() -> None:
+    code = "import sys, dit_sparse; from dit_sparse import sparse_attention, AdaSpa; print('diffusers' in sys.modules)"
+    blocked = "import sys; sys.modules['triton'] = None; sys.modules['xformers'] = None; "
+    done = subprocess.run([sys.executable, "-c", blocked + code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
