@@ -8,7 +8,7 @@ from dit_sparse.kernels.backend import (
     register,
     select,
 )
-from dit_sparse.kernels.block_mass import block_mass, pooled_blocks
+from dit_sparse.kernels.block_mass import block_mass, pooled_blocks, sample_rows
 from dit_sparse.kernels.dense import SdpaBackend, XformersBackend, dense_attention
 from dit_sparse.kernels.flex import FlexBackend
 from dit_sparse.kernels.gather import GatherBackend
@@ -23,6 +23,7 @@ __all__ = [
     "get_backend",
     "pooled_blocks",
     "register",
+    "sample_rows",
     "select",
 ]
 

@@ -76,6 +76,9 @@ class _Prepared:
 _prepared: weakref.WeakKeyDictionary[AttentionPlan, dict[int, _Prepared]] = weakref.WeakKeyDictionary()
 
 
+_kept = threading.local()
+
+
 class GatherBackend:
     """Block-sparse attention on CPU out of gathers and dense products; nothing to compile."""
 
@@ -169,7 +172,7 @@ def _pool(threads: int, process: int) -> ThreadPoolExecutor:
 
 
 class _Worker:
-    """One thread's share of a call, with buffers that its batches reuse."""
+    """One thread's share of a call, with buffers that the thread's batches reuse."""
 
     def __init__(self, call: _Call) -> None:
         self.call, self.prepared, self.plan = call, call.prepared, call.plan
@@ -181,6 +184,8 @@ class _Worker:
     @torch.no_grad()
     def run(self, queue: Iterator[tuple[int, int, _Batch]]) -> None:
         """Take tasks from `queue`, a list's iterator, which hands each out once, until it is empty."""
+        # Memory kept from call to call is mapped already; fresh pages cost as much as the copy into them.
+        self.buffers = _kept.__dict__
         for b, h, batch in queue:
             out, lse = self._compute(b, h, batch)
             self._put(self.call.out[b, h], batch, out)
@@ -223,7 +228,7 @@ class _Worker:
     def _buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         size = math.prod(shape)
         kept = self.buffers.get(name)
-        if kept is None or kept.numel() < size:
+        if kept is None or kept.numel() < size or kept.dtype != dtype:
             kept = self.buffers[name] = torch.empty(size, dtype=dtype)
         return kept[:size].view(shape)
 

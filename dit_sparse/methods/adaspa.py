@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dit_sparse.kernels import block_mass, dense_attention
+from dit_sparse.kernels import block_mass, dense_attention, sample_rows
 from dit_sparse.masks import select_density
 from dit_sparse.methods.parameters import check_block, check_share
 from dit_sparse.reorder import raster_order
@@ -26,11 +26,11 @@ class AdaSpa:
     search then sums exp(q k^T / sqrt(d) - LSE) over every block. Later searches reuse that LSE, which barely moves.
     Text blocks are kept as queries and as keys.
 
-    Differs from the paper: searches come at shares of the run (by default after the dense warm-up of 20% and at 60%:
-    steps 10 and 30 of 50, the paper's) instead of fixed step numbers.
+    Differs from the paper: the search reads every `row_stride`-th query of a block instead of all, and searches come at
+    shares of the run (after the dense warm-up of 20% and at 60%: the paper's steps 10 and 30 of 50).
 
     Raises:
-        ValueError: a density or recall outside (0, 1], or a block below 1.
+        ValueError: a density or recall outside (0, 1], or a block or row stride below 1.
     """
 
     density: float = field(default=0.25, metadata={"help": "share of query-key pairs computed, text included"})
@@ -39,6 +39,8 @@ class AdaSpa:
     recall: float = field(
         default=0.8, metadata={"help": "a head that keeps more of its mass than this can give blocks"}
     )
+
+    row_stride: int = field(default=4, metadata={"help": "the search reads every n-th query of a block; 1 reads all"})
 
     name: ClassVar[str] = "adaspa"
     version: ClassVar[int] = 1
@@ -51,6 +53,8 @@ class AdaSpa:
         check_share("density", self.density)
         check_share("recall", self.recall)
         check_block("block", self.block)
+        if isinstance(self.row_stride, bool) or not isinstance(self.row_stride, int) or self.row_stride < 1:
+            raise ValueError(f"row_stride must be a whole number, at least 1, got {self.row_stride!r}")
 
     def check(self, grid: TokenGrid) -> None:
         """Fits every grid."""
@@ -61,7 +65,8 @@ class AdaSpa:
         lse = None if previous is None else previous.lse
         if lse is None:
             lse = dense_attention(q, k, v, return_lse=True)[1]
-        mass = block_mass(q, k, lse, order.offsets, order.offsets, scale=q.shape[-1] ** -0.5)
+        rows, q_offsets = sample_rows(order.offsets, self.row_stride)
+        mass = block_mass(q[:, :, rows], k, lse[:, :, rows], q_offsets, order.offsets, scale=q.shape[-1] ** -0.5)
         density = torch.full(mass.shape[:2], self.density, dtype=torch.float64, device=mass.device)
         kept = select_density(mass, density, order, order, site.grid)
         if self.head_adaptive and self.density < 1:

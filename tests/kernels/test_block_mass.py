@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dit_sparse.kernels import block_mass, dense_attention, pooled_blocks
+from dit_sparse.kernels import block_mass, dense_attention, pooled_blocks, sample_rows
 from tests.kernels import cases
 
 BOUNDS = [cases.EVEN, cases.RAGGED, cases.TEXT, cases.UNEVEN]
@@ -96,3 +96,12 @@ def test_pooled_blocks_are_means(bounds: list[int], dtype: torch.dtype) -> None:
     want = torch.stack([p.mean(2) if p.shape[2] else p.sum(2) for p in pieces], 2)
     assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert (got - want).abs().max() <= 8 * torch.finfo(got.dtype).eps * x.double().abs().max()
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3, 4, 100])
+def test_sampled_rows_are_spread_over_every_block(stride: int) -> None:
+    bounds = [0, 1, 3, 10, 26, 31]
+    rows, got = sample_rows(torch.tensor([[bounds]], dtype=torch.int32), stride)
+    found = [rows[a:b].tolist() for a, b in pairwise(got[0, 0])]
+    for (start, end), taken in zip(pairwise(bounds), found, strict=True):
+        assert taken == list(range(start + min(stride // 2, end - start - 1), end, stride))

@@ -59,8 +59,20 @@ def literal_mask(q: Tensor, k: Tensor, grid: TokenGrid, block: int, density: flo
 def test_equals_the_literal_search(grid: TokenGrid, density: float) -> None:
     torch.manual_seed(0)
     q, k = 2 * torch.randn(2, 1, 2, grid.num_tokens, 16)
-    plan = AdaSpa(density=density, block=8, head_adaptive=False).plan(q, k, k, Site(grid), None)
+    plan = AdaSpa(density=density, block=8, head_adaptive=False, row_stride=1).plan(q, k, k, Site(grid), None)
     assert torch.equal(plan.token_mask()[0], literal_mask(q, k, grid, 8, density))
+
+
+def test_sampled_rows_choose_nearly_the_same_blocks() -> None:
+    """Queries that change slowly along the sequence, as in a video: every fourth row speaks for its block."""
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 1, 2, 1024, 16, generator=generator)
+    q = torch.nn.functional.avg_pool1d(q.transpose(2, 3).flatten(0, 2)[None], 65, 1, 32)[0].view(1, 2, 16, 1024)
+    q = 24 * q.transpose(2, 3)
+    site = Site(TokenGrid(4, 16, 16))
+    every, some = (AdaSpa(block=64, row_stride=n).plan(q, k, k, site, None).block_mask.kept_blocks for n in (1, 4))
+    assert (every & some).sum() >= 0.9 * every.sum()
+    assert not torch.equal(every, some)
 
 
 def test_the_given_lse_is_used_instead_of_a_dense_pass(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,7 +128,13 @@ def test_density_is_honoured_on_average_over_heads(density: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [({"density": 0}, "density"), ({"recall": 2}, "recall"), ({"block": 0}, "block")]
+    ("options", "message"),
+    [
+        ({"density": 0}, "density"),
+        ({"recall": 2}, "recall"),
+        ({"block": 0}, "block"),
+        ({"row_stride": 0}, "row_stride"),
+    ],
 )
 def test_bad_parameters(options: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
