@@ -264,8 +264,10 @@ class Method(Protocol):
     version: ClassVar[int]
     paper: ClassVar[str]
     scope: ClassVar[Scope]
-    uses_lse: ClassVar[bool]
     refresh: ClassVar[tuple[float, ...]]
+
+    @property
+    def uses_lse(self) -> bool: ...
 
     def check(self, grid: TokenGrid) -> None:
         """Whether the parameters fit `grid`; called before a run, so that nothing fails in its middle.

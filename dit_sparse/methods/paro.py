@@ -47,8 +47,12 @@ class Paro:
     version: ClassVar[int] = 1
     paper: ClassVar[str] = "PAROAttention (arXiv 2506.16054), section 4"
     scope: ClassVar[Scope] = "call"
-    uses_lse: ClassVar[bool] = True
     refresh: ClassVar[tuple[float, ...]] = ()
+
+    @property
+    def uses_lse(self) -> bool:
+        """A plan file needs no search, so no dense step is spent on one."""
+        return self.plan_file is None
 
     def __post_init__(self) -> None:
         for name in ("density", "sigma", "epsilon"):

@@ -1,0 +1,44 @@
+"""A calibration found in one run serves the next ones from a file."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dit_sparse import AdaSpa, Paro, Schedule, save_plan, sparsify, statistics
+from dit_sparse.pipelines import check, session_of
+
+PARO = Paro(density=0.5, block=16)
+
+
+def test_a_saved_plan_is_the_conditional_branchs(pipe, render, tmp_path) -> None:
+    render(sparsify(pipe, PARO))
+    found = {key[2]: previous.plan for key, previous in session_of(pipe).previous.items() if key[3] == "cond"}
+    save_plan(pipe, tmp_path / "plan.safetensors", {"prompt": "a red ball"})
+    render(sparsify(pipe, Paro(plan_file=str(tmp_path / "plan.safetensors"))))
+    used = session_of(pipe).previous
+    assert {key[3] for key in used} == {"cond", "uncond"}
+    for key, previous in used.items():
+        assert torch.equal(previous.plan.token_mask(), found[key[2]].token_mask())
+    assert statistics(pipe).sparse_density == pytest.approx(0.5, abs=0.05)
+    render(sparsify(pipe, Schedule(Paro(plan_file=str(tmp_path / "plan.safetensors")), warmup=0)))
+    assert statistics(pipe).dense_calls == {}
+
+
+def test_a_plan_for_another_size_is_refused_before_the_run(pipe, render, tmp_path) -> None:
+    render(sparsify(pipe, PARO))
+    save_plan(pipe, tmp_path / "plan.safetensors")
+    method = Paro(plan_file=str(tmp_path / "plan.safetensors"))
+    check(pipe, method, 32, 48, 9)
+    with pytest.raises(ValueError, match="is for the grid 3x8x12, got 3x8x16"):
+        check(pipe, method, 32, 64, 9)
+
+
+def test_only_a_paro_run_has_a_plan_to_save(pipe, render, tmp_path) -> None:
+    with pytest.raises(ValueError, match="must be sparsified"):
+        save_plan(pipe, tmp_path / "plan")
+    with pytest.raises(ValueError, match="with Paro to save a plan, got 'adaspa'"):
+        save_plan(sparsify(pipe, AdaSpa()), tmp_path / "plan")
+    with pytest.raises(ValueError, match="must have run"):
+        save_plan(sparsify(pipe, PARO), tmp_path / "plan")
+    assert not list(tmp_path.iterdir())
