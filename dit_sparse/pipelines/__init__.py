@@ -1,9 +1,9 @@
 """Where diffusers' pipelines and the toolkit meet; the only package beside `demo` that imports diffusers."""
 
 from dit_sparse.pipelines.loading import ModelError, load_pipeline
+from dit_sparse.pipelines.sparse_pipelines import SparseWanPipeline
 from dit_sparse.pipelines.sparsify import check, save_plan, session_of, sparsify, statistics, token_grid, unsparsify
 from dit_sparse.pipelines.statistics import RunStatistics
-from dit_sparse.pipelines.wan import SparseWanPipeline
 
 __all__ = [
     "ModelError",

@@ -11,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 
-from dit_sparse.pipelines.adapter import adapter_for
+from dit_sparse.pipelines.families import adapter_for
 
 OFFLOADS = ("none", "model", "group")
 

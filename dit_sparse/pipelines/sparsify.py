@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from dit_sparse.methods import Paro
 from dit_sparse.methods.plan_file import PlanFile
-from dit_sparse.pipelines.adapter import adapter_for, transformers_of
+from dit_sparse.pipelines.families import adapter_for, transformers_of
 from dit_sparse.pipelines.hooks import add_site_hook, remove_site_hook
 from dit_sparse.pipelines.session import Session
 from dit_sparse.pipelines.statistics import RunStatistics

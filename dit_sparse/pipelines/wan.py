@@ -1,18 +1,13 @@
-"""Wan 2.1 and 2.2: where its attention lets the toolkit in, and `SparseWanPipeline`."""
+"""Wan 2.1 and 2.2: where its attention lets the toolkit in."""
 
 import math
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
-from diffusers.configuration_utils import register_to_config
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
-from diffusers.schedulers import FlowMatchEulerDiscreteScheduler
-from transformers import AutoTokenizer, UMT5EncoderModel
 
 from dit_sparse.pipelines.adapter import FamilyAdapter
-from dit_sparse.pipelines.saving import SparsePipelineMixin
 from dit_sparse.pipelines.session import Session
 from dit_sparse.types import TokenGrid
 
@@ -138,34 +133,3 @@ class WanAdapter(FamilyAdapter):
 
 def _near(value: int, multiple: int) -> int:
     return max(multiple, value // multiple * multiple)
-
-
-class SparseWanPipeline(SparsePipelineMixin, WanPipeline):
-    """`WanPipeline` with sparse attention switched on.
-
-    Example:
-        pipe = SparseWanPipeline.from_pretrained("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", sparse=AdaSpa(density=0.25))
-    """
-
-    @register_to_config
-    def __init__(
-        self,
-        tokenizer: AutoTokenizer,
-        text_encoder: UMT5EncoderModel,
-        vae: AutoencoderKLWan,
-        scheduler: FlowMatchEulerDiscreteScheduler,
-        transformer: WanTransformer3DModel | None = None,
-        transformer_2: WanTransformer3DModel | None = None,
-        boundary_ratio: float | None = None,
-        expand_timesteps: bool = False,
-    ) -> None:
-        super().__init__(
-            tokenizer=tokenizer,
-            text_encoder=text_encoder,
-            vae=vae,
-            scheduler=scheduler,
-            transformer=transformer,
-            transformer_2=transformer_2,
-            boundary_ratio=boundary_ratio,
-            expand_timesteps=expand_timesteps,
-        )

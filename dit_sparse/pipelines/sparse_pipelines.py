@@ -1,4 +1,4 @@
-"""What the `Sparse*Pipeline` classes add to their diffusers parents: loading and saving with a schedule.
+"""The `Sparse*Pipeline` classes: diffusers pipelines that load and save with a schedule.
 
 A saved folder keeps the parent's class name, so that plain diffusers opens it; the schedule lies beside it.
 """
@@ -7,6 +7,11 @@ import json
 import os
 from pathlib import Path
 from typing import Any
+
+from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+from diffusers.configuration_utils import register_to_config
+from diffusers.schedulers import FlowMatchEulerDiscreteScheduler
+from transformers import AutoTokenizer, UMT5EncoderModel
 
 from dit_sparse.methods import AdaSpa
 from dit_sparse.pipelines.sparsify import session_of, sparsify
@@ -61,6 +66,37 @@ class SparsePipelineMixin:
         session = session_of(self)
         if session is not None:
             write_json(Path(save_directory) / SIDECAR, session.schedule.to_config())
+
+
+class SparseWanPipeline(SparsePipelineMixin, WanPipeline):
+    """`WanPipeline` with sparse attention switched on.
+
+    Example:
+        pipe = SparseWanPipeline.from_pretrained("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", sparse=AdaSpa(density=0.25))
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        tokenizer: AutoTokenizer,
+        text_encoder: UMT5EncoderModel,
+        vae: AutoencoderKLWan,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        transformer: WanTransformer3DModel | None = None,
+        transformer_2: WanTransformer3DModel | None = None,
+        boundary_ratio: float | None = None,
+        expand_timesteps: bool = False,
+    ) -> None:
+        super().__init__(
+            tokenizer=tokenizer,
+            text_encoder=text_encoder,
+            vae=vae,
+            scheduler=scheduler,
+            transformer=transformer,
+            transformer_2=transformer_2,
+            boundary_ratio=boundary_ratio,
+            expand_timesteps=expand_timesteps,
+        )
 
 
 def _dense_class(cls: type) -> type:

@@ -1,0 +1,36 @@
+"""Which model families there are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from dit_sparse.pipelines.adapter import FamilyAdapter
+from dit_sparse.pipelines.wan import WanAdapter
+
+FAMILIES: dict[str, FamilyAdapter] = {adapter.transformer_class: adapter for adapter in (WanAdapter(),)}
+
+
+def transformers_of(pipe: Any) -> dict[str, torch.nn.Module]:
+    """The transformers of `pipe` by component name."""
+    names = ("transformer", "transformer_2")
+    return {name: module for name in names if (module := getattr(pipe, name, None)) is not None}
+
+
+def adapter_for(pipe: Any) -> FamilyAdapter:
+    """The adapter of `pipe`'s family, recognised by its transformer's class.
+
+    Raises:
+        ValueError: no transformer, or a family without an adapter; the supported ones are named.
+    """
+    supported = ", ".join(f"{adapter.family} ({name})" for name, adapter in FAMILIES.items())
+    transformers = transformers_of(pipe)
+    if not transformers:
+        raise ValueError(f"pipeline must have a transformer, got {type(pipe).__name__}; supported: {supported}")
+    # The classes are matched by name along the inheritance, so that a user's own subclass is recognised too.
+    for cls in type(next(iter(transformers.values()))).__mro__:
+        if cls.__name__ in FAMILIES:
+            return FAMILIES[cls.__name__]
+    got = type(next(iter(transformers.values()))).__name__
+    raise ValueError(f"model family of {got} is not supported, got {type(pipe).__name__}; supported: {supported}")
