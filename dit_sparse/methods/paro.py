@@ -35,7 +35,7 @@ class Paro:
         ValueError: a share outside its range, a block or a sample below 1.
     """
 
-    density: float = field(default=0.25, metadata={"help": "share of query-key pairs computed, text included"})
+    density: float = field(default=0.5, metadata={"help": "share of query-key pairs computed, text included"})
     block: int = field(default=64, metadata={"help": "tokens a block"})
     plan_file: str | None = field(default=None, metadata={"help": "a saved calibration; its density and block win"})
     sigma: float = field(default=0.9, metadata={"help": "a block is sparse when this share of its entries is small"})
