@@ -36,7 +36,7 @@ class Session:
         self._pipelines: weakref.WeakSet[Any] = weakref.WeakSet()
         self._run = 0
         self._forward: tuple[TokenGrid, str, str] | None = None
-        self._unnamed_forwards = (0, 0)
+        self._unnamed_forwards = (-1, 0)
 
     def watch(self, pipe: Any) -> None:
         """Follow the steps of `pipe`'s scheduler, also after it is replaced."""
@@ -60,6 +60,7 @@ class Session:
     def _begin_run(self) -> None:
         self._run = self.steps.run
         self.statistics = RunStatistics()
+        self._unnamed_forwards = (-1, 0)
         # A plan of the grid alone stays right; everything else belongs to the run that made it.
         if self.schedule.method.scope != "grid":
             self.previous.clear()

@@ -57,8 +57,16 @@ class SparsePipelineMixin:
         return sparsify(pipe, sparse or (session.schedule if session else AdaSpa()))
 
     def save_config(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> None:
-        """diffusers' `save_config` under the parent's class name, with the schedule beside it."""
-        super().save_config(save_directory, push_to_hub=False, **kwargs)  # type: ignore[misc]
+        """diffusers' `save_config` under the parent's class name, with the schedule beside it.
+
+        Raises:
+            ValueError: `push_to_hub` is set: the upload would come before the class name is put right.
+        """
+        if push_to_hub:
+            raise ValueError(
+                "push_to_hub must be False in save_config, got True; use save_pretrained(push_to_hub=True)"
+            )
+        super().save_config(save_directory, **kwargs)  # type: ignore[misc]
         index = Path(save_directory) / self.config_name  # type: ignore[attr-defined]
         config = json.loads(index.read_text("utf-8"))
         config["_class_name"] = _dense_class(type(self)).__name__

@@ -51,7 +51,12 @@ def sparsify(pipe: Pipeline, method: Method | Schedule, *, backend: str = "auto"
     unsparsify(pipe)
     session = Session(schedule, backend)
     for model, transformer in transformers_of(pipe).items():
-        originals = adapter.install(transformer, model, session)
+        try:
+            originals = adapter.install(transformer, model, session)
+        except ValueError:
+            # An earlier transformer must not stay sparse alone.
+            unsparsify(pipe)
+            raise
         add_site_hook(transformer, session, adapter, model)
         setattr(transformer, _INSTALLED, _Installed(session, originals, model))
     session.watch(pipe)

@@ -75,3 +75,9 @@ def test_a_damaged_sidecar_is_an_error(tiny_folder, tmp_path, content: str) -> N
     (tmp_path / "saved" / "sparse_config.json").write_text(content)
     with pytest.raises(ValueError, match=r"sparse_config\.json|did you mean|must be an object"):
         SparseWanPipeline.from_pretrained(tmp_path / "saved")
+
+
+def test_a_config_is_not_pushed_before_it_is_right(tiny_folder, tmp_path) -> None:
+    with pytest.raises(ValueError, match="use save_pretrained"):
+        SparseWanPipeline.from_pretrained(tiny_folder).save_config(tmp_path / "saved", push_to_hub=True)
+    assert not (tmp_path / "saved").exists()

@@ -103,6 +103,21 @@ def test_branches_have_plans_of_their_own(pipe, render) -> None:
     assert len(keys) == 2 * len(pipe.transformer.blocks)
 
 
+def test_forwards_without_a_name_are_told_apart_by_their_number(pipe) -> None:
+    """Pipelines without a cache context: the n-th forward of every step, the first one too, is one branch."""
+    sparsify(pipe, AdaSpa())
+    session = session_of(pipe)
+    for _ in range(2):
+        pipe.scheduler.set_timesteps(3)
+        for step in range(3):
+            session.steps.step = step
+            names = []
+            for _ in range(2):
+                session.begin_forward(TokenGrid(3, 8, 12), "transformer", None)
+                names.append(session._forward[2])
+            assert names == ["forward 0", "forward 1"]
+
+
 def test_without_guidance_there_is_one_branch(pipe, render) -> None:
     render(sparsify(pipe, AdaSpa(density=0.5, block=16)), guidance_scale=1.0)
     assert {key[-1] for key in session_of(pipe).previous} == {"cond"}
@@ -199,6 +214,20 @@ def test_two_transformers_share_one_step_counter(render) -> None:
     firsts = [min(r.step for r in records if r.model == m) for m in ("transformer", "transformer_2")]
     assert firsts[0] == 0
     assert 0 < firsts[1] < 6
+
+
+def test_a_refused_second_transformer_leaves_the_first_dense() -> None:
+    from diffusers import WanPipeline
+
+    from tests.pipelines.tiny import tiny_wan
+
+    first, second = tiny_wan(fine=True), tiny_wan(fine=True, seed=1)
+    second.transformer.blocks[0].attn1.processor = type("Mine", (WanAttnProcessor,), {})()
+    pipe = WanPipeline(**{**first.components, "transformer_2": second.transformer}, boundary_ratio=0.7)
+    with pytest.raises(ValueError, match=r"transformer_2\.blocks\.0\.attn1"):
+        sparsify(pipe, AdaSpa())
+    assert session_of(pipe) is None
+    assert all(type(block.attn1.processor) is WanAttnProcessor for block in pipe.transformer.blocks)
 
 
 def test_context_parallelism_and_foreign_processors_are_refused(pipe) -> None:
