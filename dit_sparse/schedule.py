@@ -135,7 +135,7 @@ class Schedule:
         for key in config.keys() - {"method", "version"} - own - of_method:
             raise ValueError(f"unknown key {key!r} for {method_class.name}; {nearest(key, own | of_method)}")
         parameters = {key: read_parameter(method_class, key, config[key]) for key in of_method & config.keys()}
-        options = {key: read_parameter(cls, key, config[key]) for key in own & config.keys()}  # type: ignore[arg-type]
+        options = {key: read_parameter(cls, key, config[key]) for key in own & config.keys()}
         return cls(method_class(**parameters), **options)
 
 

@@ -98,7 +98,7 @@ def build_schedule(
         if name in own:
             config[name] = parse_parameter(cls, name, text)
         elif name in _SCHEDULE_OPTIONS:
-            config[name] = parse_parameter(Schedule, name, text)  # type: ignore[arg-type]
+            config[name] = parse_parameter(Schedule, name, text)
         else:
             raise ValueError(_unknown_option(name, cls.name, own, other_options))
     try:

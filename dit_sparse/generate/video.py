@@ -29,7 +29,7 @@ def check_writer(format: str) -> None:
     """
     if format != "mp4":
         return
-    import imageio_ffmpeg  # type: ignore[import-untyped]
+    import imageio_ffmpeg
 
     try:
         imageio_ffmpeg.get_ffmpeg_exe()

@@ -8,8 +8,6 @@ from collections.abc import Iterable
 from dataclasses import MISSING, Field, dataclass, fields
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from dit_sparse.types import Method
-
 
 @dataclass(frozen=True)
 class Parameter:
@@ -21,8 +19,8 @@ class Parameter:
     help: str
 
 
-def parameters(cls: type[Method]) -> list[Parameter]:
-    """The parameters of a method class, in order."""
+def parameters(cls: type[Any]) -> list[Parameter]:
+    """The parameters of a method or schedule class, a dataclass, in order."""
     return [
         Parameter(f.name, str(f.type), None if f.default is MISSING else f.default, f.metadata.get("help", ""))
         for f in _fields(cls)
@@ -37,7 +35,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"{guess}known: {', '.join(known)}"
 
 
-def parse_parameter(cls: type[Method], name: str, text: str) -> Any:
+def parse_parameter(cls: type[Any], name: str, text: str) -> Any:
     """Value of parameter `name` read from a command line's `text`, such as `0.25`, `true` or `4x12x16`.
 
     Raises:
@@ -47,7 +45,7 @@ def parse_parameter(cls: type[Method], name: str, text: str) -> Any:
     return _convert(f"--{name.replace('_', '-')}", _type_of(cls, name), text)
 
 
-def read_parameter(cls: type[Method], name: str, value: Any) -> Any:
+def read_parameter(cls: type[Any], name: str, value: Any) -> Any:
     """Value of parameter `name` from JSON's `value`; lists become tuples.
 
     Raises:
@@ -68,14 +66,15 @@ def check_block(name: str, value: int) -> None:
         raise ValueError(f"{name} must be a whole number of tokens, at least 1 (64 and 128 are fast), got {value!r}")
 
 
-def _fields(cls: type[Method]) -> tuple[Field[Any], ...]:
-    return fields(cls)  # type: ignore[arg-type]
+def _fields(cls: type[Any]) -> tuple[Field[Any], ...]:
+    return fields(cls)
 
 
-def _type_of(cls: type[Method], name: str) -> Any:
+def _type_of(cls: type[Any], name: str) -> Any:
     known = [f.name for f in _fields(cls)]
     if name not in known:
-        raise ValueError(f"{cls.name} has no parameter {name!r}; {nearest(name, known)}")
+        owner = getattr(cls, "name", cls.__name__.lower())
+        raise ValueError(f"{owner} has no parameter {name!r}; {nearest(name, known)}")
     return get_type_hints(cls)[name]
 
 
