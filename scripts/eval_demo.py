@@ -4,8 +4,8 @@
     python scripts/eval_demo.py --device cpu --batch 1 --prompts 4
 
 The prompts describe clips that training never shows (`dit_sparse.demo.clips.held_out_clips`); the judge
-(`dit_sparse.demo.judge`) does not see them. The same judge also reads the rendered clips themselves: what it gets wrong
-there is the judge's fault and not the model's.
+(`dit_sparse.demo.judge`) does not see them. The same judge also reads the rendered clips themselves, where what it gets
+wrong is its own fault, and those clips after a round trip through the VAE, which no denoiser can surpass.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import diffusers
 import numpy as np
 import torch
 import transformers
-from diffusers import WanPipeline
+from diffusers import AutoencoderKLWan, WanPipeline
 
 from dit_sparse.demo import demo_defaults, demo_model_path
 from dit_sparse.demo.clips import ClipSpec, caption, held_out_clips, render_clips
@@ -63,6 +63,14 @@ def ground_truth(specs: list[ClipSpec]) -> list[np.ndarray]:
     size = (demo_defaults["num_frames"], demo_defaults["height"], demo_defaults["width"])
     videos = render_clips(specs, *(int(length) for length in size))
     return list((videos.permute(0, 2, 3, 4, 1) * 127.5 + 127.5).round().byte().numpy())
+
+
+@torch.no_grad()
+def round_trip(vae: AutoencoderKLWan, clip: np.ndarray) -> np.ndarray:
+    """Return a clip, uint8 `[T, H, W, 3]`, as the VAE gives it back."""
+    video = torch.from_numpy(clip).to(vae.device, vae.dtype).permute(3, 0, 1, 2)[None] / 127.5 - 1
+    decoded = vae.decode(vae.encode(video).latent_dist.mode()).sample[0].clamp(-1, 1)
+    return (decoded.permute(1, 2, 3, 0).float() * 127.5 + 127.5).round().byte().cpu().numpy()
 
 
 def generate(pipe: WanPipeline, prompts: list[str], seed: int, batch: int) -> list[np.ndarray]:
@@ -125,10 +133,12 @@ def main(arguments: list[str] | None = None) -> None:
 
     specs = list(held_out_clips())[: options.prompts]
     prompts = prompts_of(specs)
-    judge = totals(specs, [read_clip(clip) for clip in ground_truth(specs)])
+    rendered = ground_truth(specs)
+    judge = totals(specs, [read_clip(clip) for clip in rendered])
 
     pipe = WanPipeline.from_pretrained(model, dtype=getattr(torch, options.dtype)).to(device)
     pipe.set_progress_bar_config(disable=True)
+    vae = totals(specs, [read_clip(round_trip(pipe.vae, clip)) for clip in rendered])
     start = time.perf_counter()
     clips = generate(pipe, prompts, options.seed, options.batch)
     seconds = time.perf_counter() - start
@@ -140,6 +150,7 @@ def main(arguments: list[str] | None = None) -> None:
         "settings": {**demo_defaults, "dtype": options.dtype, "seed": options.seed, "batch": options.batch},
         "seconds": round(seconds, 1),
         "judge_on_ground_truth": judge,
+        "judge_on_vae_round_trip": vae,
         "totals": totals(specs, readings),
         "clips": [
             {
@@ -155,6 +166,7 @@ def main(arguments: list[str] | None = None) -> None:
         wrong = [f"{aspect}: {clip['reading'][aspect]}" for aspect in ASPECTS if not clip["right"][aspect]]
         print(f"{clip['prompt']:75s} {'; '.join(wrong) or 'right'}")
     print("judge on ground truth", judge)
+    print("judge on the VAE's round trip", vae)
     print("model", result["totals"], f"{seconds:.1f} s")
     if options.out:
         options.out.write_text(json.dumps(result, indent=2) + "\n")
