@@ -145,7 +145,7 @@ def main(arguments: list[str] | None = None) -> None:
     readings = [read_clip(clip) for clip in clips]
 
     result = {
-        "command": "scripts/eval_demo.py " + " ".join(sys.argv[1:] if arguments is None else arguments),
+        "command": f"scripts/eval_demo.py --model {model.name} --batch {options.batch} --dtype {options.dtype}",
         **environment(device, model),
         "settings": {**demo_defaults, "dtype": options.dtype, "seed": options.seed, "batch": options.batch},
         "seconds": round(seconds, 1),

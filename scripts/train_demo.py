@@ -3,14 +3,13 @@
     python scripts/train_demo.py --checkpoint checkpoint --out model          # one GPU, one go
     python scripts/train_demo.py --checkpoint checkpoint --seconds 550 --until 0.5   # part of it; run again to go on
     python scripts/train_demo.py --checkpoint checkpoint --out model --export-only
-    python scripts/train_demo.py --checkpoint fresh --out better --start-from model  # go on from an exported model
+    python scripts/train_demo.py --checkpoint fresh --out better --start-from model --vae-seconds 260  # go on from it
     python scripts/train_demo.py --checkpoint checkpoint --out model --smoke  # a minute on a CPU, to see that it runs
 
 Three stages: the VAE, then transformer and text encoder on half-size frames, then both on the full grid, where every
 other step sees only the openings of four times as many clips. A call resumes from the checkpoint folder when it finds
 one there. `--until` says how far the full-grid stage has come when this call ends, as a fraction of the whole run; the
-learning rate follows that fraction, whatever the number of calls. `--decoder-seconds` first trains the VAE's decoder
-further, under fixed latents.
+learning rate follows that fraction, whatever the number of calls.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ import torch
 from demo_training.checkpoint import export, load_checkpoint, save_checkpoint, start_from
 from demo_training.denoiser import Span, Trainer
 from demo_training.run import Deadline, Progress, Size
-from demo_training.vae import LatentPool, encode_pool, make_vae, train_decoder, train_vae
+from demo_training.vae import LatentPool, encode_pool, make_vae, train_vae
 from torch import Tensor
 
 log = logging.getLogger("train_demo")
@@ -39,7 +38,6 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=1600, help="wall-clock seconds of this call")
     parser.add_argument("--vae-seconds", type=float, help="320 for a new VAE, 0 for one that is trained already")
-    parser.add_argument("--decoder-seconds", type=float, default=0, help="go on with the VAE's decoder alone, first")
     parser.add_argument("--coarse-seconds", type=float, default=75)
     parser.add_argument("--until", type=float, default=1.0, help="fraction of the full-grid stage done after this call")
     parser.add_argument(
@@ -100,8 +98,6 @@ def main(arguments: list[str] | None = None) -> None:
         vae_seconds = 0 if progress.vae_steps else 2 if options.smoke else 320
     if vae_seconds > 0:
         train_vae(vae, progress, size, options.vae_batch, vae_seconds)
-    if options.decoder_seconds > 0:
-        train_decoder(vae, progress, size, options.vae_batch, options.decoder_seconds)
     vae.eval().requires_grad_(False)
 
     if progress.coarse_steps == 0:

@@ -25,8 +25,6 @@ class Progress:
     vae_seconds: float = 0.0
     vae_batch: int = 0
     vae_psnr: float = 0.0
-    decoder_steps: int = 0
-    decoder_seconds: float = 0.0
     coarse_steps: int = 0
     coarse_seconds: float = 0.0
     coarse_batch: int = 0

@@ -78,9 +78,9 @@ def _per_frame(module: nn.Module, x: Tensor) -> Tensor:
     return module(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (-1, frames)).transpose(1, 2)
 
 
-def vae_losses(vae: AutoencoderKLWan, video: Tensor, fixed_encoder: bool = False) -> tuple[Tensor, Tensor]:
+def vae_losses(vae: AutoencoderKLWan, video: Tensor) -> tuple[Tensor, Tensor]:
     """Return the training loss and the mean squared error of one batch `[B, 3, T, H, W]`."""
-    with torch.set_grad_enabled(not fixed_encoder), autocast(video.device):
+    with autocast(video.device):
         moments = encode_whole(vae, video)
     mean, log_variance = moments.float().chunk(2, dim=1)
     log_variance = log_variance.clamp(-12, 6)
@@ -94,48 +94,26 @@ def vae_losses(vae: AutoencoderKLWan, video: Tensor, fixed_encoder: bool = False
 
 def train_vae(vae: AutoencoderKLWan, progress: Progress, size: Size, batch: int, seconds: float) -> None:
     """Train the VAE, or go on with it, on full-length clips; at shorter ones colours drift later in the clip."""
+    device = vae.device
     peak = 1e-3
     if progress.vae_steps == 0:
         peak = 1.5e-3
         with torch.no_grad():
             vae.quant_conv.bias[LATENT_CHANNELS:] -= 4
-    progress.vae_steps += fit(vae, list(vae.parameters()), progress, size, batch, seconds, peak)
-    progress.vae_seconds = round(progress.vae_seconds + seconds, 1)
-    progress.vae_batch = batch
-    progress.latents_mean, progress.latents_std = [], []  # the encoder is another one now
-
-
-def train_decoder(vae: AutoencoderKLWan, progress: Progress, size: Size, batch: int, seconds: float) -> None:
-    """Go on with the decoder alone: the latents stay what they are, and with them all that a denoiser has learnt."""
-    decoder = [*vae.post_quant_conv.parameters(), *vae.decoder.parameters()]
-    progress.decoder_steps += fit(vae, decoder, progress, size, batch, seconds, peak=8e-4, fixed_encoder=True)
-    progress.decoder_seconds = round(progress.decoder_seconds + seconds, 1)
-
-
-def fit(
-    vae: AutoencoderKLWan,
-    parameters: list[nn.Parameter],
-    progress: Progress,
-    size: Size,
-    batch: int,
-    seconds: float,
-    peak: float,
-    fixed_encoder: bool = False,
-) -> int:
-    """Train some of the VAE's parameters for a span of time, measure it on unseen clips, and return the steps taken."""
-    device = vae.device
     layout = fastest_layout(vae, progress, size, batch)
-    optimizer = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.99), weight_decay=0, fused=device.type == "cuda")
+    optimizer = torch.optim.AdamW(
+        vae.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=0, fused=device.type == "cuda"
+    )
     deadline = Deadline(seconds)
     step = 0
     while deadline.left > 0:
         rate = peak * min(1, (step + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * deadline.fraction)))
         set_rate(optimizer, rate)
         video = render_clips(progress.draw(batch), size.frames, size.height, size.width, device)
-        loss, squared = vae_losses(vae, video.contiguous(memory_format=layout), fixed_encoder)
-        vae.zero_grad(set_to_none=True)
+        loss, squared = vae_losses(vae, video.contiguous(memory_format=layout))
+        optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
+        nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         step += 1
         if step % 50 == 1:
@@ -148,9 +126,12 @@ def fit(
                 deadline.elapsed / step,
             )
     vae.to(memory_format=torch.contiguous_format)
+    progress.vae_steps += step
+    progress.vae_seconds = round(progress.vae_seconds + deadline.elapsed, 1)
+    progress.vae_batch = batch
+    progress.latents_mean, progress.latents_std = [], []  # the encoder is another one now
     progress.vae_psnr = round(vae_test_psnr(vae, size), 2)
     log.info("vae done: %d steps, %.2f dB on unseen clips", step, progress.vae_psnr)
-    return step
 
 
 def fastest_layout(vae: AutoencoderKLWan, progress: Progress, size: Size, batch: int) -> torch.memory_format:
