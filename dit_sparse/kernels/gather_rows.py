@@ -1,0 +1,175 @@
+"""How the gather backend cuts a plan into batches of equal rows; done once, as plans last many steps."""
+
+from __future__ import annotations
+
+import weakref
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dit_sparse.types import AttentionPlan
+
+__all__ = ["FLASH_ROWS", "Batch", "Group", "Prepared", "prepared"]
+
+# Query rows from which torch's flash operator takes slices of 64 or more and beats matmul.
+FLASH_ROWS = 192
+# Keys and scores of one thread's rows; a core's L2 cache has 1 to 2 MB.
+_CACHE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Group:
+    """Rows of a batch that are computed together.
+
+    Args:
+        rows: which rows of the batch.
+        k_units: int64 key units of each row in turn, those of partial blocks last in each row.
+        k_start: the first of them where they are one run, so that a view does; else `None`.
+    """
+
+    rows: slice
+    k_units: Tensor
+    k_start: int | None
+    allowed: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of one head with equally many queries and keys.
+
+    Args:
+        q_units: `[n, mq]` int64 query units of each row.
+        q_start: the first of them where they are one run; else `None`.
+        keys: key tokens of a row.
+        partial: tokens at the end of each row that the predicate refines.
+        size: rows in a group; the last may have fewer.
+        groups: all rows in turn.
+    """
+
+    q_units: Tensor
+    q_start: int | None
+    keys: int
+    partial: int
+    size: int
+    groups: list[Group]
+
+
+@dataclass
+class Prepared:
+    """A plan cut up: `batches[b][h]`, query units that keep nothing, and tokens in a unit of queries and of keys."""
+
+    batches: list[list[list[Batch]]]
+    empty: list[list[Tensor]]
+    q_unit: int
+    k_unit: int
+    remembered_bytes: int = 0
+
+
+# By plan, then by channels of a head and threads.
+_known: weakref.WeakKeyDictionary[AttentionPlan, dict[tuple[int, int], Prepared]] = weakref.WeakKeyDictionary()
+
+
+def prepared(plan: AttentionPlan, dim: int, threads: int) -> Prepared:
+    """Return `plan` cut up for heads of `dim` channels and this many threads; the answer lasts as long as the plan."""
+    known = _known.setdefault(plan, {})
+    if (dim, threads) not in known:
+        known[dim, threads] = _prepare(plan, dim, threads)
+    return known[dim, threads]
+
+
+def _prepare(plan: AttentionPlan, dim: int, threads: int) -> Prepared:
+    mask = plan.block_mask
+    lists = [mask.kv_counts, mask.kv_indices, mask.q_offsets, mask.k_offsets]
+    if mask.partial_counts is not None and mask.partial_indices is not None:
+        lists += [mask.partial_counts, mask.partial_indices]
+    q_unit, k_unit = _unit(mask.q_offsets), _unit(mask.k_offsets)
+    prepared = Prepared([], [], q_unit, k_unit)
+    for b in range(max(x.shape[0] for x in lists)):
+        heads = []
+        for h in range(max(x.shape[1] for x in lists)):
+            counts, indices, q_offsets, k_offsets, *partial = (x[b % x.shape[0], h % x.shape[1]].numpy() for x in lists)
+            whole = [row[:count] for row, count in zip(indices, counts, strict=True)]
+            parts = [row[:count] for row, count in zip(partial[1], partial[0], strict=True)] if partial else []
+            rows = _Rows(q_offsets // q_unit, k_offsets // k_unit, q_unit, k_unit, dim, threads)
+            heads.append(rows.cut(whole, parts))
+        prepared.batches.append([batches for batches, _ in heads])
+        prepared.empty.append([empty for _, empty in heads])
+    return prepared
+
+
+def _unit(offsets: Tensor) -> int:
+    """Most tokens that divide every block bound."""
+    return max(1, int(np.gcd.reduce(offsets.numpy().ravel())))
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Block bounds of one head in units, and how its rows become batches."""
+
+    q_bounds: np.ndarray
+    k_bounds: np.ndarray
+    q_unit: int
+    k_unit: int
+    dim: int
+    threads: int
+
+    def cut(self, whole: list[np.ndarray], parts: list[np.ndarray]) -> tuple[list[Batch], Tensor]:
+        """Batches of the rows that keep the key blocks `whole` and `parts`, and the query units that keep nothing."""
+        classes: dict[tuple[int, int, int], list[tuple[np.ndarray, np.ndarray]]] = defaultdict(list)
+        empty = [np.empty(0, np.int64)]
+        for q_units, keys, partial in self._stacked(whole, parts):
+            k_units = _units(self.k_bounds, keys)
+            refined = _units(self.k_bounds, partial)
+            if k_units.size + refined.size == 0:
+                empty.append(q_units)
+            elif q_units.size:
+                row = (q_units, np.concatenate([k_units, refined]))
+                classes[q_units.size, k_units.size, refined.size].append(row)
+        batches = [self._batch(rows, refined) for (_, _, refined), rows in classes.items()]
+        return batches, torch.from_numpy(np.concatenate(empty))
+
+    def _stacked(
+        self, whole: list[np.ndarray], parts: list[np.ndarray]
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """(query units, whole key blocks, partial key blocks), the query blocks that keep the same keys as one row."""
+        nothing = np.empty(0, np.int32)
+        same: dict[bytes, list[int]] = defaultdict(list)
+        for i, keys in enumerate(whole):
+            if parts and parts[i].size:
+                yield _units(self.q_bounds, np.array([i])), keys, parts[i]
+            else:
+                same[keys.tobytes()].append(i)
+        for blocks in same.values():
+            yield _units(self.q_bounds, np.array(blocks)), whole[blocks[0]], nothing
+
+    def _batch(self, rows: list[tuple[np.ndarray, np.ndarray]], refined: int) -> Batch:
+        q_units, k_units = (np.stack(units) for units in zip(*rows, strict=True))
+        keys = k_units.shape[1] * self.k_unit
+        size = min(len(rows), self._group_size(q_units.shape[1] * self.q_unit, keys))
+        groups = []
+        for start in range(0, len(rows), size):
+            part = k_units[start : start + size].ravel()
+            groups.append(Group(slice(start, start + size), torch.from_numpy(part), _run_start(part)))
+        return Batch(torch.from_numpy(q_units), _run_start(q_units), keys, refined * self.k_unit, size, groups)
+
+    def _group_size(self, queries: int, keys: int) -> int:
+        if queries >= FLASH_ROWS:
+            return 1  # slices of one row's queries keep the threads busy
+        return self.threads * max(1, _CACHE_BYTES // (4 * keys * (self.dim + queries)))
+
+
+def _units(bounds: np.ndarray, blocks: np.ndarray) -> np.ndarray:
+    """Units of `blocks` in turn, int64."""
+    starts, sizes = bounds[blocks].astype(np.int64), (bounds[blocks + 1] - bounds[blocks]).astype(np.int64)
+    before = np.cumsum(sizes) - sizes
+    return np.arange(sizes.sum()) + np.repeat(starts - before, sizes)
+
+
+def _run_start(units: np.ndarray) -> int | None:
+    """First of `units` if they are consecutive."""
+    flat = units.ravel()
+    return int(flat[0]) if bool((np.diff(flat) == 1).all()) else None
