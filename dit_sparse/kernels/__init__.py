@@ -13,6 +13,7 @@ from dit_sparse.kernels.dense import SdpaBackend, XformersBackend, dense_attenti
 from dit_sparse.kernels.flex import FlexBackend
 from dit_sparse.kernels.gather import GatherBackend
 from dit_sparse.kernels.reference import ReferenceBackend
+from dit_sparse.kernels.triton_backend import TritonBackend
 
 __all__ = [
     "BACKENDS",
@@ -27,5 +28,12 @@ __all__ = [
     "select",
 ]
 
-for _backend in (ReferenceBackend(), SdpaBackend(), GatherBackend(), FlexBackend(), XformersBackend()):
+for _backend in (
+    ReferenceBackend(),
+    SdpaBackend(),
+    GatherBackend(),
+    TritonBackend(),
+    FlexBackend(),
+    XformersBackend(),
+):
     register(_backend)

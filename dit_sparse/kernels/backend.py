@@ -88,14 +88,14 @@ def get_backend(name: str) -> Backend:
 def select(name: str, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Backend:
     """The backend for a call: `name`, or for "auto" the default of the device and the plan.
 
-    "auto" is "sdpa" for a plan known to keep everything, else "gather" on CPU and "flex" on CUDA. Arguments as in
-    `Backend.forward`.
+    "auto" is "sdpa" for a plan known to keep everything, else "gather" on CPU, and on CUDA "triton", or "flex" for what
+    that cannot compute. Arguments as in `Backend.forward`.
 
     Raises:
         ValueError: unknown name, or a call that the backend cannot compute.
         BackendUnavailableError: the backend cannot run on this machine.
     """
-    backend = get_backend(_default_name(q.device, plan) if name == "auto" else name)
+    backend = get_backend(_default_name(q, k, v, plan) if name == "auto" else name)
     missing = backend.unavailable(q.device)
     if missing is not None:
         raise BackendUnavailableError(f"backend {backend.name!r} is not available on {q.device}: {missing}")
@@ -105,7 +105,11 @@ def select(name: str, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> B
     return backend
 
 
-def _default_name(device: torch.device, plan: AttentionPlan) -> str:
+def _default_name(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> str:
     if plan.block_mask.is_full:
         return "sdpa"
-    return "flex" if device.type == "cuda" else "gather"
+    if q.device.type != "cuda":
+        return "gather"
+    triton = BACKENDS["triton"]
+    able = triton.unavailable(q.device) is None and triton.refuses(q, k, v, plan) is None
+    return "triton" if able else "flex"

@@ -1,0 +1,139 @@
+"""Triton kernel of block-sparse attention: FlashAttention's forward over the key blocks that each query block keeps.
+
+For a query tile: out = softmax(scale * q K^T) V over the kept keys, with the running maximum and sum of
+FlashAttention-2 (arXiv 2307.08691, algorithm 1), in base 2. Grid: (query tiles, heads, batch). q, k, v, out are
+`[B, H, N, D]` with any strides but 1 in the last dimension; lists are `[B|1, H|1, ...]`. Oracle: `reference`.
+
+Imported by `triton_backend` when it first runs, never with the package.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_tile(base, positions, end, stride, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
+    """Tokens `[positions, BLOCK_D]`; zeros from `end` on and beyond `D` channels."""
+    channels = tl.arange(0, BLOCK_D)
+    pointers = base + positions.to(tl.int64)[:, None] * stride + channels[None, :]
+    if MASKED and D == BLOCK_D:
+        return tl.load(pointers, mask=(positions < end)[:, None], other=0.0)
+    if MASKED:
+        return tl.load(pointers, mask=(positions < end)[:, None] & (channels < D)[None, :], other=0.0)
+    if D == BLOCK_D:
+        return tl.load(pointers)
+    return tl.load(pointers, mask=(channels < D)[None, :], other=0.0)
+
+
+@triton.jit
+def multiply(a, b, UPCAST: tl.constexpr):
+    """`a @ b` in float32; the interpreter has no bfloat16 product, so operands go up first there."""
+    if UPCAST:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def attend_tile(
+    q, m, total, acc, k, v, start, end, k_stride, v_stride, scale, allowed,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr, PARTIAL: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Running maximum, sum and output after one more tile of keys, positions `start` to `end`."""
+    positions = start + tl.arange(0, BLOCK_N)
+    keys = load_tile(k, positions, end, k_stride, D, BLOCK_D, MASKED)
+    scores = multiply(q, tl.trans(keys), UPCAST)
+    if MASKED:
+        scores = tl.where((positions < end)[None, :], scores, -float("inf"))
+    if PARTIAL:
+        scores = tl.where(allowed, scores, -float("inf"))
+    peak = tl.maximum(m, tl.max(scores, 1) * scale)
+    shift = peak
+    if MASKED or PARTIAL:
+        # A row that has seen no key yet: -inf less -inf would be NaN.
+        shift = tl.where(peak == -float("inf"), 0.0, peak)
+    weights = tl.exp2(scores * scale - shift[:, None])
+    keep = tl.exp2(m - shift)
+    values = load_tile(v, positions, end, v_stride, DV, BLOCK_DV, MASKED)
+    acc = acc * keep[:, None] + multiply(weights.to(values.dtype), values, UPCAST)
+    return peak, total * keep + tl.sum(weights, 1), acc
+
+
+@triton.jit
+def allowed_pairs(bits, rows, columns, words):
+    """`[rows, columns]` bool of a block's packed bits, `words` int32 a row."""
+    packed = tl.load(bits + rows[:, None] * words + (columns // 32)[None, :])
+    return ((packed >> (columns % 32)[None, :]) & 1) != 0
+
+
+@triton.jit
+def forward_kernel(
+    q, k, v, out, lse,
+    q_offsets, k_offsets, counts, indices, partial_counts, partial_indices, bits,
+    q_sb, q_sh, q_sn, k_sb, k_sh, k_sn, v_sb, v_sh, v_sn, o_sb, o_sh, o_sn, lse_sb, lse_sh,
+    qo_sb, qo_sh, ko_sb, ko_sh, c_sb, c_sh, i_sb, i_sh, i_sm, pc_sb, pc_sh, pi_sb, pi_sh, pi_sm,
+    bits_sb, bits_sh, bits_sm, bits_sl, words, whole_blocks, scale,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, Q_TILES: tl.constexpr, K_TILES: tl.constexpr,
+    PARTIAL: tl.constexpr, RETURN_LSE: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Output and row sums of one query tile; `whole_blocks` leading key blocks fill their tiles and need no mask."""
+    b, h = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
+    block, part = tl.program_id(0) // Q_TILES, tl.program_id(0) % Q_TILES
+    bounds = q_offsets + b * qo_sb + h * qo_sh + block
+    start, end = tl.load(bounds) + part * BLOCK_M, tl.load(bounds + 1)
+    if start >= end:
+        return
+    rows = start + tl.arange(0, BLOCK_M)
+    queries = load_tile(q + b * q_sb + h * q_sh, rows, end, q_sn, D, BLOCK_D, True)
+    k += b * k_sb + h * k_sh
+    v += b * v_sb + h * v_sh
+    k_offsets += b * ko_sb + h * ko_sh
+    m = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+
+    count = tl.load(counts + b * c_sb + h * c_sh + block)
+    indices += b * i_sb + h * i_sh + block * i_sm
+    # Indices ascend, so the blocks that need a mask stand last.
+    plain = count
+    while (plain > 0) & (tl.load(indices + tl.maximum(plain - 1, 0)) >= whole_blocks):
+        plain -= 1
+    for i in tl.range(0, plain * K_TILES):
+        first = tl.load(k_offsets + tl.load(indices + i // K_TILES)) + (i % K_TILES) * BLOCK_N
+        m, total, acc = attend_tile(
+            queries, m, total, acc, k, v, first, 0, k_sn, v_sn, scale, None,
+            D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, False, False, UPCAST,
+        )  # fmt: skip
+    for i in tl.range(plain * K_TILES, count * K_TILES):
+        bound = k_offsets + tl.load(indices + i // K_TILES)
+        m, total, acc = attend_tile(
+            queries, m, total, acc, k, v, tl.load(bound) + (i % K_TILES) * BLOCK_N, tl.load(bound + 1), k_sn, v_sn,
+            scale, None, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, True, False, UPCAST,
+        )  # fmt: skip
+    if PARTIAL:
+        partial = tl.load(partial_counts + b * pc_sb + h * pc_sh + block)
+        partial_indices += b * pi_sb + h * pi_sh + block * pi_sm
+        bits += b * bits_sb + h * bits_sh + block * bits_sm
+        for i in tl.range(0, partial * K_TILES):
+            entry, tile = i // K_TILES, i % K_TILES
+            bound = k_offsets + tl.load(partial_indices + entry)
+            allowed = allowed_pairs(
+                bits + entry * bits_sl, part * BLOCK_M + tl.arange(0, BLOCK_M),
+                tile * BLOCK_N + tl.arange(0, BLOCK_N), words,
+            )  # fmt: skip
+            m, total, acc = attend_tile(
+                queries, m, total, acc, k, v, tl.load(bound) + tile * BLOCK_N, tl.load(bound + 1), k_sn, v_sn, scale,
+                allowed, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, True, True, UPCAST,
+            )  # fmt: skip
+
+    empty = total == 0.0
+    acc = acc / tl.where(empty, 1.0, total)[:, None]
+    channels = tl.arange(0, BLOCK_DV)
+    pointers = out + b * o_sb + h * o_sh + rows.to(tl.int64)[:, None] * o_sn + channels[None, :]
+    tl.store(pointers, acc.to(out.dtype.element_ty), mask=(rows < end)[:, None] & (channels < DV)[None, :])
+    if RETURN_LSE:
+        sums = tl.where(empty, -float("inf"), (m + tl.log2(tl.where(empty, 1.0, total))) * 0.6931471805599453)
+        tl.store(lse + b * lse_sb + h * lse_sh + rows, sums, mask=rows < end)

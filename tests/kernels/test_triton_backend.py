@@ -1,0 +1,140 @@
+"""The Triton backend against float64 dense attention: on a GPU where there is one, else under Triton's interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from dit_sparse.kernels import get_backend, triton_backend
+from dit_sparse.types import AttentionPlan, BlockMask
+from tests.kernels import cases
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TRITON = get_backend("triton")
+
+
+def run(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float = 0.3) -> tuple[Tensor, Tensor]:
+    plan = plan.to(DEVICE)
+    q, k, v = (x.to(DEVICE) for x in (q, k, v))
+    assert TRITON.unavailable(q.device) is None
+    assert TRITON.refuses(q, k, v, plan) is None
+    out, lse = TRITON.forward(q, k, v, plan, scale=scale, return_lse=True)
+    assert lse is not None
+    assert torch.equal(TRITON.forward(q, k, v, plan, scale=scale, return_lse=False)[0], out)
+    return out.cpu(), lse.cpu()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dim", [16, 40, 64, 96, 128, 256])
+def test_every_dtype_and_head_dim(dtype: torch.dtype, dim: int) -> None:
+    plan = cases.random_plan(cases.RAGGED, heads=2)
+    q, k, v = cases.inputs(plan, 1, 2, dim, dtype)
+    cases.assert_as_good_as_torch(run(q, k, v, plan, dim**-0.5), q, k, v, cases.position_mask(plan), dim**-0.5)
+
+
+@pytest.mark.parametrize("bounds", [cases.EVEN, cases.RAGGED, cases.TEXT, cases.UNEVEN], ids=str)
+@pytest.mark.parametrize(("batch", "heads"), [(1, 1), (1, 3), (2, 1), (2, 3)])
+def test_masks_and_orders_per_batch_and_head(bounds: list[int], batch: int, heads: int) -> None:
+    plan = cases.random_plan(bounds, batch=batch, heads=heads)
+    q, k, v = cases.inputs(plan, 2, 3, 16)
+    cases.assert_as_good_as_torch(run(q, k, v, plan), q, k, v, cases.position_mask(plan), 0.3)
+
+
+@pytest.mark.parametrize("blocks", [(64, 64), (64, 128), (128, 64), (128, 128)], ids=str)
+@pytest.mark.parametrize("tokens", [256, 300])
+def test_block_sizes_of_queries_and_keys_are_independent(blocks: tuple[int, int], tokens: int) -> None:
+    orders = [cases.random_order([[*range(0, tokens, size), tokens]], 1, 1, seed=size) for size in blocks]
+    kept = torch.rand(1, 1, *(order.num_blocks for order in orders), generator=cases.generator()) < 0.6
+    plan = AttentionPlan(*orders, BlockMask.from_bool(kept, *(order.offsets for order in orders)))
+    q, k, v = cases.inputs(plan, 1, 1, 32)
+    cases.assert_as_good_as_torch(run(q, k, v, plan), q, k, v, cases.position_mask(plan), 0.3)
+
+
+def test_offsets_that_differ_between_heads() -> None:
+    order = cases.random_order([[0, 10, 50, 90], [0, 45, 45, 90]], 1, 2)
+    kept = torch.rand(1, 2, 3, 3, generator=cases.generator()) < 0.5
+    plan = AttentionPlan.from_kept(order, kept)
+    q, k, v = cases.inputs(plan, 2, 2, 16)
+    cases.assert_as_good_as_torch(run(q, k, v, plan), q, k, v, cases.position_mask(plan), 0.3)
+
+
+def test_rows_that_keep_nothing() -> None:
+    kept = torch.zeros(1, 1, 6, 6, dtype=torch.bool)
+    kept[..., 1, 2] = kept[..., 4, 0] = kept[..., 4, 5] = True
+    plan = cases.keeping(kept, cases.RAGGED)
+    q, k, v = cases.inputs(plan, 1, 2, 16)
+    out, lse = run(q, k, v, plan)
+    cases.assert_as_good_as_torch((out, lse), q, k, v, cases.position_mask(plan), 0.3)
+    assert lse[:, :, :16].isneginf().all()
+
+
+@pytest.mark.parametrize("uniform", [True, False])
+def test_partial_blocks_see_tokens_in_the_sequences_own_order(uniform: bool) -> None:
+    order = cases.random_order([cases.UNEVEN], 2, 2)
+    draw = cases.generator()
+    blocks = order.num_blocks
+    kept, partial = (torch.rand(2, 2, blocks, blocks, generator=draw) < share for share in (0.6, 0.5))
+
+    def predicate(batch: Tensor, head: Tensor, q_token: Tensor, k_token: Tensor) -> Tensor:
+        number = 0 if uniform else head * 7 + batch * 3
+        return (q_token - k_token + number) % 4 == 0
+
+    predicate.uniform = uniform
+    plan = AttentionPlan.from_kept(order, kept, partial=partial, predicate=predicate)
+    q, k, v = cases.inputs(plan, 2, 2, 16)
+    cases.assert_as_good_as_torch(run(q, k, v, plan), q, k, v, cases.position_mask(plan), 0.3)
+
+
+def test_a_predicate_that_empties_single_rows() -> None:
+    kept = torch.eye(6, dtype=torch.bool)[None, None]
+    plan = cases.keeping(kept, cases.RAGGED, partial=kept, predicate=lambda b, h, i, j: (i % 5 != 0) & (j <= i))
+    q, k, v = cases.inputs(plan, 1, 1, 16)
+    out, lse = run(q, k, v, plan)
+    cases.assert_as_good_as_torch((out, lse), q, k, v, cases.position_mask(plan), 0.3)
+    assert lse[..., ::5].isneginf().all()
+
+
+def test_strided_inputs_and_a_value_size_of_its_own() -> None:
+    plan = cases.random_plan(cases.TEXT, heads=2)
+    q, k, v = cases.inputs(plan, 2, 2, 16)
+    strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    assert torch.equal(run(*strided, plan)[0], run(q, k, v, plan)[0])
+    assert torch.equal(run(q, k, v[..., :10], plan)[0], run(q, k, v, plan)[0][..., :10])
+
+
+def test_a_negative_scale() -> None:
+    plan = cases.random_plan(cases.EVEN)
+    q, k, v = cases.inputs(plan, 1, 1, 16)
+    cases.assert_as_good_as_torch(run(q, k, v, plan, -0.4), q, k, v, cases.position_mask(plan), -0.4)
+
+
+def test_every_output_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **kw: empty(*a, **kw).fill_(float("nan")))
+    for bounds in (cases.EVEN, cases.TEXT, cases.UNEVEN):
+        plan = cases.random_plan(bounds, heads=2, density=0.3)
+        q, k, v = cases.inputs(plan, 1, 2, 16)
+        out, lse = run(q, k, v, plan)
+        assert not out.isnan().any()
+        assert not lse.isnan().any()
+
+
+def test_partial_blocks_too_large_to_pack_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_backend, "_BITS_BYTES", 100)
+    kept = torch.ones(1, 1, 6, 6, dtype=torch.bool)
+    plan = cases.keeping(kept, cases.RAGGED, partial=kept, predicate=lambda b, h, i, j: j <= i)
+    with pytest.raises(ValueError, match="packed bits"):
+        run(*cases.inputs(plan, 1, 1, 16), plan)
+
+
+def test_says_what_it_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = cases.random_plan(cases.EVEN)
+    q, k, v = cases.inputs(plan, 1, 1, 16)
+    assert "float64" in str(TRITON.refuses(q.double(), k.double(), v.double(), plan))
+    assert "at most 256" in str(TRITON.refuses(*(x.repeat(1, 1, 1, 17) for x in (q, k, v)), plan))
+    assert "no backward" in str(TRITON.refuses(q.requires_grad_(), k, v, plan))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert "CUDA only" in str(TRITON.unavailable(torch.device("cpu")))
