@@ -272,9 +272,10 @@ class PackedBlockMask:
 
 
 def _compact(kept: Tensor) -> tuple[Tensor, Tensor]:
-    """Counts and ascending indices of the True entries of the last dimension."""
+    """Counts and ascending indices of the True entries of the last dimension, contiguous as kernels read them."""
+    kept = kept.contiguous()  # on CUDA a sort keeps its input's strides
     indices = kept.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
-    return kept.sum(-1, dtype=torch.int32), indices.to(torch.int32)
+    return kept.sum(-1, dtype=torch.int32), indices.to(torch.int32).contiguous()
 
 
 def _expand(counts: Tensor, indices: Tensor, num_blocks: int) -> Tensor:

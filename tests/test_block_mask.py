@@ -153,6 +153,18 @@ def mask_of_flex_lists(flex, want, block_size):
     return out
 
 
+def test_lists_are_contiguous_whatever_the_strides_of_the_blocks():
+    kept = (torch.rand(1, 2, 5, 4) < 0.5).transpose(-1, -2)
+    q_offsets, k_offsets = (torch.arange(0, 64 * n + 1, 64, dtype=torch.int32)[None, None] for n in (4, 5))
+    mask = BlockMask.from_bool(kept, q_offsets, k_offsets)
+    order, kv_order = (TokenOrder.from_index(torch.arange(int(o[0, 0, -1])), o) for o in (q_offsets, k_offsets))
+    flex = mask.to_flex(order.index, kv_order.index, (64, 64))
+    lists = (mask.kv_counts, mask.kv_indices, flex.kv_num_blocks, flex.kv_indices)
+    lists += (flex.full_kv_num_blocks, flex.full_kv_indices)
+    assert all(x.is_contiguous() for x in lists)
+    assert torch.equal(mask.full_blocks, kept)
+
+
 def test_full_keeps_everything_and_says_so():
     offsets = torch.tensor([[[0, 3, 10]]], dtype=torch.int32)
     mask = BlockMask.full(offsets, offsets)

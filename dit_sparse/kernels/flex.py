@@ -65,11 +65,14 @@ class FlexBackend:
         if plan not in _masks:
             _masks[plan] = _convert(plan)
         mask = _masks[plan]
+        # On a GPU torch's own tiles may be larger than the mask's blocks, which it then refuses.
+        options = dict(zip(("BLOCK_M", "BLOCK_N"), mask.BLOCK_SIZE, strict=True)) if q.device.type == "cuda" else None
+        call = functools.partial(_compiled(), q, k, v, block_mask=mask, scale=scale, kernel_options=options)
         if not return_lse:
-            return _compiled()(q, k, v, block_mask=mask, scale=scale), None
+            return call(), None
         from torch.nn.attention.flex_attention import AuxRequest
 
-        out, aux = _compiled()(q, k, v, block_mask=mask, scale=scale, return_aux=AuxRequest(lse=True))
+        out, aux = call(return_aux=AuxRequest(lse=True))
         return out, aux.lse
 
 

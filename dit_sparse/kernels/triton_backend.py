@@ -119,14 +119,16 @@ def _launch(
     partial_counts = mask.kv_counts if mask.partial_counts is None else mask.partial_counts
     partial_indices = mask.kv_indices if mask.partial_indices is None else mask.partial_indices
     packed = mask.kv_counts[..., None, None, None] if bits is None else bits
-    lists = (mask.q_offsets, mask.k_offsets, mask.kv_counts, mask.kv_indices, partial_counts, partial_indices, packed)
+    lists = [mask.q_offsets, mask.k_offsets, mask.kv_counts, mask.kv_indices, partial_counts, partial_indices, packed]
+    lists = [x if x.stride(-1) == 1 else x.contiguous() for x in lists]
+    q_offsets, k_offsets, counts, indices, partial_counts, partial_indices, packed = lists
     whole = prepared.whole if prepared.k_block % launch.block_n == 0 else 0
     forward_kernel[mask.num_q_blocks * q_tiles, q.shape[1], q.shape[0]](
         q, k, v, out, lse, *lists,
         *(stride for x in (q, k, v, out) for stride in x.stride()[:3]), *lse.stride()[:2],
-        *_broadcast(mask.q_offsets), *_broadcast(mask.k_offsets), *_broadcast(mask.kv_counts),
-        *_broadcast(mask.kv_indices), mask.kv_indices.stride(2), *_broadcast(partial_counts),
-        *_broadcast(partial_indices), partial_indices.stride(2), *_broadcast(packed), *packed.stride()[2:4],
+        *_broadcast(q_offsets), *_broadcast(k_offsets), *_broadcast(counts), *_broadcast(indices), indices.stride(2),
+        *_broadcast(partial_counts), *_broadcast(partial_indices), partial_indices.stride(2),
+        *_broadcast(packed), *packed.stride()[2:4],
         packed.shape[-1], whole, scale * math.log2(math.e),
         D=q.shape[-1], DV=v.shape[-1], BLOCK_D=_padded(q.shape[-1]), BLOCK_DV=_padded(v.shape[-1]),
         BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, Q_TILES=q_tiles, K_TILES=k_tiles,
