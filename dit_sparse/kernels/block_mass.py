@@ -7,11 +7,14 @@ only a few rows at a time.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dit_sparse.block_mask import BlockMask
+from dit_sparse.kernels import triton_mass
 
 __all__ = ["block_mass", "pooled_blocks", "sample_rows"]
 
@@ -19,7 +22,16 @@ _CHUNK_SCORES = 1 << 20
 
 
 @torch.no_grad()
-def block_mass(q: Tensor, k: Tensor, lse: Tensor, q_offsets: Tensor, k_offsets: Tensor, *, scale: float) -> Tensor:
+def block_mass(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    q_offsets: Tensor,
+    k_offsets: Tensor,
+    *,
+    scale: float,
+    backend: Literal["torch", "triton"] = "torch",
+) -> Tensor:
     """Attention mass of each block, `[B, H, Mq, Mk]` float32; the second pass of AdaSpa (arXiv 2502.21079).
 
     Args:
@@ -27,11 +39,18 @@ def block_mass(q: Tensor, k: Tensor, lse: Tensor, q_offsets: Tensor, k_offsets: 
         lse: `[B, H, Nq]` natural-log row sums in the order of `q`; a row of -inf counts as no mass.
         q_offsets, k_offsets: `[B|1, H|1, M+1]` int32 block bounds, which may be uneven; read on the host.
         scale: factor of the scores.
+        backend: "torch" anywhere, "triton" one fused kernel for NVIDIA GPUs, which has passed Triton's interpreter but
+            not yet a GPU, so that nothing takes it unasked.
 
     Raises:
-        ValueError: shapes that do not fit each other.
+        ValueError: shapes that do not fit each other, or an unknown backend.
+        BackendUnavailableError: the backend cannot run here.
     """
     _validate(q, k, lse)
+    if backend == "triton":
+        return triton_mass.block_mass(q, k, lse, q_offsets, k_offsets, scale)
+    if backend != "torch":
+        raise ValueError(f"backend must be 'torch' or 'triton', got {backend!r}")
     q_blocks = BlockMask.block_of(q_offsets)
     mass = torch.zeros(*q.shape[:2], q_offsets.shape[-1] - 1, k_offsets.shape[-1] - 1, device=q.device)
     rows = min(q.shape[2], max(1, _CHUNK_SCORES // k.shape[2]))

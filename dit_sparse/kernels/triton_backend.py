@@ -57,16 +57,7 @@ class TritonBackend:
     name = "triton"
 
     def unavailable(self, device: torch.device) -> str | None:
-        if importlib.util.find_spec("triton") is None:
-            return "triton is missing; pip install 'dit-sparse[gpu]'"
-        if device.type == "cuda":
-            major, minor = torch.cuda.get_device_capability(device)
-            if major < 8:
-                return f"it needs compute capability 8.0 or higher, this GPU has {major}.{minor}; use 'flex'"
-            return None
-        if _interpreted():
-            return None
-        return "it runs on CUDA only (elsewhere under TRITON_INTERPRET=1, which is slow); use 'gather' on a CPU"
+        return triton_unavailable(device)
 
     def refuses(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> str | None:
         if q.dtype not in _DTYPES:
@@ -92,8 +83,22 @@ class TritonBackend:
         return out, lse if return_lse else None
 
 
-def _interpreted() -> bool:
+def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def triton_unavailable(device: torch.device) -> str | None:
+    """What is missing to run Triton's kernels on `device`, and how to get it; `None` when nothing is."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is missing; pip install 'dit-sparse[gpu]'"
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < 8:
+            return f"it needs compute capability 8.0 or higher, this GPU has {major}.{minor}; use 'flex'"
+        return None
+    if interpreted():
+        return None
+    return "it runs on CUDA only (elsewhere under TRITON_INTERPRET=1, which is slow); use 'gather' on a CPU"
 
 
 def _launch(
@@ -126,31 +131,32 @@ def _launch(
     forward_kernel[mask.num_q_blocks * q_tiles, q.shape[1], q.shape[0]](
         q, k, v, out, lse, *lists,
         *(stride for x in (q, k, v, out) for stride in x.stride()[:3]), *lse.stride()[:2],
-        *_broadcast(q_offsets), *_broadcast(k_offsets), *_broadcast(counts), *_broadcast(indices), indices.stride(2),
-        *_broadcast(partial_counts), *_broadcast(partial_indices), partial_indices.stride(2),
-        *_broadcast(packed), *packed.stride()[2:4],
+        *broadcast_strides(q_offsets), *broadcast_strides(k_offsets), *broadcast_strides(counts),
+        *broadcast_strides(indices), indices.stride(2),
+        *broadcast_strides(partial_counts), *broadcast_strides(partial_indices), partial_indices.stride(2),
+        *broadcast_strides(packed), *packed.stride()[2:4],
         packed.shape[-1], whole, scale * math.log2(math.e),
-        D=q.shape[-1], DV=v.shape[-1], BLOCK_D=_padded(q.shape[-1]), BLOCK_DV=_padded(v.shape[-1]),
+        D=q.shape[-1], DV=v.shape[-1], BLOCK_D=padded(q.shape[-1]), BLOCK_DV=padded(v.shape[-1]),
         BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, Q_TILES=q_tiles, K_TILES=k_tiles,
-        PARTIAL=bits is not None, RETURN_LSE=return_lse, UPCAST=_interpreted(),
+        PARTIAL=bits is not None, RETURN_LSE=return_lse, UPCAST=interpreted(),
         num_warps=launch.num_warps, num_stages=launch.num_stages,
     )  # fmt: skip
 
 
-def _broadcast(x: Tensor) -> tuple[int, int]:
+def broadcast_strides(x: Tensor) -> tuple[int, int]:
     """Strides over batch and heads, 0 where one list serves all."""
     return (x.stride(0) if x.shape[0] > 1 else 0), (x.stride(1) if x.shape[1] > 1 else 0)
 
 
-def _padded(dim: int) -> int:
+def padded(dim: int) -> int:
     return max(16, 1 << (dim - 1).bit_length())
 
 
 def _configuration(q: Tensor, v: Tensor, prepared: _Prepared) -> _Launch:
     """Tiles, warps and stages; those for 64- and 128-blocks at 64 and 128 channels were measured on an H200."""
-    if _interpreted():
-        return _Launch(min(64, _padded(prepared.q_block)), min(32, _padded(prepared.k_block)), 4, 1)
-    dim = max(_padded(q.shape[-1]), _padded(v.shape[-1]))
+    if interpreted():
+        return _Launch(min(64, padded(prepared.q_block)), min(32, padded(prepared.k_block)), 4, 1)
+    dim = max(padded(q.shape[-1]), padded(v.shape[-1]))
     block_m = 128 if prepared.q_block > 64 else 64 if prepared.q_block > 32 else 32
     block_n = 128 if prepared.k_block > 64 else 64 if prepared.k_block > 32 else 32
     if q.dtype == torch.float32:

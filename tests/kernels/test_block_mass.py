@@ -105,3 +105,26 @@ def test_sampled_rows_are_spread_over_every_block(stride: int) -> None:
     found = [rows[a:b].tolist() for a, b in pairwise(got[0, 0])]
     for (start, end), taken in zip(pairwise(bounds), found, strict=True):
         assert taken == list(range(start + min(stride // 2, end - start - 1), end, stride))
+
+
+@pytest.mark.parametrize("bounds", [*BOUNDS, [*range(0, 96, 8), 91]], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_triton_says_the_same(bounds: list[int], dtype: torch.dtype) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    if torch.cuda.is_available():
+        pytest.skip("on a GPU machine the interpreter is off")
+    draw = cases.generator()
+    k_bounds = [0, 40, 80, 96, 130]
+    q, k = (torch.randn(2, 2, n, 24, generator=draw).to(dtype) for n in (bounds[-1], k_bounds[-1]))
+    lse = (q.double() @ k.double().transpose(-1, -2) * 0.3).logsumexp(-1).float()
+    lse[:, :, 3] = float("-inf")
+    arguments = (q, k, lse, offsets(bounds), offsets(k_bounds))
+    want = block_mass(*arguments, scale=0.3)
+    got = block_mass(*arguments, scale=0.3, backend="triton")
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_an_unknown_backend_is_refused() -> None:
+    q = torch.randn(1, 1, 96, 16)
+    with pytest.raises(ValueError, match="'torch' or 'triton', got 'fast'"):
+        block_mass(q, q, torch.zeros(1, 1, 96), offsets(cases.EVEN), offsets(cases.EVEN), scale=1.0, backend="fast")
