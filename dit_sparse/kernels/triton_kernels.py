@@ -7,8 +7,8 @@ of FlashAttention-2 (arXiv 2307.08691, algorithm 1), in base 2. Oracle: `referen
 path in plain torch.
 
 Grids are (query tiles, heads, batch). q, k, v, out are `[B, H, N, D]`, contiguous in the last dimension and with any
-strides elsewhere; lists and offsets are `[B|1, H|1, ...]`. Imported by the launchers when they first run, never with the
-package.
+strides elsewhere; lists and offsets are `[B|1, H|1, ...]`. Imported by the launchers when they first run, never with
+the package.
 """
 
 from __future__ import annotations
