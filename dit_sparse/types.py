@@ -6,9 +6,9 @@ A leading dimension written `B|1` or `H|1` is either full or 1, and 1 means shar
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from dit_sparse.block_mask import BlockMask, TokenPredicate
 
 __all__ = [
     "AttentionPlan",
+    "BlockGeometry",
     "BlockMask",
     "Method",
     "Previous",
@@ -105,6 +106,19 @@ class Site:
     model: str = "transformer"
 
 
+class BlockGeometry(NamedTuple):
+    """What a kernel's launcher needs to know of an order's blocks on the host.
+
+    Args:
+        largest: tokens in the largest block.
+        run_start, run_end: the longest run of blocks that have this size in every batch and head.
+    """
+
+    largest: int
+    run_start: int
+    run_end: int
+
+
 @dataclass(frozen=True, eq=False)
 class TokenOrder:
     """A permutation of the sequence cut into blocks, shared or per batch and head; blocks may be uneven.
@@ -158,6 +172,19 @@ class TokenOrder:
         """`[B|1, H|1, M]` int32 tokens a block."""
         return self.offsets.diff(dim=-1)
 
+    @cached_property
+    def geometry(self) -> BlockGeometry:
+        """The blocks' sizes in short; read back from the device once an order."""
+        sizes = self.block_sizes.flatten(0, 1).cpu()
+        largest = int(sizes.max())
+        even = (sizes == largest).all(0).tolist()
+        best = start = end = 0
+        for i, is_even in enumerate(even):
+            start = start if is_even else i + 1
+            if i + 1 - start > best:
+                best, end = i + 1 - start, i + 1
+        return BlockGeometry(largest, end - best, end)
+
     def permute(self, x: Tensor) -> Tensor:
         """`x` `[B, H, N, ...]` with its tokens moved into this order."""
         return x if self.is_identity else _gather_tokens(x, self.index)
@@ -186,6 +213,9 @@ class AttentionPlan:
         q_order, kv_order: orders of the query and of the key/value tokens.
         block_mask: which key blocks each query block keeps; its offsets are those of the orders.
 
+    Attributes:
+        derived: what kernels have made of this plan, to be made once; it goes when the plan goes.
+
     Raises:
         ValueError: the mask's block counts are not the orders'.
     """
@@ -193,6 +223,7 @@ class AttentionPlan:
     q_order: TokenOrder
     kv_order: TokenOrder
     block_mask: BlockMask
+    derived: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         got = (self.block_mask.num_q_blocks, self.block_mask.num_k_blocks)

@@ -12,6 +12,7 @@ from dit_sparse.kernels.block_mass import block_mass, pooled_blocks, sample_rows
 from dit_sparse.kernels.dense import SdpaBackend, XformersBackend, dense_attention
 from dit_sparse.kernels.flex import FlexBackend
 from dit_sparse.kernels.gather import GatherBackend
+from dit_sparse.kernels.hopper_backend import HopperBackend
 from dit_sparse.kernels.reference import ReferenceBackend
 from dit_sparse.kernels.triton_backend import TritonBackend
 
@@ -32,6 +33,7 @@ for _backend in (
     ReferenceBackend(),
     SdpaBackend(),
     GatherBackend(),
+    HopperBackend(),
     TritonBackend(),
     FlexBackend(),
     XformersBackend(),

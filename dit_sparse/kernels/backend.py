@@ -88,8 +88,8 @@ def get_backend(name: str) -> Backend:
 def select(name: str, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Backend:
     """The backend for a call: `name`, or for "auto" the default of the device and the plan.
 
-    "auto" is "sdpa" for a plan known to keep everything, else "gather" on CPU, and on CUDA "triton", or "flex" for what
-    that cannot compute. Arguments as in `Backend.forward`.
+    "auto" is "sdpa" for a plan known to keep everything, else "gather" on CPU, and on CUDA the first of "hopper",
+    "triton" and "flex" that runs there and can compute the call. Arguments as in `Backend.forward`.
 
     Raises:
         ValueError: unknown name, or a call that the backend cannot compute.
@@ -110,6 +110,8 @@ def _default_name(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> str:
         return "sdpa"
     if q.device.type != "cuda":
         return "gather"
-    triton = BACKENDS["triton"]
-    able = triton.unavailable(q.device) is None and triton.refuses(q, k, v, plan) is None
-    return "triton" if able else "flex"
+    for name in ("hopper", "triton"):
+        backend = BACKENDS[name]
+        if backend.unavailable(q.device) is None and backend.refuses(q, k, v, plan) is None:
+            return name
+    return "flex"

@@ -78,12 +78,12 @@ def forward_kernel(
     q_offsets, k_offsets, counts, indices, partial_counts, partial_indices, bits,
     q_sb, q_sh, q_sn, k_sb, k_sh, k_sn, v_sb, v_sh, v_sn, o_sb, o_sh, o_sn, lse_sb, lse_sh,
     qo_sb, qo_sh, ko_sb, ko_sh, c_sb, c_sh, i_sb, i_sh, i_sm, pc_sb, pc_sh, pi_sb, pi_sh, pi_sm,
-    bits_sb, bits_sh, bits_sm, bits_sl, words, whole_blocks, scale,
+    bits_sb, bits_sh, bits_sm, bits_sl, words, run_start, run_end, scale,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, Q_TILES: tl.constexpr, K_TILES: tl.constexpr,
     PARTIAL: tl.constexpr, RETURN_LSE: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Output and row sums of one query tile; `whole_blocks` leading key blocks fill their tiles and need no mask."""
+    """Output and row sums of one query tile; key blocks `run_start` to `run_end` fill their tiles and need no mask."""
     b, h = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
     block, part = tl.program_id(0) // Q_TILES, tl.program_id(0) % Q_TILES
     bounds = q_offsets + b * qo_sb + h * qo_sh + block
@@ -101,18 +101,24 @@ def forward_kernel(
 
     count = tl.load(counts + b * c_sb + h * c_sh + block)
     indices += b * i_sb + h * i_sh + block * i_sm
-    # Indices ascend, so the blocks that need a mask stand last.
-    plain = count
-    while (plain > 0) & (tl.load(indices + tl.maximum(plain - 1, 0)) >= whole_blocks):
-        plain -= 1
-    for i in tl.range(0, plain * K_TILES):
+    # Indices ascend, so the blocks that need no mask stand together.
+    plain_start = 0
+    while (plain_start < count) & (tl.load(indices + tl.minimum(plain_start, tl.maximum(count - 1, 0))) < run_start):
+        plain_start += 1
+    plain_end = count
+    while (plain_end > plain_start) & (tl.load(indices + tl.maximum(plain_end - 1, 0)) >= run_end):
+        plain_end -= 1
+    for i in tl.range(plain_start * K_TILES, plain_end * K_TILES):
         first = tl.load(k_offsets + tl.load(indices + i // K_TILES)) + (i % K_TILES) * BLOCK_N
         m, total, acc = attend_tile(
             queries, m, total, acc, k, v, first, 0, k_sn, v_sn, scale, None,
             D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, False, False, UPCAST,
         )  # fmt: skip
-    for i in tl.range(plain * K_TILES, count * K_TILES):
-        bound = k_offsets + tl.load(indices + i // K_TILES)
+    masked = (plain_start + count - plain_end) * K_TILES
+    for i in tl.range(0, masked):
+        # Those before the run, then those after it.
+        entry = i // K_TILES
+        bound = k_offsets + tl.load(indices + tl.where(entry < plain_start, entry, entry - plain_start + plain_end))
         m, total, acc = attend_tile(
             queries, m, total, acc, k, v, tl.load(bound) + (i % K_TILES) * BLOCK_N, tl.load(bound + 1), k_sn, v_sn,
             scale, None, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, True, False, UPCAST,

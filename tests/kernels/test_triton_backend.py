@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dit_sparse.kernels import get_backend, triton_backend
+from dit_sparse.kernels import get_backend, partial_bits
 from dit_sparse.types import AttentionPlan, BlockMask
 from tests.kernels import cases
 
@@ -123,7 +123,7 @@ def test_every_output_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_partial_blocks_too_large_to_pack_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_backend, "_BITS_BYTES", 100)
+    monkeypatch.setattr(partial_bits, "_BITS_BYTES", 100)
     kept = torch.ones(1, 1, 6, 6, dtype=torch.bool)
     plan = cases.keeping(kept, cases.RAGGED, partial=kept, predicate=lambda b, h, i, j: j <= i)
     with pytest.raises(ValueError, match="packed bits"):

@@ -1,0 +1,132 @@
+"""The GPU kernels as one operator of torch: what `torch.compile` traces and CUDA graphs capture.
+
+It stands between the backends, which know plans, and the launchers, which know tensors and sizes. Nothing here waits
+for the device: the sizes of blocks are read once an order, and partial blocks are packed once a plan.
+"""
+
+# The operator's schema is read from its annotations, so they must not be strings.
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dit_sparse.kernels.partial_bits import partial_bits
+from dit_sparse.types import AttentionPlan, BlockGeometry
+
+__all__ = ["Call", "block_sparse", "register_launcher"]
+
+
+@dataclass(frozen=True)
+class Call:
+    """All that a launcher needs; every tensor is as in `BlockMask` and `Backend.forward`.
+
+    Args:
+        q, k, v, out: `[B, H, N, D]`, contiguous in the last dimension.
+        lse: `[B, H, Nq]` float32, or `None` if it is not wanted.
+        q_offsets, k_offsets, counts, indices, partial_counts, partial_indices: the block mask's lists.
+        bits: `partial_bits` of the plan; `None` without partial blocks.
+        q_blocks, k_blocks: sizes of the blocks.
+        scale: factor of the scores, not negative.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    lse: Tensor | None
+    q_offsets: Tensor
+    k_offsets: Tensor
+    counts: Tensor
+    indices: Tensor
+    partial_counts: Tensor
+    partial_indices: Tensor
+    bits: Tensor | None
+    q_blocks: BlockGeometry
+    k_blocks: BlockGeometry
+    scale: float
+
+
+_launchers: dict[str, Callable[[Call], None]] = {}
+
+
+def register_launcher(kernel: str, launch: Callable[[Call], None]) -> None:
+    """Make `launch` the kernel that `block_sparse` calls by the name `kernel`; it fills `out` and `lse`."""
+    _launchers[kernel] = launch
+
+
+def block_sparse(
+    kernel: str, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, return_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Attention under `plan` by one of the registered kernels; arguments and results as in `Backend.forward`."""
+    mask = plan.block_mask
+    bits = partial_bits(plan, q.shape[0], q.shape[1])
+    partial = (None, None) if bits is None else (mask.partial_counts, mask.partial_indices)
+    q_blocks, k_blocks = list(plan.q_order.geometry), list(plan.kv_order.geometry)
+    lists = mask.q_offsets, mask.k_offsets, mask.kv_counts, mask.kv_indices, *partial, bits
+    out, lse = _operator(q, k, v, *lists, q_blocks, k_blocks, scale, return_lse, kernel)
+    return out, lse if return_lse else None
+
+
+@torch.library.custom_op("dit_sparse::block_sparse", mutates_args=())
+def _operator(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_offsets: Tensor,
+    k_offsets: Tensor,
+    counts: Tensor,
+    indices: Tensor,
+    partial_counts: Tensor | None,
+    partial_indices: Tensor | None,
+    bits: Tensor | None,
+    q_blocks: list[int],
+    k_blocks: list[int],
+    scale: float,
+    return_lse: bool,
+    kernel: str,
+) -> tuple[Tensor, Tensor]:
+    out, lse = _outputs(q, v, return_lse)
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    if scale < 0:
+        q, scale = -q, -scale  # the kernels take the maximum before they scale
+    # Full lists stand in for partial ones that are not there; kernels do not read them.
+    call = Call(
+        q=q,
+        k=k,
+        v=v,
+        out=out,
+        lse=lse if return_lse else None,
+        q_offsets=_packed(q_offsets),
+        k_offsets=_packed(k_offsets),
+        counts=_packed(counts),
+        indices=_packed(indices),
+        partial_counts=_packed(counts if partial_counts is None else partial_counts),
+        partial_indices=_packed(indices if partial_indices is None else partial_indices),
+        bits=bits,
+        q_blocks=BlockGeometry(*q_blocks),
+        k_blocks=BlockGeometry(*k_blocks),
+        scale=scale,
+    )
+    with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
+        _launchers[kernel](call)
+    return out, lse
+
+
+@_operator.register_fake
+def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
+    return _outputs(q, v, bool(rest[-2]))
+
+
+def _packed(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _outputs(q: Tensor, v: Tensor, return_lse: bool) -> tuple[Tensor, Tensor]:
+    """Output with the strides of `q` where it may have them, and the row sums, empty if they are not wanted."""
+    out = torch.empty_like(q) if v.shape[-1] == q.shape[-1] else q.new_empty(*q.shape[:-1], v.shape[-1])
+    if out.stride(-1) != 1:
+        out = torch.empty_like(out, memory_format=torch.contiguous_format)
+    return out, q.new_empty(q.shape[:-1] if return_lse else (0, 0, 0), dtype=torch.float32)

@@ -1,0 +1,192 @@
+"""Backend "hopper": block-sparse attention by a warp-specialised Gluon kernel, for NVIDIA GPUs of capability 9.0."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dit_sparse.kernels.block_sparse import Call, block_sparse, register_launcher
+from dit_sparse.kernels.triton_backend import broadcast_strides, triton_unavailable
+from dit_sparse.types import AttentionPlan, BlockGeometry
+
+__all__ = ["HopperBackend"]
+
+_DTYPES = (torch.float16, torch.bfloat16)
+_LARGEST_DIM = 128
+_LARGEST_TILE = 128
+_ALIGNMENT = 16
+
+
+@dataclass(frozen=True)
+class _Variant:
+    """How the kernel is compiled.
+
+    Args:
+        groups: consumer warpgroups of 64 query rows.
+        block_n: keys of a tile.
+        pair: two key blocks of 64 make a tile.
+        stages_k, stages_v: slots of the rings.
+        q_in_registers: whether a consumer holds its queries in registers rather than in shared memory.
+        residents: thread blocks that fit on a multiprocessor.
+        registers: limit of a thread, `None` for the compiler's own.
+        persistent: as many thread blocks as fit at once, each walking over many tiles.
+    """
+
+    groups: int
+    block_n: int
+    pair: bool
+    stages_k: int
+    stages_v: int
+    q_in_registers: bool = False
+    residents: int = 1
+    registers: int | None = None
+    persistent: bool = False
+
+
+# By (channels, query rows of a tile, key blocks of 64); each the fastest of those timed on an H200.
+_VARIANTS = {
+    (128, 128, False): _Variant(2, 128, False, 2, 2, q_in_registers=True),
+    (128, 128, True): _Variant(2, 128, True, 2, 2, q_in_registers=True),
+    (128, 64, False): _Variant(1, 128, False, 2, 1, residents=2, registers=128),
+    (128, 64, True): _Variant(1, 128, True, 2, 1, residents=2, registers=128),
+    (64, 128, False): _Variant(2, 128, False, 3, 3, persistent=True),
+    (64, 128, True): _Variant(2, 128, True, 3, 3, persistent=True),
+    (64, 64, False): _Variant(1, 128, False, 3, 3, residents=2, registers=128),
+    (64, 64, True): _Variant(1, 64, False, 3, 3, residents=3, registers=80),
+}
+
+
+class HopperBackend:
+    """The fast path of H100 and H200: even blocks, 16-bit types, up to 128 channels, partial blocks, row sums."""
+
+    name = "hopper"
+
+    def unavailable(self, device: torch.device) -> str | None:
+        if device.type != "cuda":
+            return "it runs on NVIDIA GPUs of compute capability 9.0 only; use 'triton' or, on a CPU, 'gather'"
+        missing = triton_unavailable(device)
+        if missing is not None:
+            return missing
+        major, minor = torch.cuda.get_device_capability(device)
+        if (major, minor) != (9, 0):
+            return f"it needs compute capability 9.0 (H100, H200), this GPU has {major}.{minor}; use 'triton'"
+        if not _has_gluon():
+            return "this triton has no Gluon as of 3.6; pip install -U 'triton>=3.6', or use 'triton'"
+        return None
+
+    def refuses(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> str | None:
+        if q.dtype not in _DTYPES:
+            return f"dtype must be float16 or bfloat16, got {q.dtype}; use 'triton'"
+        if q.shape[-1] > _LARGEST_DIM or q.shape[-1] % 8 or v.shape[-1] != q.shape[-1]:
+            return (
+                f"head_dim must be a multiple of 8, at most {_LARGEST_DIM} and the same for values, got {q.shape[-1]} "
+                f"and {v.shape[-1]}; use 'triton'"
+            )
+        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+            return "it has no backward; use torch.no_grad() or 'reference'"
+        for name, order in (("query", plan.q_order), ("key", plan.kv_order)):
+            sizes = order.geometry
+            if sizes.largest > _LARGEST_TILE and 2 * (sizes.run_end - sizes.run_start) < order.num_blocks:
+                return (
+                    f"{name} blocks above {_LARGEST_TILE} tokens must be even, got {order.num_blocks} blocks of which "
+                    f"only {sizes.run_end - sizes.run_start} have the largest size, {sizes.largest}; use 'triton'"
+                )
+        return None
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, *, scale: float, return_lse: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        return block_sparse(self.name, q, k, v, plan, scale, return_lse)
+
+
+@functools.cache
+def _has_gluon() -> bool:
+    try:
+        from triton.experimental.gluon.language.nvidia.hopper import tma
+    except ImportError:
+        return False
+    return hasattr(tma, "async_load") or hasattr(tma, "async_copy_global_to_shared")
+
+
+def _launch(call: Call) -> None:
+    from dit_sparse.kernels.hopper_kernels import forward_kernel
+
+    dim = 64 if call.q.shape[-1] <= 64 else 128
+    small = call.k_blocks.largest <= 64
+    variant = _VARIANTS[dim, 128 if call.q_blocks.largest > 64 else 64, small]
+    span = 64 * variant.groups
+    q_tiles = -(-call.q_blocks.largest // span)
+    k_tiles = 1 if small else -(-call.k_blocks.largest // variant.block_n)
+    run_start, run_end = _plain_run(call.k_blocks, 64 if small else variant.block_n)
+    row_tiles = (call.q_offsets.shape[-1] - 1) * q_tiles
+    batch, heads = call.q.shape[:2]
+    tiles = batch * heads * row_tiles
+    bits = call.counts[..., None, None, None] if call.bits is None else call.bits
+    lse = call.out if call.lse is None else call.lse
+    box = 64 if variant.pair else variant.block_n
+    q, k, v = (_aligned(x) for x in (call.q, call.k, call.v))
+    out = call.out if _is_aligned(call.out) else torch.empty_like(call.out, memory_format=torch.contiguous_format)
+    grid = min(tiles, _multiprocessors(q.device) * variant.residents) if variant.persistent else tiles
+    forward_kernel[(grid,)](
+        _descriptor(q, 64, dim), _descriptor(k, box, 64 if variant.pair else dim),
+        _descriptor(v, box, 64 if variant.pair else dim), _descriptor(out, 64, dim), out, lse,
+        call.counts, call.indices, call.partial_counts, call.partial_indices, bits, call.q_offsets, call.k_offsets,
+        *out.stride()[:3], *lse.stride()[:2], *broadcast_strides(call.q_offsets), *broadcast_strides(call.k_offsets),
+        *broadcast_strides(call.counts), *broadcast_strides(call.indices), call.indices.stride(2),
+        *broadcast_strides(call.partial_counts), *broadcast_strides(call.partial_indices),
+        call.partial_indices.stride(2), *broadcast_strides(bits), *bits.stride()[2:4], bits.shape[-1],
+        call.q_blocks.largest, tiles, heads, row_tiles, call.k_offsets.shape[-1] - 2, run_start, run_end, q.shape[-1],
+        call.scale * math.log2(math.e),
+        GROUPS=variant.groups, D=dim, BLOCK_N=variant.block_n, K_TILES=k_tiles, PAIR=variant.pair, Q_TILES=q_tiles,
+        STAGES_K=variant.stages_k, STAGES_V=variant.stages_v, Q_IN_REGISTERS=variant.q_in_registers,
+        PARTIAL=call.bits is not None, RETURN_LSE=call.lse is not None,
+        FLAT=_layout((variant.block_n, dim), q.dtype),
+        PRODUCER_REGISTERS=24, CONSUMER_REGISTERS=240, num_warps=4, maxnreg=variant.registers,
+    )  # fmt: skip
+    if out is not call.out:
+        call.out.copy_(out)
+
+
+register_launcher(HopperBackend.name, _launch)
+
+
+def _plain_run(blocks: BlockGeometry, size: int) -> tuple[int, int]:
+    """Key blocks that fill their tiles of `size` keys."""
+    return blocks[1:] if blocks.largest % size == 0 else (0, 0)
+
+
+def _descriptor(x: Tensor, rows: int, channels: int) -> Any:
+    """TMA descriptor over `[B, H, N, D]` that copies `rows` tokens of one head."""
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    # A dimension of one element may have any stride in torch; TMA wants a multiple of 16 bytes.
+    strides = [stride if size > 1 else _ALIGNMENT for size, stride in zip(x.shape, x.stride(), strict=True)][:-1]
+    box = [1, 1, rows, channels]
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], box, _layout(tuple(box), x.dtype))
+
+
+@functools.cache
+def _layout(box: tuple[int, ...], dtype: torch.dtype) -> Any:
+    from triton.experimental.gluon import language as gl
+
+    return gl.NVMMASharedLayout.get_default_for(list(box), gl.bfloat16 if dtype == torch.bfloat16 else gl.float16)
+
+
+def _is_aligned(x: Tensor) -> bool:
+    """Whether TMA can address `x`: 16-byte steps between rows, none of them 0."""
+    steps = [stride * x.element_size() for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
+    return x.stride(-1) == 1 and x.data_ptr() % _ALIGNMENT == 0 and all(s > 0 and s % _ALIGNMENT == 0 for s in steps)
+
+
+def _aligned(x: Tensor) -> Tensor:
+    return x if _is_aligned(x) else x.clone(memory_format=torch.contiguous_format)
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count

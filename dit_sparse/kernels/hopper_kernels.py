@@ -1,0 +1,420 @@
+"""Gluon kernel for Hopper (sm_90a): block-sparse attention with copies and products in warps of their own.
+
+out = softmax(scale * q K^T) V over the kept keys, and the rows' LSE. One producer warp brings key and value tiles into
+a ring in shared memory by TMA; one or two consumer warpgroups of 64 query rows each multiply (wgmma), so that Q K^T of
+one tile overlaps P V of the tile before, as in FlashAttention-3 (arXiv 2407.08608, algorithm 2). Oracle: `reference`.
+
+A key tile is one block, a part of a larger block, or (PAIR) two blocks of at most 64 keys side by side. Full blocks
+stand first among a row's entries, partial ones after them. Only tiles that hold an uneven or a partial block are
+masked. A row without keys visits one tile that is hidden whole, so that producer and consumers always agree on the
+number of tiles; it gives zeros and -inf. Tensors come as TMA descriptors over `[B, H, N, D]`; lists are
+`[B|1, H|1, ...]`.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+# Triton 3.6 names the copies after their direction, later versions do not.
+load_async = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+store_async = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+
+RENAMED = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
+
+ROWS = gl.constexpr(64)  # query rows of a consumer warpgroup, the height of a wgmma
+
+
+@gluon.jit
+def seen_as(memory, shape: gl.constexpr, layout: gl.constexpr):
+    """The same shared memory under another shape and layout."""
+    if RENAMED:
+        return memory.reinterpret(memory.dtype, shape, layout)
+    else:
+        return memory._reinterpret(memory.dtype, shape, layout)
+
+
+@gluon.jit
+def query_tile(tile, lists, strides, sizes, SPAN: gl.constexpr, Q_TILES: gl.constexpr, PARTIAL: gl.constexpr):
+    """Where a tile of `SPAN` queries lies: batch, head, block, its first row in the block, its positions; its entries.
+
+    The entries of a query block are how many key blocks it keeps, how many of them whole, where the two lists begin,
+    and the bounds of the key blocks. A tile past its block's end has none.
+    """
+    counts, indices, partial_counts, partial_indices, q_offsets, k_offsets = lists
+    c_sb, c_sh, i_sb, i_sh, i_sm, pc_sb, pc_sh, pi_sb, pi_sh, pi_sm, qo_sb, qo_sh, ko_sb, ko_sh = strides
+    _, heads, row_tiles, _, _, _ = sizes
+    head = tile // row_tiles
+    block = (tile % row_tiles) // Q_TILES
+    first_row = (tile % Q_TILES) * SPAN
+    b = (head // heads).to(gl.int64)
+    h = (head % heads).to(gl.int64)
+    bounds = q_offsets + b * qo_sb + h * qo_sh + block
+    start = gl.load(bounds) + first_row
+    end = gl.load(bounds + 1)
+    full = gl.load(counts + b * c_sb + h * c_sh + block)
+    indices += b * i_sb + h * i_sh + block.to(gl.int64) * i_sm
+    kept = full
+    if PARTIAL:
+        kept += gl.load(partial_counts + b * pc_sb + h * pc_sh + block)
+        partial_indices += b * pi_sb + h * pi_sh + block.to(gl.int64) * pi_sm
+    if start >= end:
+        kept = 0
+    return b, h, block, first_row, start, end, (kept, full, indices, partial_indices, k_offsets + b * ko_sb + h * ko_sh)
+
+
+@gluon.jit
+def count_tiles(row, PAIR: gl.constexpr, K_TILES: gl.constexpr):
+    """Key tiles that a query tile visits; at least one, so that the barriers always turn."""
+    if PAIR:
+        return gl.maximum((row[0] + 1) // 2, 1)
+    else:
+        return gl.maximum(row[0] * K_TILES, 1)
+
+
+@gluon.jit
+def key_block(entry, row, last, PARTIAL: gl.constexpr):
+    """Number of the key block at place `entry` of a row; past their end the last one."""
+    kept, full, indices, partial_indices, _ = row
+    entry = gl.minimum(entry, gl.maximum(kept - 1, 0))
+    if PARTIAL:
+        if entry < full:
+            block = gl.load(indices + entry)
+        else:
+            block = gl.load(partial_indices + entry - full)
+    else:
+        block = gl.load(indices + entry)
+    return gl.minimum(block, last)
+
+
+@gluon.jit
+def tile_blocks(tile, row, last, PAIR: gl.constexpr, K_TILES: gl.constexpr, PARTIAL: gl.constexpr):
+    """The one or two key blocks of a tile."""
+    if PAIR:
+        a = key_block(2 * tile, row, last, PARTIAL)
+        return a, key_block(2 * tile + 1, row, last, PARTIAL)
+    else:
+        a = key_block(tile // K_TILES, row, last, PARTIAL)
+        return a, a
+
+
+@gluon.jit
+def tile_starts(
+    tile, row, last, PAIR: gl.constexpr, K_TILES: gl.constexpr, BLOCK_N: gl.constexpr, PARTIAL: gl.constexpr
+):
+    """First key positions of a tile's one or two blocks."""
+    a, b = tile_blocks(tile, row, last, PAIR, K_TILES, PARTIAL)
+    k_offsets = row[4]
+    shift = (tile % K_TILES) * BLOCK_N
+    return gl.load(k_offsets + a) + shift, gl.load(k_offsets + b) + shift
+
+
+@gluon.jit
+def fetch(desc, b, h, first, second, barrier, ring, slot, BLOCK_N: gl.constexpr, D: gl.constexpr, PAIR: gl.constexpr):
+    """Start the copy of one tile of keys or values into its slot of the ring."""
+    mbarrier.expect(barrier, BLOCK_N * D * 2)
+    if PAIR:
+        # Two blocks of 64 rows, interleaved by panels of 64 channels, make one tile of 128 rows.
+        for panel in gl.static_range(D // 64):
+            at = slot * (D // 32) + panel * 2
+            load_async(desc, [b, h, first, panel * 64], barrier, ring.index(at))
+            load_async(desc, [b, h, second, panel * 64], barrier, ring.index(at + 1))
+    else:
+        load_async(desc, [b, h, first, 0], barrier, ring.index(slot))
+
+
+@gluon.jit
+def produce(
+    descs, shared, barriers, lists, strides, sizes,
+    GROUPS: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr, K_TILES: gl.constexpr, PAIR: gl.constexpr,
+    Q_TILES: gl.constexpr, STAGES_K: gl.constexpr, STAGES_V: gl.constexpr, PARTIAL: gl.constexpr,
+):  # fmt: skip
+    """The producer warp: brings queries, keys and values of every tile in the order that `consume` reads them."""
+    q_desc, k_desc, v_desc = descs
+    qs, ks, vs = shared
+    k_full, k_free, v_full, v_free, q_full, q_free = barriers
+    tiles, _, _, last, _, _ = sizes
+    issued = 0
+    turn = 0
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        b, h, _, _, start, _, row = query_tile(tile, lists, strides, sizes, GROUPS * ROWS, Q_TILES, PARTIAL)
+        b = b.to(gl.int32)
+        h = h.to(gl.int32)
+        count = count_tiles(row, PAIR, K_TILES)
+        first, second = tile_starts(0, row, last, PAIR, K_TILES, BLOCK_N, PARTIAL)
+        first_next, second_next = tile_starts(1, row, last, PAIR, K_TILES, BLOCK_N, PARTIAL)
+        slot = issued % STAGES_K
+        mbarrier.wait(k_free.index(slot), ((issued // STAGES_K) & 1) ^ 1)
+        fetch(k_desc, b, h, first, second, k_full.index(slot), ks, slot, BLOCK_N, D, PAIR)
+        mbarrier.wait(q_free, (turn & 1) ^ 1)
+        mbarrier.expect(q_full, GROUPS * ROWS * D * 2)
+        for group in gl.static_range(GROUPS):
+            load_async(q_desc, [b, h, start + group * ROWS, 0], q_full, qs.index(group))
+        for i in range(count):
+            first_later, second_later = tile_starts(i + 2, row, last, PAIR, K_TILES, BLOCK_N, PARTIAL)
+            if i + 1 < count:
+                ahead = issued + i + 1
+                slot = ahead % STAGES_K
+                mbarrier.wait(k_free.index(slot), ((ahead // STAGES_K) & 1) ^ 1)
+                fetch(k_desc, b, h, first_next, second_next, k_full.index(slot), ks, slot, BLOCK_N, D, PAIR)
+            now = issued + i
+            slot = now % STAGES_V
+            mbarrier.wait(v_free.index(slot), ((now // STAGES_V) & 1) ^ 1)
+            fetch(v_desc, b, h, first, second, v_full.index(slot), vs, slot, BLOCK_N, D, PAIR)
+            first = first_next
+            second = second_next
+            first_next = first_later
+            second_next = second_later
+        issued += count
+        turn += 1
+
+
+@gluon.jit
+def is_plain(tile, a, b, row, run, PAIR: gl.constexpr, K_TILES: gl.constexpr):
+    """Whether a tile's blocks are kept whole and fill it: their numbers lie in the run of even blocks."""
+    first, end = run
+    full = row[1]
+    if PAIR:
+        return (2 * tile + 1 < full) & (a >= first) & (b < end)
+    else:
+        return (tile // K_TILES < full) & (a >= first) & (a < end)
+
+
+@gluon.jit
+def hide(
+    scores, tile, a, b, row, bits, bits_sl, words, q_block, first_row,
+    PAIR: gl.constexpr, K_TILES: gl.constexpr, BLOCK_N: gl.constexpr, PARTIAL: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Scores with -inf at keys past a block's end, past the row's entries, and where a partial block's bit is 0."""
+    kept, full, _, _, k_offsets = row
+    column = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, LAYOUT))
+    size = gl.load(k_offsets + a + 1) - gl.load(k_offsets + a)
+    if PAIR:
+        other = gl.load(k_offsets + b + 1) - gl.load(k_offsets + b)
+        size = gl.where(column < 64, size, other)
+        entry = 2 * tile + column // 64
+        key = column % 64
+    else:
+        entry = tile // K_TILES + column * 0
+        key = column + (tile % K_TILES) * BLOCK_N
+    visible = (key < size) & (entry < kept)
+    scores = gl.where(visible[None, :], scores, -float("inf"))
+    if PARTIAL:
+        row_in_block = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
+        refined = visible & (entry >= full)
+        offset = gl.maximum(entry - full, 0).to(gl.int64) * bits_sl + key // 32
+        inside = refined[None, :] & (row_in_block < q_block)[:, None]
+        packed = gl.load(bits + (row_in_block * words)[:, None] + offset[None, :], mask=inside, other=-1)
+        scores = gl.where(((packed >> (key % 32)[None, :]) & 1) != 0, scores, -float("inf"))
+    return scores
+
+
+@gluon.jit
+def soften(scores, m, total, scale):
+    """Online softmax over one more tile: the new maximum, sum, the factor of the old output, and the weights."""
+    peak = gl.maximum(m, gl.max(scores, 1) * scale)
+    # A row that has seen no key yet: -inf less -inf would be NaN.
+    shift = gl.where(peak == -float("inf"), 0.0, peak)
+    weights = gl.exp2(scores * scale - shift[:, None])
+    keep = gl.exp2(m - shift)
+    return peak, total * keep + gl.sum(weights, 1), keep, weights
+
+
+@gluon.jit
+def write_rows(
+    tile, flat, acc, m, total, outputs, b, h, first, end,
+    D: gl.constexpr, RETURN_LSE: gl.constexpr, LAYOUT: gl.constexpr, S_ROWS: gl.constexpr,
+):  # fmt: skip
+    """Normalise a warpgroup's rows and write them, by TMA where all are its block's, else row by row.
+
+    `tile` and `flat` are the warpgroup's own query rows in shared memory, which it needs no longer.
+    """
+    o_desc, out, o_sb, o_sh, o_sn, channels, lse, lse_sb, lse_sh = outputs
+    sums = gl.convert_layout(total, gl.SliceLayout(1, LAYOUT))
+    # Rows without keys hold zeros divided by one, whatever the hidden tile's values were.
+    acc = gl.where((sums == 0.0)[:, None], 0.0, acc / gl.where(sums == 0.0, 1.0, sums)[:, None])
+    flat.store(acc.to(flat.dtype))
+    if first + ROWS <= end:
+        fence_async_shared()
+        store_async(o_desc, [b.to(gl.int32), h.to(gl.int32), first, 0], tile)
+        tma.store_wait(0)
+    else:
+        COPY: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+        row = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, COPY))
+        channel = gl.arange(0, D, layout=gl.SliceLayout(0, COPY))
+        pointers = out + b * o_sb + h * o_sh + (row.to(gl.int64) * o_sn)[:, None] + channel[None, :]
+        gl.store(pointers, flat.load(COPY), mask=(row < end)[:, None] & (channel < channels)[None, :])
+    if RETURN_LSE:
+        rows = first + gl.arange(0, ROWS, layout=S_ROWS)
+        found = gl.where(
+            total == 0.0, -float("inf"), (m + gl.log2(gl.where(total == 0.0, 1.0, total))) * 0.6931471805599453
+        )
+        gl.store(lse + b * lse_sb + h * lse_sh + rows, found, mask=rows < end)
+
+
+@gluon.jit
+def consume(
+    shared, barriers, lists, strides, partial, outputs, sizes, scale,
+    GROUP: gl.constexpr, GROUPS: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr, K_TILES: gl.constexpr,
+    PAIR: gl.constexpr, Q_TILES: gl.constexpr, STAGES_K: gl.constexpr, STAGES_V: gl.constexpr,
+    Q_IN_REGISTERS: gl.constexpr, PARTIAL: gl.constexpr, RETURN_LSE: gl.constexpr,
+):  # fmt: skip
+    """A consumer warpgroup: softmax(q K^T) V of its 64 rows of every tile."""
+    q_tiles, qs, ks, vs = shared
+    k_full, k_free, v_full, v_free, q_full, q_free = barriers
+    tiles, _, _, last, run_start, run_end = sizes
+    bits, bits_sb, bits_sh, bits_sm, bits_sl, words, q_block = partial
+    S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 16])
+    OUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
+    S_ROWS: gl.constexpr = gl.SliceLayout(1, S)
+    WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
+    run = (run_start, run_end)
+    zero = gl.zeros([ROWS, BLOCK_N], gl.float32, S)
+    done = 0
+    turn = 0
+    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        b, h, block, first_row, start, end, row = query_tile(
+            tile, lists, strides, sizes, GROUPS * ROWS, Q_TILES, PARTIAL
+        )  # fmt: skip
+        count = count_tiles(row, PAIR, K_TILES)
+        first_row += GROUP * ROWS
+        first = start + GROUP * ROWS
+        own_bits = bits
+        if PARTIAL:
+            own_bits += b * bits_sb + h * bits_sh + block.to(gl.int64) * bits_sm
+        m = gl.full([ROWS], -float("inf"), gl.float32, S_ROWS)
+        total = gl.zeros([ROWS], gl.float32, S_ROWS)
+        acc = gl.zeros([ROWS, D], gl.float32, OUT)
+        block_a, block_b = tile_blocks(0, row, last, PAIR, K_TILES, PARTIAL)
+        next_a, next_b = tile_blocks(1, row, last, PAIR, K_TILES, PARTIAL)
+        mbarrier.wait(q_full, turn & 1)
+        if Q_IN_REGISTERS:
+            queries = qs.index(GROUP).load(gl.DotOperandLayout(0, S, 2))
+        else:
+            queries = qs.index(GROUP)
+        slot = done % STAGES_K
+        mbarrier.wait(k_full.index(slot), (done // STAGES_K) & 1)
+        product = warpgroup_mma(queries, ks.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
+        scores = warpgroup_mma_wait(0, deps=(product,))
+        mbarrier.arrive(k_free.index(slot), count=1)
+        if not is_plain(0, block_a, block_b, row, run, PAIR, K_TILES):
+            scores = hide(scores, 0, block_a, block_b, row, own_bits, bits_sl, words, q_block, first_row,
+                          PAIR, K_TILES, BLOCK_N, PARTIAL, S)  # fmt: skip
+        m, total, keep, weights = soften(scores, m, total, scale)
+        operand = gl.convert_layout(weights.to(vs.dtype), WEIGHTS)
+        for i in range(1, count):
+            block_a = next_a
+            block_b = next_b
+            next_a, next_b = tile_blocks(i + 1, row, last, PAIR, K_TILES, PARTIAL)
+            k_slot = (done + i) % STAGES_K
+            v_slot = (done + i - 1) % STAGES_V
+            mbarrier.wait(k_full.index(k_slot), ((done + i) // STAGES_K) & 1)
+            product = warpgroup_mma(queries, ks.index(k_slot).permute((1, 0)), zero, use_acc=False, is_async=True)
+            mbarrier.wait(v_full.index(v_slot), ((done + i - 1) // STAGES_V) & 1)
+            sum_of_values = warpgroup_mma(operand, vs.index(v_slot), acc, is_async=True)
+            scores = warpgroup_mma_wait(1, deps=(product,))
+            mbarrier.arrive(k_free.index(k_slot), count=1)
+            if not is_plain(i, block_a, block_b, row, run, PAIR, K_TILES):
+                scores = hide(scores, i, block_a, block_b, row, own_bits, bits_sl, words, q_block, first_row,
+                              PAIR, K_TILES, BLOCK_N, PARTIAL, S)  # fmt: skip
+            m, total, keep, weights = soften(scores, m, total, scale)
+            acc = warpgroup_mma_wait(0, deps=(sum_of_values,))
+            mbarrier.arrive(v_free.index(v_slot), count=1)
+            acc = acc * gl.convert_layout(keep, gl.SliceLayout(1, OUT))[:, None]
+            operand = gl.convert_layout(weights.to(vs.dtype), WEIGHTS)
+        done += count
+        v_slot = (done - 1) % STAGES_V
+        mbarrier.wait(v_full.index(v_slot), ((done - 1) // STAGES_V) & 1)
+        acc = warpgroup_mma_wait(0, deps=(warpgroup_mma(operand, vs.index(v_slot), acc, is_async=True),))
+        mbarrier.arrive(v_free.index(v_slot), count=1)
+        write_rows(
+            q_tiles.index(GROUP), qs.index(GROUP), acc, m, total, outputs, b, h, first, end, D, RETURN_LSE, OUT, S_ROWS
+        )
+        mbarrier.arrive(q_free, count=1)
+        turn += 1
+
+
+@gluon.jit
+def forward_kernel(
+    q_desc, k_desc, v_desc, o_desc, out, lse, counts, indices, partial_counts, partial_indices, bits,
+    q_offsets, k_offsets,
+    o_sb, o_sh, o_sn, lse_sb, lse_sh, qo_sb, qo_sh, ko_sb, ko_sh, c_sb, c_sh, i_sb, i_sh, i_sm,
+    pc_sb, pc_sh, pi_sb, pi_sh, pi_sm, bits_sb, bits_sh, bits_sm, bits_sl, words, q_block,
+    tiles, heads, row_tiles, last, run_start, run_end, channels, scale,
+    GROUPS: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr, K_TILES: gl.constexpr, PAIR: gl.constexpr,
+    Q_TILES: gl.constexpr, STAGES_K: gl.constexpr, STAGES_V: gl.constexpr, Q_IN_REGISTERS: gl.constexpr,
+    PARTIAL: gl.constexpr, RETURN_LSE: gl.constexpr, FLAT: gl.constexpr,
+    PRODUCER_REGISTERS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """Shared memory, barriers, and the warps' roles; `FLAT` is the 2-D layout of what the 4-D copies bring."""
+    dtype: gl.constexpr = q_desc.dtype
+    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
+    BOX: gl.constexpr = [1, 1, 64, 64] if PAIR else [1, 1, BLOCK_N, D]
+    BOXES: gl.constexpr = D // 32 if PAIR else 1
+    q_tiles = gl.allocate_shared_memory(dtype, [GROUPS, 1, 1, ROWS, D], q_desc.layout)
+    k_tiles = gl.allocate_shared_memory(dtype, [STAGES_K * BOXES] + BOX, k_desc.layout)
+    v_tiles = gl.allocate_shared_memory(dtype, [STAGES_V * BOXES] + BOX, v_desc.layout)
+    qs = seen_as(q_tiles, [GROUPS, ROWS, D], FLAT)
+    ks = seen_as(k_tiles, [STAGES_K, BLOCK_N, D], FLAT)
+    vs = seen_as(v_tiles, [STAGES_V, BLOCK_N, D], FLAT)
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES_K, 1], BARRIER)
+    k_free = gl.allocate_shared_memory(gl.int64, [STAGES_K, 1], BARRIER)
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES_V, 1], BARRIER)
+    v_free = gl.allocate_shared_memory(gl.int64, [STAGES_V, 1], BARRIER)
+    q_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    q_free = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    for stage in gl.static_range(STAGES_K):
+        mbarrier.init(k_full.index(stage), count=1)
+        mbarrier.init(k_free.index(stage), count=GROUPS)
+    for stage in gl.static_range(STAGES_V):
+        mbarrier.init(v_full.index(stage), count=1)
+        mbarrier.init(v_free.index(stage), count=GROUPS)
+    mbarrier.init(q_full, count=1)
+    mbarrier.init(q_free, count=GROUPS)
+    fence_async_shared()
+    barriers = (k_full, k_free, v_full, v_free, q_full, q_free)
+    lists = (counts, indices, partial_counts, partial_indices, q_offsets, k_offsets)
+    strides = (c_sb, c_sh, i_sb, i_sh, i_sm, pc_sb, pc_sh, pi_sb, pi_sh, pi_sm, qo_sb, qo_sh, ko_sb, ko_sh)
+    partial = (bits, bits_sb, bits_sh, bits_sm, bits_sl, words, q_block)
+    outputs = (o_desc, out, o_sb, o_sh, o_sn, channels, lse, lse_sb, lse_sh)
+    sizes = (tiles, heads, row_tiles, last, run_start, run_end)
+    reads = (q_tiles, qs, ks, vs)
+    descs = (q_desc, k_desc, v_desc)
+    copies = (q_tiles, k_tiles, v_tiles)
+    # Compile-time numbers keep their kind only where the tuple of arguments is written out.
+    if GROUPS == 2:
+        gl.warp_specialize(
+            [
+                (consume, (
+                    reads, barriers, lists, strides, partial, outputs, sizes, scale, 0, GROUPS, D,
+                    BLOCK_N, K_TILES, PAIR, Q_TILES, STAGES_K, STAGES_V, Q_IN_REGISTERS, PARTIAL, RETURN_LSE)),
+                (consume, (
+                    reads, barriers, lists, strides, partial, outputs, sizes, scale, 1, GROUPS, D,
+                    BLOCK_N, K_TILES, PAIR, Q_TILES, STAGES_K, STAGES_V, Q_IN_REGISTERS, PARTIAL, RETURN_LSE)),
+                (produce, (
+                    descs, copies, barriers, lists, strides, sizes, GROUPS, D, BLOCK_N, K_TILES,
+                    PAIR, Q_TILES, STAGES_K, STAGES_V, PARTIAL)),
+            ],
+            [4, 1],
+            [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (consume, (
+                    reads, barriers, lists, strides, partial, outputs, sizes, scale, 0, GROUPS, D,
+                    BLOCK_N, K_TILES, PAIR, Q_TILES, STAGES_K, STAGES_V, Q_IN_REGISTERS, PARTIAL, RETURN_LSE)),
+                (produce, (
+                    descs, copies, barriers, lists, strides, sizes, GROUPS, D, BLOCK_N, K_TILES,
+                    PAIR, Q_TILES, STAGES_K, STAGES_V, PARTIAL)),
+            ],
+            [1],
+            [PRODUCER_REGISTERS],
+        )  # fmt: skip
