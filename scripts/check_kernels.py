@@ -96,7 +96,8 @@ def problem(case: Case) -> tuple[Tensor, Tensor, Tensor, AttentionPlan]:
     if case.partial:
         options = {
             "partial": torch.rand(shape, generator=g, device="cuda") < 0.5,
-            "predicate": lambda b, h, i, j: (3 * i + 5 * j + h) % 7 < 4,
+            # Only a mask with a head dimension may have a predicate that tells heads apart.
+            "predicate": lambda b, h, i, j: (3 * i + 5 * j + case.own_mask * h) % 7 < 4,
         }
     mask = BlockMask.from_bool(kept, orders[0].offsets, orders[1].offsets, **options)
     size = (case.batch, total, case.heads, case.dim) if case.tokens_first else (case.batch, case.heads, total, case.dim)

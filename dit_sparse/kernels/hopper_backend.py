@@ -35,6 +35,8 @@ class _Variant:
         residents: thread blocks that fit on a multiprocessor.
         registers: limit of a thread, `None` for the compiler's own.
         persistent: as many thread blocks as fit at once, each walking over many tiles.
+        mix: how many of every four exponentials are polynomials.
+        pace: thread blocks wait for each other between query tiles.
     """
 
     groups: int
@@ -46,6 +48,8 @@ class _Variant:
     residents: int = 1
     registers: int | None = None
     persistent: bool = False
+    mix: int = 0
+    pace: bool = False
 
 
 # By (channels, query rows of a tile, key blocks of 64); each the fastest of those timed on an H200.
@@ -132,6 +136,7 @@ def _launch(call: Call) -> None:
     q, k, v = (_aligned(x) for x in (call.q, call.k, call.v))
     out = call.out if _is_aligned(call.out) else torch.empty_like(call.out, memory_format=torch.contiguous_format)
     grid = min(tiles, _multiprocessors(q.device) * variant.residents) if variant.persistent else tiles
+    pace = torch.zeros(1, dtype=torch.int32, device=q.device) if variant.pace else call.counts
     forward_kernel[(grid,)](
         _descriptor(q, 64, dim), _descriptor(k, box, 64 if variant.pair else dim),
         _descriptor(v, box, 64 if variant.pair else dim), _descriptor(out, 64, dim), out, lse,
@@ -141,10 +146,10 @@ def _launch(call: Call) -> None:
         *broadcast_strides(call.partial_counts), *broadcast_strides(call.partial_indices),
         call.partial_indices.stride(2), *broadcast_strides(bits), *bits.stride()[2:4], bits.shape[-1],
         call.q_blocks.largest, tiles, heads, row_tiles, call.k_offsets.shape[-1] - 2, run_start, run_end, q.shape[-1],
-        call.scale * math.log2(math.e),
+        call.scale * math.log2(math.e), pace,
         GROUPS=variant.groups, D=dim, BLOCK_N=variant.block_n, K_TILES=k_tiles, PAIR=variant.pair, Q_TILES=q_tiles,
         STAGES_K=variant.stages_k, STAGES_V=variant.stages_v, Q_IN_REGISTERS=variant.q_in_registers,
-        PARTIAL=call.bits is not None, RETURN_LSE=call.lse is not None,
+        PARTIAL=call.bits is not None, RETURN_LSE=call.lse is not None, MIX=variant.mix, PACE=variant.pace,
         FLAT=_layout((variant.block_n, dim), q.dtype),
         PRODUCER_REGISTERS=24, CONSUMER_REGISTERS=240, num_warps=4, maxnreg=variant.registers,
     )  # fmt: skip

@@ -27,6 +27,28 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 load_async = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 store_async = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 
+
+
+# 0.055172 f^3 + 0.242611 f^2 + 0.693261 f + 0.999928, fitted to the least relative error of 2^f on [-0.5, 0.5]: 7.5e-5.
+C3, C2, C1, C0 = "0f3D61FBAC", "0f3E786F0E", "0f3F31798D", "0f3F7FFB49"
+
+
+def _polynomial(out: str, x: str) -> str:
+    """PTX of 2^x by splitting x = n + f, f in [-0.5, 0.5]: adding 1.5 * 2^23 leaves n in the low bits."""
+    return f"""{{ .reg .f32 x, t, f, p; .reg .b32 n;
+        max.f32 x, {x}, 0fC2FE0000; add.rn.f32 t, x, 0f4B400000; sub.rn.f32 f, t, 0f4B400000; sub.rn.f32 f, x, f;
+        fma.rn.f32 p, f, {C3}, {C2}; fma.rn.f32 p, p, f, {C1}; fma.rn.f32 p, p, f, {C0};
+        mov.b32 n, t; shl.b32 n, n, 23; add.s32 n, n, 0x3F800000; mov.b32 t, n; mul.f32 {out}, p, t; }}"""
+
+
+def _unit(out: str, x: str) -> str:
+    return f"ex2.approx.ftz.f32 {out}, {x};"
+
+
+EXP2_ONE = gl.constexpr("{" + _unit("$0", "$4") + _unit("$1", "$5") + _unit("$2", "$6") + _polynomial("$3", "$7") + "}")
+EXP2_TWO = gl.constexpr(
+    "{" + _unit("$0", "$4") + _polynomial("$1", "$5") + _unit("$2", "$6") + _polynomial("$3", "$7") + "}"
+)
 RENAMED = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 
 ROWS = gl.constexpr(64)  # query rows of a consumer warpgroup, the height of a wgmma
@@ -42,11 +64,27 @@ def seen_as(memory, shape: gl.constexpr, layout: gl.constexpr):
 
 
 @gluon.jit
+def plain_entries(full, indices, sizes):
+    """The whole key blocks of a row that fill their tiles: their numbers ascend, so they stand together in the list."""
+    _, _, _, _, run_start, run_end = sizes
+    start = full * 0
+    end = full
+    if run_start < run_end:
+        while (start < end) & (gl.load(indices + gl.minimum(start, gl.maximum(end - 1, 0))) < run_start):
+            start += 1
+        while (end > start) & (gl.load(indices + gl.maximum(end - 1, 0)) >= run_end):
+            end -= 1
+    else:
+        end = start
+    return start, end - start
+
+
+@gluon.jit
 def query_tile(tile, lists, strides, sizes, SPAN: gl.constexpr, Q_TILES: gl.constexpr, PARTIAL: gl.constexpr):
     """Where a tile of `SPAN` queries lies: batch, head, block, its first row in the block, its positions; its entries.
 
     The entries of a query block are how many key blocks it keeps, how many of them whole, where the two lists begin,
-    and the bounds of the key blocks. A tile past its block's end has none.
+    the bounds of the key blocks, and which entries need no mask. A tile past its block's end has none.
     """
     counts, indices, partial_counts, partial_indices, q_offsets, k_offsets = lists
     c_sb, c_sh, i_sb, i_sh, i_sm, pc_sb, pc_sh, pi_sb, pi_sh, pi_sm, qo_sb, qo_sh, ko_sb, ko_sh = strides
@@ -66,8 +104,11 @@ def query_tile(tile, lists, strides, sizes, SPAN: gl.constexpr, Q_TILES: gl.cons
         kept += gl.load(partial_counts + b * pc_sb + h * pc_sh + block)
         partial_indices += b * pi_sb + h * pi_sh + block.to(gl.int64) * pi_sm
     if start >= end:
+        full = 0
         kept = 0
-    return b, h, block, first_row, start, end, (kept, full, indices, partial_indices, k_offsets + b * ko_sb + h * ko_sh)
+    plain_start, plain_count = plain_entries(full, indices, sizes)
+    row = kept, full, indices, partial_indices, k_offsets + b * ko_sb + h * ko_sh, plain_start, plain_count
+    return b, h, block, first_row, start, end, row
 
 
 @gluon.jit
@@ -80,9 +121,27 @@ def count_tiles(row, PAIR: gl.constexpr, K_TILES: gl.constexpr):
 
 
 @gluon.jit
+def plain_tiles(row, PAIR: gl.constexpr, K_TILES: gl.constexpr):
+    """How many of them, which come first, need no mask."""
+    if PAIR:
+        return row[6] // 2
+    else:
+        return row[6] * K_TILES
+
+
+@gluon.jit
+def entry_at(place, row):
+    """The entry visited at a place: plain ones first, then those before them in the list, then those after."""
+    start = row[5]
+    count = row[6]
+    entry = gl.where(place - count < start, place - count, place)
+    return gl.where(place < count, place + start, entry)
+
+
+@gluon.jit
 def key_block(entry, row, last, PARTIAL: gl.constexpr):
-    """Number of the key block at place `entry` of a row; past their end the last one."""
-    kept, full, indices, partial_indices, _ = row
+    """Number of the key block of an entry; past their end that of the last one."""
+    kept, full, indices, partial_indices, _, _, _ = row
     entry = gl.minimum(entry, gl.maximum(kept - 1, 0))
     if PARTIAL:
         if entry < full:
@@ -95,14 +154,13 @@ def key_block(entry, row, last, PARTIAL: gl.constexpr):
 
 
 @gluon.jit
-def tile_blocks(tile, row, last, PAIR: gl.constexpr, K_TILES: gl.constexpr, PARTIAL: gl.constexpr):
-    """The one or two key blocks of a tile."""
+def tile_entries(tile, row, PAIR: gl.constexpr, K_TILES: gl.constexpr):
+    """The one or two entries that a tile is made of."""
     if PAIR:
-        a = key_block(2 * tile, row, last, PARTIAL)
-        return a, key_block(2 * tile + 1, row, last, PARTIAL)
+        return entry_at(2 * tile, row), entry_at(2 * tile + 1, row)
     else:
-        a = key_block(tile // K_TILES, row, last, PARTIAL)
-        return a, a
+        entry = entry_at(tile // K_TILES, row)
+        return entry, entry
 
 
 @gluon.jit
@@ -110,10 +168,13 @@ def tile_starts(
     tile, row, last, PAIR: gl.constexpr, K_TILES: gl.constexpr, BLOCK_N: gl.constexpr, PARTIAL: gl.constexpr
 ):
     """First key positions of a tile's one or two blocks."""
-    a, b = tile_blocks(tile, row, last, PAIR, K_TILES, PARTIAL)
-    k_offsets = row[4]
+    a, b = tile_entries(tile, row, PAIR, K_TILES)
     shift = (tile % K_TILES) * BLOCK_N
-    return gl.load(k_offsets + a) + shift, gl.load(k_offsets + b) + shift
+    first = gl.load(row[4] + key_block(a, row, last, PARTIAL)) + shift
+    if PAIR:
+        return first, gl.load(row[4] + key_block(b, row, last, PARTIAL))
+    else:
+        return first, first
 
 
 @gluon.jit
@@ -131,10 +192,27 @@ def fetch(desc, b, h, first, second, barrier, ring, slot, BLOCK_N: gl.constexpr,
 
 
 @gluon.jit
+def keep_pace(pace, turn, tiles):
+    """Wait, not for long, until all thread blocks have come to this turn, so that they read the same keys together.
+
+    Without it they drift apart, and each drags keys through the L2 cache that the others have done with. Nothing but
+    speed depends on it.
+    """
+    count = gl.num_programs(0)
+    gl.atomic_add(pace, 1)
+    if (turn + 1) * count <= tiles:
+        seen = turn * 0
+        tries = turn * 0
+        while (seen < (turn + 1) * count) & (tries < 200):
+            seen = gl.atomic_add(pace, 0)
+            tries += 1
+
+
+@gluon.jit
 def produce(
-    descs, shared, barriers, lists, strides, sizes,
+    descs, shared, barriers, lists, strides, sizes, pace,
     GROUPS: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr, K_TILES: gl.constexpr, PAIR: gl.constexpr,
-    Q_TILES: gl.constexpr, STAGES_K: gl.constexpr, STAGES_V: gl.constexpr, PARTIAL: gl.constexpr,
+    Q_TILES: gl.constexpr, STAGES_K: gl.constexpr, STAGES_V: gl.constexpr, PARTIAL: gl.constexpr, PACE: gl.constexpr,
 ):  # fmt: skip
     """The producer warp: brings queries, keys and values of every tile in the order that `consume` reads them."""
     q_desc, k_desc, v_desc = descs
@@ -144,6 +222,8 @@ def produce(
     issued = 0
     turn = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+        if PACE:
+            keep_pace(pace, turn, tiles)
         b, h, _, _, start, _, row = query_tile(tile, lists, strides, sizes, GROUPS * ROWS, Q_TILES, PARTIAL)
         b = b.to(gl.int32)
         h = h.to(gl.int32)
@@ -177,32 +257,23 @@ def produce(
 
 
 @gluon.jit
-def is_plain(tile, a, b, row, run, PAIR: gl.constexpr, K_TILES: gl.constexpr):
-    """Whether a tile's blocks are kept whole and fill it: their numbers lie in the run of even blocks."""
-    first, end = run
-    full = row[1]
-    if PAIR:
-        return (2 * tile + 1 < full) & (a >= first) & (b < end)
-    else:
-        return (tile // K_TILES < full) & (a >= first) & (a < end)
-
-
-@gluon.jit
 def hide(
-    scores, tile, a, b, row, bits, bits_sl, words, q_block, first_row,
+    scores, tile, row, last, bits, bits_sl, words, q_block, first_row,
     PAIR: gl.constexpr, K_TILES: gl.constexpr, BLOCK_N: gl.constexpr, PARTIAL: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """Scores with -inf at keys past a block's end, past the row's entries, and where a partial block's bit is 0."""
-    kept, full, _, _, k_offsets = row
+    kept, full, _, _, k_offsets, _, _ = row
     column = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, LAYOUT))
-    size = gl.load(k_offsets + a + 1) - gl.load(k_offsets + a)
+    a, b = tile_entries(tile, row, PAIR, K_TILES)
+    bounds = k_offsets + key_block(a, row, last, PARTIAL)
+    size = gl.load(bounds + 1) - gl.load(bounds)
     if PAIR:
-        other = gl.load(k_offsets + b + 1) - gl.load(k_offsets + b)
-        size = gl.where(column < 64, size, other)
-        entry = 2 * tile + column // 64
+        bounds = k_offsets + key_block(b, row, last, PARTIAL)
+        size = gl.where(column < 64, size, gl.load(bounds + 1) - gl.load(bounds))
+        entry = gl.where(column < 64, a, b)
         key = column % 64
     else:
-        entry = tile // K_TILES + column * 0
+        entry = a + column * 0
         key = column + (tile % K_TILES) * BLOCK_N
     visible = (key < size) & (entry < kept)
     scores = gl.where(visible[None, :], scores, -float("inf"))
@@ -217,12 +288,27 @@ def hide(
 
 
 @gluon.jit
-def soften(scores, m, total, scale):
+def exp2(x, MIX: gl.constexpr):
+    """2^x for x <= 0, `MIX` of every four on the multipliers, which have room where the special-function unit has not.
+
+    A polynomial of degree 3 after splitting off the integer, relative error 1e-4, below the rounding of the 16-bit
+    weights; as FlashAttention-4 does on Blackwell.
+    """
+    if MIX == 0:
+        return gl.exp2(x)
+    else:
+        return gl.inline_asm_elementwise(
+            EXP2_ONE if MIX == 1 else EXP2_TWO, "=f,=f,=f,=f,f,f,f,f", [x], dtype=gl.float32, is_pure=True, pack=4
+        )
+
+
+@gluon.jit
+def soften(scores, m, total, scale, MIX: gl.constexpr):
     """Online softmax over one more tile: the new maximum, sum, the factor of the old output, and the weights."""
     peak = gl.maximum(m, gl.max(scores, 1) * scale)
     # A row that has seen no key yet: -inf less -inf would be NaN.
     shift = gl.where(peak == -float("inf"), 0.0, peak)
-    weights = gl.exp2(scores * scale - shift[:, None])
+    weights = exp2(scores * scale - shift[:, None], MIX)
     keep = gl.exp2(m - shift)
     return peak, total * keep + gl.sum(weights, 1), keep, weights
 
@@ -260,22 +346,40 @@ def write_rows(
 
 
 @gluon.jit
+def multiply(
+    queries, operand, acc, ks, vs, barriers, now, BLOCK_N: gl.constexpr, STAGES_K: gl.constexpr,
+    STAGES_V: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Start Q K^T of tile `now` and P V of the tile before; wait for the first of them alone."""
+    k_full, k_free, v_full, _, _, _ = barriers
+    k_slot = now % STAGES_K
+    v_slot = (now - 1) % STAGES_V
+    zero = gl.zeros([ROWS, BLOCK_N], gl.float32, LAYOUT)
+    mbarrier.wait(k_full.index(k_slot), (now // STAGES_K) & 1)
+    product = warpgroup_mma(queries, ks.index(k_slot).permute((1, 0)), zero, use_acc=False, is_async=True)
+    mbarrier.wait(v_full.index(v_slot), ((now - 1) // STAGES_V) & 1)
+    values = warpgroup_mma(operand, vs.index(v_slot), acc, is_async=True)
+    scores = warpgroup_mma_wait(1, deps=(product,))
+    mbarrier.arrive(k_free.index(k_slot), count=1)
+    return values, scores
+
+
+@gluon.jit
 def consume(
     shared, barriers, lists, strides, partial, outputs, sizes, scale,
     GROUP: gl.constexpr, GROUPS: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr, K_TILES: gl.constexpr,
     PAIR: gl.constexpr, Q_TILES: gl.constexpr, STAGES_K: gl.constexpr, STAGES_V: gl.constexpr,
-    Q_IN_REGISTERS: gl.constexpr, PARTIAL: gl.constexpr, RETURN_LSE: gl.constexpr,
+    Q_IN_REGISTERS: gl.constexpr, PARTIAL: gl.constexpr, RETURN_LSE: gl.constexpr, MIX: gl.constexpr,
 ):  # fmt: skip
     """A consumer warpgroup: softmax(q K^T) V of its 64 rows of every tile."""
     q_tiles, qs, ks, vs = shared
     k_full, k_free, v_full, v_free, q_full, q_free = barriers
-    tiles, _, _, last, run_start, run_end = sizes
+    tiles, _, _, last, _, _ = sizes
     bits, bits_sb, bits_sh, bits_sm, bits_sl, words, q_block = partial
     S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
     S_ROWS: gl.constexpr = gl.SliceLayout(1, S)
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
-    run = (run_start, run_end)
     zero = gl.zeros([ROWS, BLOCK_N], gl.float32, S)
     done = 0
     turn = 0
@@ -292,8 +396,7 @@ def consume(
         m = gl.full([ROWS], -float("inf"), gl.float32, S_ROWS)
         total = gl.zeros([ROWS], gl.float32, S_ROWS)
         acc = gl.zeros([ROWS, D], gl.float32, OUT)
-        block_a, block_b = tile_blocks(0, row, last, PAIR, K_TILES, PARTIAL)
-        next_a, next_b = tile_blocks(1, row, last, PAIR, K_TILES, PARTIAL)
+        plain = plain_tiles(row, PAIR, K_TILES)
         mbarrier.wait(q_full, turn & 1)
         if Q_IN_REGISTERS:
             queries = qs.index(GROUP).load(gl.DotOperandLayout(0, S, 2))
@@ -304,29 +407,31 @@ def consume(
         product = warpgroup_mma(queries, ks.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
         scores = warpgroup_mma_wait(0, deps=(product,))
         mbarrier.arrive(k_free.index(slot), count=1)
-        if not is_plain(0, block_a, block_b, row, run, PAIR, K_TILES):
-            scores = hide(scores, 0, block_a, block_b, row, own_bits, bits_sl, words, q_block, first_row,
-                          PAIR, K_TILES, BLOCK_N, PARTIAL, S)  # fmt: skip
-        m, total, keep, weights = soften(scores, m, total, scale)
+        if plain == 0:
+            scores = hide(
+                scores, 0, row, last, own_bits, bits_sl, words, q_block, first_row, PAIR, K_TILES, BLOCK_N, PARTIAL, S
+            )  # fmt: skip
+        m, total, keep, weights = soften(scores, m, total, scale, MIX)
         operand = gl.convert_layout(weights.to(vs.dtype), WEIGHTS)
-        for i in range(1, count):
-            block_a = next_a
-            block_b = next_b
-            next_a, next_b = tile_blocks(i + 1, row, last, PAIR, K_TILES, PARTIAL)
-            k_slot = (done + i) % STAGES_K
-            v_slot = (done + i - 1) % STAGES_V
-            mbarrier.wait(k_full.index(k_slot), ((done + i) // STAGES_K) & 1)
-            product = warpgroup_mma(queries, ks.index(k_slot).permute((1, 0)), zero, use_acc=False, is_async=True)
-            mbarrier.wait(v_full.index(v_slot), ((done + i - 1) // STAGES_V) & 1)
-            sum_of_values = warpgroup_mma(operand, vs.index(v_slot), acc, is_async=True)
-            scores = warpgroup_mma_wait(1, deps=(product,))
-            mbarrier.arrive(k_free.index(k_slot), count=1)
-            if not is_plain(i, block_a, block_b, row, run, PAIR, K_TILES):
-                scores = hide(scores, i, block_a, block_b, row, own_bits, bits_sl, words, q_block, first_row,
-                              PAIR, K_TILES, BLOCK_N, PARTIAL, S)  # fmt: skip
-            m, total, keep, weights = soften(scores, m, total, scale)
-            acc = warpgroup_mma_wait(0, deps=(sum_of_values,))
-            mbarrier.arrive(v_free.index(v_slot), count=1)
+        for i in range(1, plain):
+            values, scores = multiply(
+                queries, operand, acc, ks, vs, barriers, done + i, BLOCK_N, STAGES_K, STAGES_V, S
+            )  # fmt: skip
+            m, total, keep, weights = soften(scores, m, total, scale, MIX)
+            acc = warpgroup_mma_wait(0, deps=(values,))
+            mbarrier.arrive(v_free.index((done + i - 1) % STAGES_V), count=1)
+            acc = acc * gl.convert_layout(keep, gl.SliceLayout(1, OUT))[:, None]
+            operand = gl.convert_layout(weights.to(vs.dtype), WEIGHTS)
+        for i in range(gl.maximum(plain, 1), count):
+            values, scores = multiply(
+                queries, operand, acc, ks, vs, barriers, done + i, BLOCK_N, STAGES_K, STAGES_V, S
+            )  # fmt: skip
+            scores = hide(
+                scores, i, row, last, own_bits, bits_sl, words, q_block, first_row, PAIR, K_TILES, BLOCK_N, PARTIAL, S
+            )  # fmt: skip
+            m, total, keep, weights = soften(scores, m, total, scale, MIX)
+            acc = warpgroup_mma_wait(0, deps=(values,))
+            mbarrier.arrive(v_free.index((done + i - 1) % STAGES_V), count=1)
             acc = acc * gl.convert_layout(keep, gl.SliceLayout(1, OUT))[:, None]
             operand = gl.convert_layout(weights.to(vs.dtype), WEIGHTS)
         done += count
@@ -347,10 +452,10 @@ def forward_kernel(
     q_offsets, k_offsets,
     o_sb, o_sh, o_sn, lse_sb, lse_sh, qo_sb, qo_sh, ko_sb, ko_sh, c_sb, c_sh, i_sb, i_sh, i_sm,
     pc_sb, pc_sh, pi_sb, pi_sh, pi_sm, bits_sb, bits_sh, bits_sm, bits_sl, words, q_block,
-    tiles, heads, row_tiles, last, run_start, run_end, channels, scale,
+    tiles, heads, row_tiles, last, run_start, run_end, channels, scale, pace,
     GROUPS: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr, K_TILES: gl.constexpr, PAIR: gl.constexpr,
     Q_TILES: gl.constexpr, STAGES_K: gl.constexpr, STAGES_V: gl.constexpr, Q_IN_REGISTERS: gl.constexpr,
-    PARTIAL: gl.constexpr, RETURN_LSE: gl.constexpr, FLAT: gl.constexpr,
+    PARTIAL: gl.constexpr, RETURN_LSE: gl.constexpr, MIX: gl.constexpr, PACE: gl.constexpr, FLAT: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Shared memory, barriers, and the warps' roles; `FLAT` is the 2-D layout of what the 4-D copies bring."""
@@ -394,13 +499,13 @@ def forward_kernel(
             [
                 (consume, (
                     reads, barriers, lists, strides, partial, outputs, sizes, scale, 0, GROUPS, D,
-                    BLOCK_N, K_TILES, PAIR, Q_TILES, STAGES_K, STAGES_V, Q_IN_REGISTERS, PARTIAL, RETURN_LSE)),
+                    BLOCK_N, K_TILES, PAIR, Q_TILES, STAGES_K, STAGES_V, Q_IN_REGISTERS, PARTIAL, RETURN_LSE, MIX)),
                 (consume, (
                     reads, barriers, lists, strides, partial, outputs, sizes, scale, 1, GROUPS, D,
-                    BLOCK_N, K_TILES, PAIR, Q_TILES, STAGES_K, STAGES_V, Q_IN_REGISTERS, PARTIAL, RETURN_LSE)),
+                    BLOCK_N, K_TILES, PAIR, Q_TILES, STAGES_K, STAGES_V, Q_IN_REGISTERS, PARTIAL, RETURN_LSE, MIX)),
                 (produce, (
-                    descs, copies, barriers, lists, strides, sizes, GROUPS, D, BLOCK_N, K_TILES,
-                    PAIR, Q_TILES, STAGES_K, STAGES_V, PARTIAL)),
+                    descs, copies, barriers, lists, strides, sizes, pace, GROUPS, D, BLOCK_N, K_TILES,
+                    PAIR, Q_TILES, STAGES_K, STAGES_V, PARTIAL, PACE)),
             ],
             [4, 1],
             [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
@@ -410,10 +515,10 @@ def forward_kernel(
             [
                 (consume, (
                     reads, barriers, lists, strides, partial, outputs, sizes, scale, 0, GROUPS, D,
-                    BLOCK_N, K_TILES, PAIR, Q_TILES, STAGES_K, STAGES_V, Q_IN_REGISTERS, PARTIAL, RETURN_LSE)),
+                    BLOCK_N, K_TILES, PAIR, Q_TILES, STAGES_K, STAGES_V, Q_IN_REGISTERS, PARTIAL, RETURN_LSE, MIX)),
                 (produce, (
-                    descs, copies, barriers, lists, strides, sizes, GROUPS, D, BLOCK_N, K_TILES,
-                    PAIR, Q_TILES, STAGES_K, STAGES_V, PARTIAL)),
+                    descs, copies, barriers, lists, strides, sizes, pace, GROUPS, D, BLOCK_N, K_TILES,
+                    PAIR, Q_TILES, STAGES_K, STAGES_V, PARTIAL, PACE)),
             ],
             [1],
             [PRODUCER_REGISTERS],
