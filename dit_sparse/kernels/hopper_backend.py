@@ -35,7 +35,6 @@ class _Variant:
         residents: thread blocks that fit on a multiprocessor.
         registers: limit of a thread, `None` for the compiler's own.
         persistent: as many thread blocks as fit at once, each walking over many tiles.
-        mix: how many of every four exponentials are polynomials.
         pace: thread blocks wait for each other between query tiles.
     """
 
@@ -48,8 +47,8 @@ class _Variant:
     residents: int = 1
     registers: int | None = None
     persistent: bool = False
-    mix: int = 0
     pace: bool = False
+    consumer_registers: int = 240
 
 
 # By (channels, query rows of a tile, key blocks of 64); each the fastest of those timed on an H200.
@@ -149,9 +148,9 @@ def _launch(call: Call) -> None:
         call.scale * math.log2(math.e), pace,
         GROUPS=variant.groups, D=dim, BLOCK_N=variant.block_n, K_TILES=k_tiles, PAIR=variant.pair, Q_TILES=q_tiles,
         STAGES_K=variant.stages_k, STAGES_V=variant.stages_v, Q_IN_REGISTERS=variant.q_in_registers,
-        PARTIAL=call.bits is not None, RETURN_LSE=call.lse is not None, MIX=variant.mix, PACE=variant.pace,
+        PARTIAL=call.bits is not None, RETURN_LSE=call.lse is not None, PACE=variant.pace,
         FLAT=_layout((variant.block_n, dim), q.dtype),
-        PRODUCER_REGISTERS=24, CONSUMER_REGISTERS=240, num_warps=4, maxnreg=variant.registers,
+        PRODUCER_REGISTERS=24, CONSUMER_REGISTERS=variant.consumer_registers, num_warps=4, maxnreg=variant.registers,
     )  # fmt: skip
     if out is not call.out:
         call.out.copy_(out)

@@ -27,28 +27,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 load_async = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 store_async = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 
-
-
-# 0.055172 f^3 + 0.242611 f^2 + 0.693261 f + 0.999928, fitted to the least relative error of 2^f on [-0.5, 0.5]: 7.5e-5.
-C3, C2, C1, C0 = "0f3D61FBAC", "0f3E786F0E", "0f3F31798D", "0f3F7FFB49"
-
-
-def _polynomial(out: str, x: str) -> str:
-    """PTX of 2^x by splitting x = n + f, f in [-0.5, 0.5]: adding 1.5 * 2^23 leaves n in the low bits."""
-    return f"""{{ .reg .f32 x, t, f, p; .reg .b32 n;
-        max.f32 x, {x}, 0fC2FE0000; add.rn.f32 t, x, 0f4B400000; sub.rn.f32 f, t, 0f4B400000; sub.rn.f32 f, x, f;
-        fma.rn.f32 p, f, {C3}, {C2}; fma.rn.f32 p, p, f, {C1}; fma.rn.f32 p, p, f, {C0};
-        mov.b32 n, t; shl.b32 n, n, 23; add.s32 n, n, 0x3F800000; mov.b32 t, n; mul.f32 {out}, p, t; }}"""
-
-
-def _unit(out: str, x: str) -> str:
-    return f"ex2.approx.ftz.f32 {out}, {x};"
-
-
-EXP2_ONE = gl.constexpr("{" + _unit("$0", "$4") + _unit("$1", "$5") + _unit("$2", "$6") + _polynomial("$3", "$7") + "}")
-EXP2_TWO = gl.constexpr(
-    "{" + _unit("$0", "$4") + _polynomial("$1", "$5") + _unit("$2", "$6") + _polynomial("$3", "$7") + "}"
-)
 RENAMED = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 
 ROWS = gl.constexpr(64)  # query rows of a consumer warpgroup, the height of a wgmma
@@ -288,27 +266,12 @@ def hide(
 
 
 @gluon.jit
-def exp2(x, MIX: gl.constexpr):
-    """2^x for x <= 0, `MIX` of every four on the multipliers, which have room where the special-function unit has not.
-
-    A polynomial of degree 3 after splitting off the integer, relative error 1e-4, below the rounding of the 16-bit
-    weights; as FlashAttention-4 does on Blackwell.
-    """
-    if MIX == 0:
-        return gl.exp2(x)
-    else:
-        return gl.inline_asm_elementwise(
-            EXP2_ONE if MIX == 1 else EXP2_TWO, "=f,=f,=f,=f,f,f,f,f", [x], dtype=gl.float32, is_pure=True, pack=4
-        )
-
-
-@gluon.jit
-def soften(scores, m, total, scale, MIX: gl.constexpr):
+def soften(scores, m, total, scale):
     """Online softmax over one more tile: the new maximum, sum, the factor of the old output, and the weights."""
     peak = gl.maximum(m, gl.max(scores, 1) * scale)
     # A row that has seen no key yet: -inf less -inf would be NaN.
     shift = gl.where(peak == -float("inf"), 0.0, peak)
-    weights = exp2(scores * scale - shift[:, None], MIX)
+    weights = gl.exp2(scores * scale - shift[:, None])
     keep = gl.exp2(m - shift)
     return peak, total * keep + gl.sum(weights, 1), keep, weights
 
@@ -369,7 +332,7 @@ def consume(
     shared, barriers, lists, strides, partial, outputs, sizes, scale,
     GROUP: gl.constexpr, GROUPS: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr, K_TILES: gl.constexpr,
     PAIR: gl.constexpr, Q_TILES: gl.constexpr, STAGES_K: gl.constexpr, STAGES_V: gl.constexpr,
-    Q_IN_REGISTERS: gl.constexpr, PARTIAL: gl.constexpr, RETURN_LSE: gl.constexpr, MIX: gl.constexpr,
+    Q_IN_REGISTERS: gl.constexpr, PARTIAL: gl.constexpr, RETURN_LSE: gl.constexpr,
 ):  # fmt: skip
     """A consumer warpgroup: softmax(q K^T) V of its 64 rows of every tile."""
     q_tiles, qs, ks, vs = shared
@@ -411,13 +374,13 @@ def consume(
             scores = hide(
                 scores, 0, row, last, own_bits, bits_sl, words, q_block, first_row, PAIR, K_TILES, BLOCK_N, PARTIAL, S
             )  # fmt: skip
-        m, total, keep, weights = soften(scores, m, total, scale, MIX)
+        m, total, keep, weights = soften(scores, m, total, scale)
         operand = gl.convert_layout(weights.to(vs.dtype), WEIGHTS)
         for i in range(1, plain):
             values, scores = multiply(
                 queries, operand, acc, ks, vs, barriers, done + i, BLOCK_N, STAGES_K, STAGES_V, S
             )  # fmt: skip
-            m, total, keep, weights = soften(scores, m, total, scale, MIX)
+            m, total, keep, weights = soften(scores, m, total, scale)
             acc = warpgroup_mma_wait(0, deps=(values,))
             mbarrier.arrive(v_free.index((done + i - 1) % STAGES_V), count=1)
             acc = acc * gl.convert_layout(keep, gl.SliceLayout(1, OUT))[:, None]
@@ -429,7 +392,7 @@ def consume(
             scores = hide(
                 scores, i, row, last, own_bits, bits_sl, words, q_block, first_row, PAIR, K_TILES, BLOCK_N, PARTIAL, S
             )  # fmt: skip
-            m, total, keep, weights = soften(scores, m, total, scale, MIX)
+            m, total, keep, weights = soften(scores, m, total, scale)
             acc = warpgroup_mma_wait(0, deps=(values,))
             mbarrier.arrive(v_free.index((done + i - 1) % STAGES_V), count=1)
             acc = acc * gl.convert_layout(keep, gl.SliceLayout(1, OUT))[:, None]
@@ -455,7 +418,7 @@ def forward_kernel(
     tiles, heads, row_tiles, last, run_start, run_end, channels, scale, pace,
     GROUPS: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr, K_TILES: gl.constexpr, PAIR: gl.constexpr,
     Q_TILES: gl.constexpr, STAGES_K: gl.constexpr, STAGES_V: gl.constexpr, Q_IN_REGISTERS: gl.constexpr,
-    PARTIAL: gl.constexpr, RETURN_LSE: gl.constexpr, MIX: gl.constexpr, PACE: gl.constexpr, FLAT: gl.constexpr,
+    PARTIAL: gl.constexpr, RETURN_LSE: gl.constexpr, PACE: gl.constexpr, FLAT: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Shared memory, barriers, and the warps' roles; `FLAT` is the 2-D layout of what the 4-D copies bring."""
@@ -499,10 +462,10 @@ def forward_kernel(
             [
                 (consume, (
                     reads, barriers, lists, strides, partial, outputs, sizes, scale, 0, GROUPS, D,
-                    BLOCK_N, K_TILES, PAIR, Q_TILES, STAGES_K, STAGES_V, Q_IN_REGISTERS, PARTIAL, RETURN_LSE, MIX)),
+                    BLOCK_N, K_TILES, PAIR, Q_TILES, STAGES_K, STAGES_V, Q_IN_REGISTERS, PARTIAL, RETURN_LSE)),
                 (consume, (
                     reads, barriers, lists, strides, partial, outputs, sizes, scale, 1, GROUPS, D,
-                    BLOCK_N, K_TILES, PAIR, Q_TILES, STAGES_K, STAGES_V, Q_IN_REGISTERS, PARTIAL, RETURN_LSE, MIX)),
+                    BLOCK_N, K_TILES, PAIR, Q_TILES, STAGES_K, STAGES_V, Q_IN_REGISTERS, PARTIAL, RETURN_LSE)),
                 (produce, (
                     descs, copies, barriers, lists, strides, sizes, pace, GROUPS, D, BLOCK_N, K_TILES,
                     PAIR, Q_TILES, STAGES_K, STAGES_V, PARTIAL, PACE)),
@@ -515,7 +478,7 @@ def forward_kernel(
             [
                 (consume, (
                     reads, barriers, lists, strides, partial, outputs, sizes, scale, 0, GROUPS, D,
-                    BLOCK_N, K_TILES, PAIR, Q_TILES, STAGES_K, STAGES_V, Q_IN_REGISTERS, PARTIAL, RETURN_LSE, MIX)),
+                    BLOCK_N, K_TILES, PAIR, Q_TILES, STAGES_K, STAGES_V, Q_IN_REGISTERS, PARTIAL, RETURN_LSE)),
                 (produce, (
                     descs, copies, barriers, lists, strides, sizes, pace, GROUPS, D, BLOCK_N, K_TILES,
                     PAIR, Q_TILES, STAGES_K, STAGES_V, PARTIAL, PACE)),
