@@ -66,12 +66,13 @@ def block_sparse(
     partial = (None, None) if bits is None else (mask.partial_counts, mask.partial_indices)
     q_blocks, k_blocks = list(plan.q_order.geometry), list(plan.kv_order.geometry)
     lists = mask.q_offsets, mask.k_offsets, mask.kv_counts, mask.kv_indices, *partial, bits
-    out, lse = _operator(q, k, v, *lists, q_blocks, k_blocks, scale, return_lse, kernel)
+    # Only a compiler needs the operator, and its dispatch costs time on the host.
+    attend = _operator if torch.compiler.is_compiling() else _attend
+    out, lse = attend(q, k, v, *lists, q_blocks, k_blocks, scale, return_lse, kernel)
     return out, lse if return_lse else None
 
 
-@torch.library.custom_op("dit_sparse::block_sparse", mutates_args=())
-def _operator(
+def _attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -113,6 +114,9 @@ def _operator(
     with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
         _launchers[kernel](call)
     return out, lse
+
+
+_operator = torch.library.custom_op("dit_sparse::block_sparse", mutates_args=())(_attend)
 
 
 @_operator.register_fake

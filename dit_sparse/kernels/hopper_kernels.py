@@ -117,7 +117,7 @@ def entry_at(place, row):
 
 
 @gluon.jit
-def key_block(entry, row, last, PARTIAL: gl.constexpr):
+def key_block(entry, row, PARTIAL: gl.constexpr):
     """Number of the key block of an entry; past their end that of the last one."""
     kept, full, indices, partial_indices, _, _, _ = row
     entry = gl.minimum(entry, gl.maximum(kept - 1, 0))
@@ -128,7 +128,7 @@ def key_block(entry, row, last, PARTIAL: gl.constexpr):
             block = gl.load(partial_indices + entry - full)
     else:
         block = gl.load(indices + entry)
-    return gl.minimum(block, last)
+    return block
 
 
 @gluon.jit
@@ -142,25 +142,40 @@ def tile_entries(tile, row, PAIR: gl.constexpr, K_TILES: gl.constexpr):
 
 
 @gluon.jit
-def tile_starts(
-    tile, row, last, PAIR: gl.constexpr, K_TILES: gl.constexpr, BLOCK_N: gl.constexpr, PARTIAL: gl.constexpr
-):
-    """First key positions of a tile's one or two blocks."""
+def tile_blocks(tile, row, PAIR: gl.constexpr, K_TILES: gl.constexpr, PARTIAL: gl.constexpr):
+    """The one or two key blocks of a tile."""
     a, b = tile_entries(tile, row, PAIR, K_TILES)
-    shift = (tile % K_TILES) * BLOCK_N
-    first = gl.load(row[4] + key_block(a, row, last, PARTIAL)) + shift
+    first = key_block(a, row, PARTIAL)
     if PAIR:
-        return first, gl.load(row[4] + key_block(b, row, last, PARTIAL))
+        return first, key_block(b, row, PARTIAL)
     else:
         return first, first
 
 
 @gluon.jit
-def fetch(desc, b, h, first, second, barrier, ring, slot, BLOCK_N: gl.constexpr, D: gl.constexpr, PAIR: gl.constexpr):
-    """Start the copy of one tile of keys or values into its slot of the ring."""
+def start_of(block, row, sizes, k_size, origin):
+    """First position of a key block; where blocks are even it is reckoned, for a second load would wait for the first."""
+    _, _, _, last, run_start, run_end = sizes
+    start = origin + block * k_size
+    if (block < run_start) | (block >= run_end):
+        start = gl.load(row[4] + gl.minimum(block, last))
+    return start
+
+
+@gluon.jit
+def fetch(
+    desc, ring, full, free, number, tile, blocks, b, h, row, sizes, k_size, origin, STAGES: gl.constexpr,
+    BLOCK_N: gl.constexpr, D: gl.constexpr, PAIR: gl.constexpr, K_TILES: gl.constexpr,
+):  # fmt: skip
+    """Copy one tile of keys or values, the `number`-th of this thread block, as soon as its slot of the ring is free."""
+    first = start_of(blocks[0], row, sizes, k_size, origin) + (tile % K_TILES) * BLOCK_N
+    slot = number % STAGES
+    barrier = full.index(slot)
+    mbarrier.wait(free.index(slot), ((number // STAGES) & 1) ^ 1)
     mbarrier.expect(barrier, BLOCK_N * D * 2)
     if PAIR:
         # Two blocks of 64 rows, interleaved by panels of 64 channels, make one tile of 128 rows.
+        second = start_of(blocks[1], row, sizes, k_size, origin)
         for panel in gl.static_range(D // 64):
             at = slot * (D // 32) + panel * 2
             load_async(desc, [b, h, first, panel * 64], barrier, ring.index(at))
@@ -188,7 +203,7 @@ def keep_pace(pace, turn, tiles):
 
 @gluon.jit
 def produce(
-    descs, shared, barriers, lists, strides, sizes, pace,
+    descs, shared, barriers, lists, strides, sizes, k_size, pace,
     GROUPS: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr, K_TILES: gl.constexpr, PAIR: gl.constexpr,
     Q_TILES: gl.constexpr, STAGES_K: gl.constexpr, STAGES_V: gl.constexpr, PARTIAL: gl.constexpr, PACE: gl.constexpr,
 ):  # fmt: skip
@@ -196,7 +211,7 @@ def produce(
     q_desc, k_desc, v_desc = descs
     qs, ks, vs = shared
     k_full, k_free, v_full, v_free, q_full, q_free = barriers
-    tiles, _, _, last, _, _ = sizes
+    tiles, _, _, _, run_start, _ = sizes
     issued = 0
     turn = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
@@ -206,30 +221,30 @@ def produce(
         b = b.to(gl.int32)
         h = h.to(gl.int32)
         count = count_tiles(row, PAIR, K_TILES)
-        first, second = tile_starts(0, row, last, PAIR, K_TILES, BLOCK_N, PARTIAL)
-        first_next, second_next = tile_starts(1, row, last, PAIR, K_TILES, BLOCK_N, PARTIAL)
-        slot = issued % STAGES_K
-        mbarrier.wait(k_free.index(slot), ((issued // STAGES_K) & 1) ^ 1)
-        fetch(k_desc, b, h, first, second, k_full.index(slot), ks, slot, BLOCK_N, D, PAIR)
+        origin = gl.load(row[4] + run_start) - run_start * k_size
+        blocks = tile_blocks(0, row, PAIR, K_TILES, PARTIAL)
+        blocks_next = tile_blocks(1, row, PAIR, K_TILES, PARTIAL)
+        fetch(
+            k_desc, ks, k_full, k_free, issued, 0, blocks, b, h, row, sizes, k_size, origin, STAGES_K, BLOCK_N, D, PAIR,
+            K_TILES,
+        )  # fmt: skip
         mbarrier.wait(q_free, (turn & 1) ^ 1)
         mbarrier.expect(q_full, GROUPS * ROWS * D * 2)
         for group in gl.static_range(GROUPS):
             load_async(q_desc, [b, h, start + group * ROWS, 0], q_full, qs.index(group))
         for i in range(count):
-            first_later, second_later = tile_starts(i + 2, row, last, PAIR, K_TILES, BLOCK_N, PARTIAL)
+            blocks_later = tile_blocks(i + 2, row, PAIR, K_TILES, PARTIAL)
             if i + 1 < count:
-                ahead = issued + i + 1
-                slot = ahead % STAGES_K
-                mbarrier.wait(k_free.index(slot), ((ahead // STAGES_K) & 1) ^ 1)
-                fetch(k_desc, b, h, first_next, second_next, k_full.index(slot), ks, slot, BLOCK_N, D, PAIR)
-            now = issued + i
-            slot = now % STAGES_V
-            mbarrier.wait(v_free.index(slot), ((now // STAGES_V) & 1) ^ 1)
-            fetch(v_desc, b, h, first, second, v_full.index(slot), vs, slot, BLOCK_N, D, PAIR)
-            first = first_next
-            second = second_next
-            first_next = first_later
-            second_next = second_later
+                fetch(
+                    k_desc, ks, k_full, k_free, issued + i + 1, i + 1, blocks_next, b, h, row, sizes, k_size, origin,
+                    STAGES_K, BLOCK_N, D, PAIR, K_TILES,
+                )  # fmt: skip
+            fetch(
+                v_desc, vs, v_full, v_free, issued + i, i, blocks, b, h, row, sizes, k_size, origin, STAGES_V, BLOCK_N,
+                D, PAIR, K_TILES,
+            )  # fmt: skip
+            blocks = blocks_next
+            blocks_next = blocks_later
         issued += count
         turn += 1
 
@@ -243,10 +258,10 @@ def hide(
     kept, full, _, _, k_offsets, _, _ = row
     column = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, LAYOUT))
     a, b = tile_entries(tile, row, PAIR, K_TILES)
-    bounds = k_offsets + key_block(a, row, last, PARTIAL)
+    bounds = k_offsets + gl.minimum(key_block(a, row, PARTIAL), last)
     size = gl.load(bounds + 1) - gl.load(bounds)
     if PAIR:
-        bounds = k_offsets + key_block(b, row, last, PARTIAL)
+        bounds = k_offsets + gl.minimum(key_block(b, row, PARTIAL), last)
         size = gl.where(column < 64, size, gl.load(bounds + 1) - gl.load(bounds))
         entry = gl.where(column < 64, a, b)
         key = column % 64
@@ -266,11 +281,13 @@ def hide(
 
 
 @gluon.jit
-def soften(scores, m, total, scale):
+def soften(scores, m, total, scale, HIDDEN: gl.constexpr):
     """Online softmax over one more tile: the new maximum, sum, the factor of the old output, and the weights."""
     peak = gl.maximum(m, gl.max(scores, 1) * scale)
-    # A row that has seen no key yet: -inf less -inf would be NaN.
-    shift = gl.where(peak == -float("inf"), 0.0, peak)
+    shift = peak
+    if HIDDEN:
+        # A row that has seen no key yet: -inf less -inf would be NaN.
+        shift = gl.where(peak == -float("inf"), 0.0, peak)
     weights = gl.exp2(scores * scale - shift[:, None])
     keep = gl.exp2(m - shift)
     return peak, total * keep + gl.sum(weights, 1), keep, weights
@@ -283,17 +300,17 @@ def write_rows(
 ):  # fmt: skip
     """Normalise a warpgroup's rows and write them, by TMA where all are its block's, else row by row.
 
-    `tile` and `flat` are the warpgroup's own query rows in shared memory, which it needs no longer.
+    `tile` and `flat` are the warpgroup's own rows in shared memory.
     """
     o_desc, out, o_sb, o_sh, o_sn, channels, lse, lse_sb, lse_sh = outputs
     sums = gl.convert_layout(total, gl.SliceLayout(1, LAYOUT))
     # Rows without keys hold zeros divided by one, whatever the hidden tile's values were.
     acc = gl.where((sums == 0.0)[:, None], 0.0, acc / gl.where(sums == 0.0, 1.0, sums)[:, None])
+    tma.store_wait(0)  # the tile before may still be on its way out
     flat.store(acc.to(flat.dtype))
     if first + ROWS <= end:
         fence_async_shared()
         store_async(o_desc, [b.to(gl.int32), h.to(gl.int32), first, 0], tile)
-        tma.store_wait(0)
     else:
         COPY: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
         row = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, COPY))
@@ -335,7 +352,7 @@ def consume(
     Q_IN_REGISTERS: gl.constexpr, PARTIAL: gl.constexpr, RETURN_LSE: gl.constexpr,
 ):  # fmt: skip
     """A consumer warpgroup: softmax(q K^T) V of its 64 rows of every tile."""
-    q_tiles, qs, ks, vs = shared
+    qs, ks, vs, o_tiles, os = shared
     k_full, k_free, v_full, v_free, q_full, q_free = barriers
     tiles, _, _, last, _, _ = sizes
     bits, bits_sb, bits_sh, bits_sm, bits_sl, words, q_block = partial
@@ -363,6 +380,7 @@ def consume(
         mbarrier.wait(q_full, turn & 1)
         if Q_IN_REGISTERS:
             queries = qs.index(GROUP).load(gl.DotOperandLayout(0, S, 2))
+            mbarrier.arrive(q_free, count=1)
         else:
             queries = qs.index(GROUP)
         slot = done % STAGES_K
@@ -374,13 +392,13 @@ def consume(
             scores = hide(
                 scores, 0, row, last, own_bits, bits_sl, words, q_block, first_row, PAIR, K_TILES, BLOCK_N, PARTIAL, S
             )  # fmt: skip
-        m, total, keep, weights = soften(scores, m, total, scale)
+        m, total, keep, weights = soften(scores, m, total, scale, True)
         operand = gl.convert_layout(weights.to(vs.dtype), WEIGHTS)
         for i in range(1, plain):
             values, scores = multiply(
                 queries, operand, acc, ks, vs, barriers, done + i, BLOCK_N, STAGES_K, STAGES_V, S
             )  # fmt: skip
-            m, total, keep, weights = soften(scores, m, total, scale)
+            m, total, keep, weights = soften(scores, m, total, scale, False)
             acc = warpgroup_mma_wait(0, deps=(values,))
             mbarrier.arrive(v_free.index((done + i - 1) % STAGES_V), count=1)
             acc = acc * gl.convert_layout(keep, gl.SliceLayout(1, OUT))[:, None]
@@ -392,7 +410,7 @@ def consume(
             scores = hide(
                 scores, i, row, last, own_bits, bits_sl, words, q_block, first_row, PAIR, K_TILES, BLOCK_N, PARTIAL, S
             )  # fmt: skip
-            m, total, keep, weights = soften(scores, m, total, scale)
+            m, total, keep, weights = soften(scores, m, total, scale, True)
             acc = warpgroup_mma_wait(0, deps=(values,))
             mbarrier.arrive(v_free.index((done + i - 1) % STAGES_V), count=1)
             acc = acc * gl.convert_layout(keep, gl.SliceLayout(1, OUT))[:, None]
@@ -403,10 +421,14 @@ def consume(
         acc = warpgroup_mma_wait(0, deps=(warpgroup_mma(operand, vs.index(v_slot), acc, is_async=True),))
         mbarrier.arrive(v_free.index(v_slot), count=1)
         write_rows(
-            q_tiles.index(GROUP), qs.index(GROUP), acc, m, total, outputs, b, h, first, end, D, RETURN_LSE, OUT, S_ROWS
+            o_tiles.index(GROUP), os.index(GROUP), acc, m, total, outputs, b, h, first, end, D, RETURN_LSE, OUT, S_ROWS
         )
-        mbarrier.arrive(q_free, count=1)
+        if not Q_IN_REGISTERS:
+            tma.store_wait(0)
+            mbarrier.arrive(q_free, count=1)
         turn += 1
+    if Q_IN_REGISTERS:
+        tma.store_wait(0)
 
 
 @gluon.jit
@@ -415,7 +437,7 @@ def forward_kernel(
     q_offsets, k_offsets,
     o_sb, o_sh, o_sn, lse_sb, lse_sh, qo_sb, qo_sh, ko_sb, ko_sh, c_sb, c_sh, i_sb, i_sh, i_sm,
     pc_sb, pc_sh, pi_sb, pi_sh, pi_sm, bits_sb, bits_sh, bits_sm, bits_sl, words, q_block,
-    tiles, heads, row_tiles, last, run_start, run_end, channels, scale, pace,
+    tiles, heads, row_tiles, last, run_start, run_end, k_size, channels, scale, pace,
     GROUPS: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr, K_TILES: gl.constexpr, PAIR: gl.constexpr,
     Q_TILES: gl.constexpr, STAGES_K: gl.constexpr, STAGES_V: gl.constexpr, Q_IN_REGISTERS: gl.constexpr,
     PARTIAL: gl.constexpr, RETURN_LSE: gl.constexpr, PACE: gl.constexpr, FLAT: gl.constexpr,
@@ -432,6 +454,12 @@ def forward_kernel(
     qs = seen_as(q_tiles, [GROUPS, ROWS, D], FLAT)
     ks = seen_as(k_tiles, [STAGES_K, BLOCK_N, D], FLAT)
     vs = seen_as(v_tiles, [STAGES_V, BLOCK_N, D], FLAT)
+    if Q_IN_REGISTERS:
+        # The queries' place is free for the next tile's as soon as they are read, so the output needs its own.
+        o_tiles = gl.allocate_shared_memory(dtype, [GROUPS, 1, 1, ROWS, D], q_desc.layout)
+    else:
+        o_tiles = q_tiles
+    os = seen_as(o_tiles, [GROUPS, ROWS, D], FLAT)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES_K, 1], BARRIER)
     k_free = gl.allocate_shared_memory(gl.int64, [STAGES_K, 1], BARRIER)
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES_V, 1], BARRIER)
@@ -453,7 +481,7 @@ def forward_kernel(
     partial = (bits, bits_sb, bits_sh, bits_sm, bits_sl, words, q_block)
     outputs = (o_desc, out, o_sb, o_sh, o_sn, channels, lse, lse_sb, lse_sh)
     sizes = (tiles, heads, row_tiles, last, run_start, run_end)
-    reads = (q_tiles, qs, ks, vs)
+    reads = (qs, ks, vs, o_tiles, os)
     descs = (q_desc, k_desc, v_desc)
     copies = (q_tiles, k_tiles, v_tiles)
     # Compile-time numbers keep their kind only where the tuple of arguments is written out.
@@ -467,7 +495,7 @@ def forward_kernel(
                     reads, barriers, lists, strides, partial, outputs, sizes, scale, 1, GROUPS, D,
                     BLOCK_N, K_TILES, PAIR, Q_TILES, STAGES_K, STAGES_V, Q_IN_REGISTERS, PARTIAL, RETURN_LSE)),
                 (produce, (
-                    descs, copies, barriers, lists, strides, sizes, pace, GROUPS, D, BLOCK_N, K_TILES,
+                    descs, copies, barriers, lists, strides, sizes, k_size, pace, GROUPS, D, BLOCK_N, K_TILES,
                     PAIR, Q_TILES, STAGES_K, STAGES_V, PARTIAL, PACE)),
             ],
             [4, 1],
@@ -480,7 +508,7 @@ def forward_kernel(
                     reads, barriers, lists, strides, partial, outputs, sizes, scale, 0, GROUPS, D,
                     BLOCK_N, K_TILES, PAIR, Q_TILES, STAGES_K, STAGES_V, Q_IN_REGISTERS, PARTIAL, RETURN_LSE)),
                 (produce, (
-                    descs, copies, barriers, lists, strides, sizes, pace, GROUPS, D, BLOCK_N, K_TILES,
+                    descs, copies, barriers, lists, strides, sizes, k_size, pace, GROUPS, D, BLOCK_N, K_TILES,
                     PAIR, Q_TILES, STAGES_K, STAGES_V, PARTIAL, PACE)),
             ],
             [1],
