@@ -31,7 +31,7 @@ MAY_IMPORT = {
 # Everybody may read the version; nothing else lives in the package's own namespace.
 FREE = {""}
 # Files that are themselves imported where they are used; nothing may name them at its top.
-LATE = {"triton_kernels.py", "hopper_kernels.py"}
+LATE = {"triton_kernels.py", "hopper_kernels.py", "hopper_tiles.py"}
 OPTIONAL = {"triton", "xformers", "vbench", "ray", "torchmetrics", "torchvision"}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ __all__ = ["HopperBackend"]
 
 _DTYPES = (torch.float16, torch.bfloat16)
 _LARGEST_DIM = 128
-_LARGEST_TILE = 128
+_KEYS = 128  # keys of a tile
 _ALIGNMENT = 16
 
 
@@ -28,39 +28,36 @@ class _Variant:
 
     Args:
         groups: consumer warpgroups of 64 query rows.
-        block_n: keys of a tile.
-        pair: two key blocks of 64 make a tile.
         stages_k, stages_v: slots of the rings.
-        q_in_registers: whether a consumer holds its queries in registers rather than in shared memory.
+        pair: two key blocks of 64 make a tile of 128.
         residents: thread blocks that fit on a multiprocessor.
         registers: limit of a thread, `None` for the compiler's own.
-        persistent: as many thread blocks as fit at once, each walking over many tiles.
+        q_in_registers: a consumer holds its queries in registers rather than in shared memory.
+        early: their place is filled anew while they are worked on; the output then needs shared memory of its own.
         pace: thread blocks wait for each other between query tiles.
     """
 
     groups: int
-    block_n: int
-    pair: bool
     stages_k: int
     stages_v: int
-    q_in_registers: bool = False
+    pair: bool = False
     residents: int = 1
     registers: int | None = None
-    persistent: bool = False
+    q_in_registers: bool = False
+    early: bool = False
     pace: bool = False
-    consumer_registers: int = 240
 
 
 # By (channels, query rows of a tile, key blocks of 64); each the fastest of those timed on an H200.
 _VARIANTS = {
-    (128, 128, False): _Variant(2, 128, False, 2, 2, q_in_registers=True),
-    (128, 128, True): _Variant(2, 128, True, 2, 2, q_in_registers=True),
-    (128, 64, False): _Variant(1, 128, False, 2, 1, residents=2, registers=128),
-    (128, 64, True): _Variant(1, 128, True, 2, 1, residents=2, registers=128),
-    (64, 128, False): _Variant(2, 128, False, 3, 3, persistent=True),
-    (64, 128, True): _Variant(2, 128, True, 3, 3, persistent=True),
-    (64, 64, False): _Variant(1, 128, False, 3, 3, residents=2, registers=128),
-    (64, 64, True): _Variant(1, 64, False, 3, 3, residents=3, registers=80),
+    (128, 128, False): _Variant(2, 2, 2, q_in_registers=True, early=True),
+    (128, 128, True): _Variant(2, 2, 2, pair=True, q_in_registers=True, early=True),
+    (128, 64, False): _Variant(1, 2, 1, residents=2, registers=128),
+    (128, 64, True): _Variant(1, 2, 1, pair=True, residents=2, registers=128),
+    (64, 128, False): _Variant(1, 3, 3, residents=2, registers=128, q_in_registers=True),
+    (64, 128, True): _Variant(1, 3, 3, pair=True, residents=2, registers=128, q_in_registers=True),
+    (64, 64, False): _Variant(1, 3, 3, residents=2, registers=128, q_in_registers=True),
+    (64, 64, True): _Variant(1, 3, 3, pair=True, residents=2, registers=128, q_in_registers=True),
 }
 
 
@@ -94,9 +91,9 @@ class HopperBackend:
             return "it has no backward; use torch.no_grad() or 'reference'"
         for name, order in (("query", plan.q_order), ("key", plan.kv_order)):
             sizes = order.geometry
-            if sizes.largest > _LARGEST_TILE and 2 * (sizes.run_end - sizes.run_start) < order.num_blocks:
+            if sizes.largest > _KEYS and 2 * (sizes.run_end - sizes.run_start) < order.num_blocks:
                 return (
-                    f"{name} blocks above {_LARGEST_TILE} tokens must be even, got {order.num_blocks} blocks of which "
+                    f"{name} blocks above {_KEYS} tokens must be even, got {order.num_blocks} blocks of which "
                     f"only {sizes.run_end - sizes.run_start} have the largest size, {sizes.largest}; use 'triton'"
                 )
         return None
@@ -120,44 +117,50 @@ def _launch(call: Call) -> None:
     from dit_sparse.kernels.hopper_kernels import forward_kernel
 
     dim = 64 if call.q.shape[-1] <= 64 else 128
-    small = call.k_blocks.largest <= 64
-    variant = _VARIANTS[dim, 128 if call.q_blocks.largest > 64 else 64, small]
+    variant = _variant(call, dim)
     span = 64 * variant.groups
     q_tiles = -(-call.q_blocks.largest // span)
-    k_tiles = 1 if small else -(-call.k_blocks.largest // variant.block_n)
-    run_start, run_end = _plain_run(call.k_blocks, 64 if small else variant.block_n)
+    k_tiles = 1 if variant.pair else -(-call.k_blocks.largest // _KEYS)
+    run_start, run_end = _plain_run(call.k_blocks, _KEYS // 2 if variant.pair else _KEYS)
     row_tiles = (call.q_offsets.shape[-1] - 1) * q_tiles
     batch, heads = call.q.shape[:2]
     tiles = batch * heads * row_tiles
     bits = call.counts[..., None, None, None] if call.bits is None else call.bits
     lse = call.out if call.lse is None else call.lse
-    box = 64 if variant.pair else variant.block_n
+    box = (_KEYS // 2, 64) if variant.pair else (_KEYS, dim)
     q, k, v = (_aligned(x) for x in (call.q, call.k, call.v))
     out = call.out if _is_aligned(call.out) else torch.empty_like(call.out, memory_format=torch.contiguous_format)
-    grid = min(tiles, _multiprocessors(q.device) * variant.residents) if variant.persistent else tiles
+    grid = min(tiles, _multiprocessors(q.device) * variant.residents)
     pace = torch.zeros(1, dtype=torch.int32, device=q.device) if variant.pace else call.counts
     forward_kernel[(grid,)](
-        _descriptor(q, 64, dim), _descriptor(k, box, 64 if variant.pair else dim),
-        _descriptor(v, box, 64 if variant.pair else dim), _descriptor(out, 64, dim), out, lse,
+        _descriptor(q, 64, dim), _descriptor(k, *box), _descriptor(v, *box), _descriptor(out, 64, dim), out, lse,
         call.counts, call.indices, call.partial_counts, call.partial_indices, bits, call.q_offsets, call.k_offsets,
         *out.stride()[:3], *lse.stride()[:2], *broadcast_strides(call.q_offsets), *broadcast_strides(call.k_offsets),
         *broadcast_strides(call.counts), *broadcast_strides(call.indices), call.indices.stride(2),
         *broadcast_strides(call.partial_counts), *broadcast_strides(call.partial_indices),
         call.partial_indices.stride(2), *broadcast_strides(bits), *bits.stride()[2:4], bits.shape[-1],
         call.q_blocks.largest, tiles, heads, row_tiles, call.k_offsets.shape[-1] - 2, run_start, run_end,
-        call.k_blocks.largest, q.shape[-1],
-        call.scale * math.log2(math.e), pace,
-        GROUPS=variant.groups, D=dim, BLOCK_N=variant.block_n, K_TILES=k_tiles, PAIR=variant.pair, Q_TILES=q_tiles,
+        call.k_blocks.largest, q.shape[-1], call.scale * math.log2(math.e), pace,
+        GROUPS=variant.groups, D=dim, BLOCK_N=_KEYS, K_TILES=k_tiles, PAIR=variant.pair, Q_TILES=q_tiles,
         STAGES_K=variant.stages_k, STAGES_V=variant.stages_v, Q_IN_REGISTERS=variant.q_in_registers,
-        PARTIAL=call.bits is not None, RETURN_LSE=call.lse is not None, PACE=variant.pace,
-        FLAT=_layout((variant.block_n, dim), q.dtype),
-        PRODUCER_REGISTERS=24, CONSUMER_REGISTERS=variant.consumer_registers, num_warps=4, maxnreg=variant.registers,
+        PARTIAL=call.bits is not None, RETURN_LSE=call.lse is not None, PACE=variant.pace, EARLY=variant.early,
+        FLAT=_layout((_KEYS, dim), q.dtype), PRODUCER_REGISTERS=24, CONSUMER_REGISTERS=240,
+        num_warps=4, maxnreg=variant.registers,
     )  # fmt: skip
     if out is not call.out:
         call.out.copy_(out)
 
 
 register_launcher(HopperBackend.name, _launch)
+
+
+def _variant(call: Call, dim: int) -> _Variant:
+    """The variant for the sizes of a call; long sequences outgrow the L2 cache, so their thread blocks keep pace."""
+    variant = _VARIANTS[dim, 128 if call.q_blocks.largest > 64 else 64, call.k_blocks.largest <= _KEYS // 2]
+    bytes_of_a_head = 2 * call.k.shape[2] * dim * call.k.element_size()
+    if 2 * bytes_of_a_head > torch.cuda.get_device_properties(call.q.device).L2_cache_size:
+        return replace(variant, pace=True, early=False)
+    return variant
 
 
 def _plain_run(blocks: BlockGeometry, size: int) -> tuple[int, int]:

@@ -23,13 +23,21 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from dit_sparse.kernels.hopper_tiles import (
+    ROWS,
+    count_tiles,
+    hide,
+    plain_tiles,
+    query_tile,
+    start_of,
+    tile_blocks,
+)
+
 # Triton 3.6 names the copies after their direction, later versions do not.
 load_async = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 store_async = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 
 RENAMED = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
-
-ROWS = gl.constexpr(64)  # query rows of a consumer warpgroup, the height of a wgmma
 
 
 @gluon.jit
@@ -42,132 +50,11 @@ def seen_as(memory, shape: gl.constexpr, layout: gl.constexpr):
 
 
 @gluon.jit
-def plain_entries(full, indices, sizes):
-    """The whole key blocks of a row that fill their tiles: their numbers ascend, so they stand together in the list."""
-    _, _, _, _, run_start, run_end = sizes
-    start = full * 0
-    end = full
-    if run_start < run_end:
-        while (start < end) & (gl.load(indices + gl.minimum(start, gl.maximum(end - 1, 0))) < run_start):
-            start += 1
-        while (end > start) & (gl.load(indices + gl.maximum(end - 1, 0)) >= run_end):
-            end -= 1
-    else:
-        end = start
-    return start, end - start
-
-
-@gluon.jit
-def query_tile(tile, lists, strides, sizes, SPAN: gl.constexpr, Q_TILES: gl.constexpr, PARTIAL: gl.constexpr):
-    """Where a tile of `SPAN` queries lies: batch, head, block, its first row in the block, its positions; its entries.
-
-    The entries of a query block are how many key blocks it keeps, how many of them whole, where the two lists begin,
-    the bounds of the key blocks, and which entries need no mask. A tile past its block's end has none.
-    """
-    counts, indices, partial_counts, partial_indices, q_offsets, k_offsets = lists
-    c_sb, c_sh, i_sb, i_sh, i_sm, pc_sb, pc_sh, pi_sb, pi_sh, pi_sm, qo_sb, qo_sh, ko_sb, ko_sh = strides
-    _, heads, row_tiles, _, _, _ = sizes
-    head = tile // row_tiles
-    block = (tile % row_tiles) // Q_TILES
-    first_row = (tile % Q_TILES) * SPAN
-    b = (head // heads).to(gl.int64)
-    h = (head % heads).to(gl.int64)
-    bounds = q_offsets + b * qo_sb + h * qo_sh + block
-    start = gl.load(bounds) + first_row
-    end = gl.load(bounds + 1)
-    full = gl.load(counts + b * c_sb + h * c_sh + block)
-    indices += b * i_sb + h * i_sh + block.to(gl.int64) * i_sm
-    kept = full
-    if PARTIAL:
-        kept += gl.load(partial_counts + b * pc_sb + h * pc_sh + block)
-        partial_indices += b * pi_sb + h * pi_sh + block.to(gl.int64) * pi_sm
-    if start >= end:
-        full = 0
-        kept = 0
-    plain_start, plain_count = plain_entries(full, indices, sizes)
-    row = kept, full, indices, partial_indices, k_offsets + b * ko_sb + h * ko_sh, plain_start, plain_count
-    return b, h, block, first_row, start, end, row
-
-
-@gluon.jit
-def count_tiles(row, PAIR: gl.constexpr, K_TILES: gl.constexpr):
-    """Key tiles that a query tile visits; at least one, so that the barriers always turn."""
-    if PAIR:
-        return gl.maximum((row[0] + 1) // 2, 1)
-    else:
-        return gl.maximum(row[0] * K_TILES, 1)
-
-
-@gluon.jit
-def plain_tiles(row, PAIR: gl.constexpr, K_TILES: gl.constexpr):
-    """How many of them, which come first, need no mask."""
-    if PAIR:
-        return row[6] // 2
-    else:
-        return row[6] * K_TILES
-
-
-@gluon.jit
-def entry_at(place, row):
-    """The entry visited at a place: plain ones first, then those before them in the list, then those after."""
-    start = row[5]
-    count = row[6]
-    entry = gl.where(place - count < start, place - count, place)
-    return gl.where(place < count, place + start, entry)
-
-
-@gluon.jit
-def key_block(entry, row, PARTIAL: gl.constexpr):
-    """Number of the key block of an entry; past their end that of the last one."""
-    kept, full, indices, partial_indices, _, _, _ = row
-    entry = gl.minimum(entry, gl.maximum(kept - 1, 0))
-    if PARTIAL:
-        if entry < full:
-            block = gl.load(indices + entry)
-        else:
-            block = gl.load(partial_indices + entry - full)
-    else:
-        block = gl.load(indices + entry)
-    return block
-
-
-@gluon.jit
-def tile_entries(tile, row, PAIR: gl.constexpr, K_TILES: gl.constexpr):
-    """The one or two entries that a tile is made of."""
-    if PAIR:
-        return entry_at(2 * tile, row), entry_at(2 * tile + 1, row)
-    else:
-        entry = entry_at(tile // K_TILES, row)
-        return entry, entry
-
-
-@gluon.jit
-def tile_blocks(tile, row, PAIR: gl.constexpr, K_TILES: gl.constexpr, PARTIAL: gl.constexpr):
-    """The one or two key blocks of a tile."""
-    a, b = tile_entries(tile, row, PAIR, K_TILES)
-    first = key_block(a, row, PARTIAL)
-    if PAIR:
-        return first, key_block(b, row, PARTIAL)
-    else:
-        return first, first
-
-
-@gluon.jit
-def start_of(block, row, sizes, k_size, origin):
-    """First position of a key block; where blocks are even it is reckoned, for a second load would wait for the first."""
-    _, _, _, last, run_start, run_end = sizes
-    start = origin + block * k_size
-    if (block < run_start) | (block >= run_end):
-        start = gl.load(row[4] + gl.minimum(block, last))
-    return start
-
-
-@gluon.jit
 def fetch(
     desc, ring, full, free, number, tile, blocks, b, h, row, sizes, k_size, origin, STAGES: gl.constexpr,
     BLOCK_N: gl.constexpr, D: gl.constexpr, PAIR: gl.constexpr, K_TILES: gl.constexpr,
 ):  # fmt: skip
-    """Copy one tile of keys or values, the `number`-th of this thread block, as soon as its slot of the ring is free."""
+    """Copy a tile of keys or values, the `number`-th of this thread block, as soon as its slot of the ring is free."""
     first = start_of(blocks[0], row, sizes, k_size, origin) + (tile % K_TILES) * BLOCK_N
     slot = number % STAGES
     barrier = full.index(slot)
@@ -250,44 +137,11 @@ def produce(
 
 
 @gluon.jit
-def hide(
-    scores, tile, row, last, bits, bits_sl, words, q_block, first_row,
-    PAIR: gl.constexpr, K_TILES: gl.constexpr, BLOCK_N: gl.constexpr, PARTIAL: gl.constexpr, LAYOUT: gl.constexpr,
-):  # fmt: skip
-    """Scores with -inf at keys past a block's end, past the row's entries, and where a partial block's bit is 0."""
-    kept, full, _, _, k_offsets, _, _ = row
-    column = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, LAYOUT))
-    a, b = tile_entries(tile, row, PAIR, K_TILES)
-    bounds = k_offsets + gl.minimum(key_block(a, row, PARTIAL), last)
-    size = gl.load(bounds + 1) - gl.load(bounds)
-    if PAIR:
-        bounds = k_offsets + gl.minimum(key_block(b, row, PARTIAL), last)
-        size = gl.where(column < 64, size, gl.load(bounds + 1) - gl.load(bounds))
-        entry = gl.where(column < 64, a, b)
-        key = column % 64
-    else:
-        entry = a + column * 0
-        key = column + (tile % K_TILES) * BLOCK_N
-    visible = (key < size) & (entry < kept)
-    scores = gl.where(visible[None, :], scores, -float("inf"))
-    if PARTIAL:
-        row_in_block = first_row + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
-        refined = visible & (entry >= full)
-        offset = gl.maximum(entry - full, 0).to(gl.int64) * bits_sl + key // 32
-        inside = refined[None, :] & (row_in_block < q_block)[:, None]
-        packed = gl.load(bits + (row_in_block * words)[:, None] + offset[None, :], mask=inside, other=-1)
-        scores = gl.where(((packed >> (key % 32)[None, :]) & 1) != 0, scores, -float("inf"))
-    return scores
-
-
-@gluon.jit
-def soften(scores, m, total, scale, HIDDEN: gl.constexpr):
+def soften(scores, m, total, scale):
     """Online softmax over one more tile: the new maximum, sum, the factor of the old output, and the weights."""
     peak = gl.maximum(m, gl.max(scores, 1) * scale)
-    shift = peak
-    if HIDDEN:
-        # A row that has seen no key yet: -inf less -inf would be NaN.
-        shift = gl.where(peak == -float("inf"), 0.0, peak)
+    # A row that has seen no key yet: -inf less -inf would be NaN.
+    shift = gl.where(peak == -float("inf"), 0.0, peak)
     weights = gl.exp2(scores * scale - shift[:, None])
     keep = gl.exp2(m - shift)
     return peak, total * keep + gl.sum(weights, 1), keep, weights
@@ -349,7 +203,7 @@ def consume(
     shared, barriers, lists, strides, partial, outputs, sizes, scale,
     GROUP: gl.constexpr, GROUPS: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr, K_TILES: gl.constexpr,
     PAIR: gl.constexpr, Q_TILES: gl.constexpr, STAGES_K: gl.constexpr, STAGES_V: gl.constexpr,
-    Q_IN_REGISTERS: gl.constexpr, PARTIAL: gl.constexpr, RETURN_LSE: gl.constexpr,
+    Q_IN_REGISTERS: gl.constexpr, PARTIAL: gl.constexpr, RETURN_LSE: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     """A consumer warpgroup: softmax(q K^T) V of its 64 rows of every tile."""
     qs, ks, vs, o_tiles, os = shared
@@ -380,7 +234,8 @@ def consume(
         mbarrier.wait(q_full, turn & 1)
         if Q_IN_REGISTERS:
             queries = qs.index(GROUP).load(gl.DotOperandLayout(0, S, 2))
-            mbarrier.arrive(q_free, count=1)
+            if EARLY:
+                mbarrier.arrive(q_free, count=1)
         else:
             queries = qs.index(GROUP)
         slot = done % STAGES_K
@@ -392,25 +247,18 @@ def consume(
             scores = hide(
                 scores, 0, row, last, own_bits, bits_sl, words, q_block, first_row, PAIR, K_TILES, BLOCK_N, PARTIAL, S
             )  # fmt: skip
-        m, total, keep, weights = soften(scores, m, total, scale, True)
+        m, total, keep, weights = soften(scores, m, total, scale)
         operand = gl.convert_layout(weights.to(vs.dtype), WEIGHTS)
-        for i in range(1, plain):
+        for i in range(1, count):
             values, scores = multiply(
                 queries, operand, acc, ks, vs, barriers, done + i, BLOCK_N, STAGES_K, STAGES_V, S
             )  # fmt: skip
-            m, total, keep, weights = soften(scores, m, total, scale, False)
-            acc = warpgroup_mma_wait(0, deps=(values,))
-            mbarrier.arrive(v_free.index((done + i - 1) % STAGES_V), count=1)
-            acc = acc * gl.convert_layout(keep, gl.SliceLayout(1, OUT))[:, None]
-            operand = gl.convert_layout(weights.to(vs.dtype), WEIGHTS)
-        for i in range(gl.maximum(plain, 1), count):
-            values, scores = multiply(
-                queries, operand, acc, ks, vs, barriers, done + i, BLOCK_N, STAGES_K, STAGES_V, S
-            )  # fmt: skip
-            scores = hide(
-                scores, i, row, last, own_bits, bits_sl, words, q_block, first_row, PAIR, K_TILES, BLOCK_N, PARTIAL, S
-            )  # fmt: skip
-            m, total, keep, weights = soften(scores, m, total, scale, True)
+            if i >= plain:
+                scores = hide(
+                    scores, i, row, last, own_bits, bits_sl, words, q_block, first_row, PAIR, K_TILES, BLOCK_N, PARTIAL,
+                    S,
+                )  # fmt: skip
+            m, total, keep, weights = soften(scores, m, total, scale)
             acc = warpgroup_mma_wait(0, deps=(values,))
             mbarrier.arrive(v_free.index((done + i - 1) % STAGES_V), count=1)
             acc = acc * gl.convert_layout(keep, gl.SliceLayout(1, OUT))[:, None]
@@ -423,11 +271,11 @@ def consume(
         write_rows(
             o_tiles.index(GROUP), os.index(GROUP), acc, m, total, outputs, b, h, first, end, D, RETURN_LSE, OUT, S_ROWS
         )
-        if not Q_IN_REGISTERS:
+        if not EARLY:
             tma.store_wait(0)
             mbarrier.arrive(q_free, count=1)
         turn += 1
-    if Q_IN_REGISTERS:
+    if EARLY:
         tma.store_wait(0)
 
 
@@ -440,7 +288,7 @@ def forward_kernel(
     tiles, heads, row_tiles, last, run_start, run_end, k_size, channels, scale, pace,
     GROUPS: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr, K_TILES: gl.constexpr, PAIR: gl.constexpr,
     Q_TILES: gl.constexpr, STAGES_K: gl.constexpr, STAGES_V: gl.constexpr, Q_IN_REGISTERS: gl.constexpr,
-    PARTIAL: gl.constexpr, RETURN_LSE: gl.constexpr, PACE: gl.constexpr, FLAT: gl.constexpr,
+    PARTIAL: gl.constexpr, RETURN_LSE: gl.constexpr, PACE: gl.constexpr, EARLY: gl.constexpr, FLAT: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Shared memory, barriers, and the warps' roles; `FLAT` is the 2-D layout of what the 4-D copies bring."""
@@ -454,7 +302,7 @@ def forward_kernel(
     qs = seen_as(q_tiles, [GROUPS, ROWS, D], FLAT)
     ks = seen_as(k_tiles, [STAGES_K, BLOCK_N, D], FLAT)
     vs = seen_as(v_tiles, [STAGES_V, BLOCK_N, D], FLAT)
-    if Q_IN_REGISTERS:
+    if EARLY:
         # The queries' place is free for the next tile's as soon as they are read, so the output needs its own.
         o_tiles = gl.allocate_shared_memory(dtype, [GROUPS, 1, 1, ROWS, D], q_desc.layout)
     else:
@@ -490,10 +338,10 @@ def forward_kernel(
             [
                 (consume, (
                     reads, barriers, lists, strides, partial, outputs, sizes, scale, 0, GROUPS, D,
-                    BLOCK_N, K_TILES, PAIR, Q_TILES, STAGES_K, STAGES_V, Q_IN_REGISTERS, PARTIAL, RETURN_LSE)),
+                    BLOCK_N, K_TILES, PAIR, Q_TILES, STAGES_K, STAGES_V, Q_IN_REGISTERS, PARTIAL, RETURN_LSE, EARLY)),
                 (consume, (
                     reads, barriers, lists, strides, partial, outputs, sizes, scale, 1, GROUPS, D,
-                    BLOCK_N, K_TILES, PAIR, Q_TILES, STAGES_K, STAGES_V, Q_IN_REGISTERS, PARTIAL, RETURN_LSE)),
+                    BLOCK_N, K_TILES, PAIR, Q_TILES, STAGES_K, STAGES_V, Q_IN_REGISTERS, PARTIAL, RETURN_LSE, EARLY)),
                 (produce, (
                     descs, copies, barriers, lists, strides, sizes, k_size, pace, GROUPS, D, BLOCK_N, K_TILES,
                     PAIR, Q_TILES, STAGES_K, STAGES_V, PARTIAL, PACE)),
@@ -506,7 +354,7 @@ def forward_kernel(
             [
                 (consume, (
                     reads, barriers, lists, strides, partial, outputs, sizes, scale, 0, GROUPS, D,
-                    BLOCK_N, K_TILES, PAIR, Q_TILES, STAGES_K, STAGES_V, Q_IN_REGISTERS, PARTIAL, RETURN_LSE)),
+                    BLOCK_N, K_TILES, PAIR, Q_TILES, STAGES_K, STAGES_V, Q_IN_REGISTERS, PARTIAL, RETURN_LSE, EARLY)),
                 (produce, (
                     descs, copies, barriers, lists, strides, sizes, k_size, pace, GROUPS, D, BLOCK_N, K_TILES,
                     PAIR, Q_TILES, STAGES_K, STAGES_V, PARTIAL, PACE)),
