@@ -9,7 +9,7 @@ from dit_sparse.kernels.backend import (
     select,
 )
 from dit_sparse.kernels.block_mass import block_mass, pooled_blocks, sample_rows
-from dit_sparse.kernels.dense import SdpaBackend, XformersBackend, dense_attention
+from dit_sparse.kernels.dense import Fa3Backend, SdpaBackend, XformersBackend, dense_attention
 from dit_sparse.kernels.flex import FlexBackend
 from dit_sparse.kernels.gather import GatherBackend
 from dit_sparse.kernels.reference import ReferenceBackend
@@ -35,5 +35,6 @@ for _backend in (
     TritonBackend(),
     FlexBackend(),
     XformersBackend(),
+    Fa3Backend(),
 ):
     register(_backend)
