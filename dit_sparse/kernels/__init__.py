@@ -11,6 +11,7 @@ from dit_sparse.kernels.backend import (
 from dit_sparse.kernels.block_mass import block_mass, pooled_blocks, sample_rows
 from dit_sparse.kernels.dense import Fa3Backend, SdpaBackend, XformersBackend, dense_attention
 from dit_sparse.kernels.flash_attention_4 import FlashAttention4Backend
+from dit_sparse.kernels.flashinfer import FlashInferBackend
 from dit_sparse.kernels.flex import FlexBackend
 from dit_sparse.kernels.gather import GatherBackend
 from dit_sparse.kernels.reference import ReferenceBackend
@@ -38,5 +39,6 @@ for _backend in (
     XformersBackend(),
     Fa3Backend(),
     FlashAttention4Backend(),
+    FlashInferBackend(),
 ):
     register(_backend)
