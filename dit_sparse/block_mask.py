@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -189,14 +189,9 @@ class BlockMask:
         q_block, k_block = self.block_of(self.q_offsets), self.block_of(self.k_offsets)
         n_q, n_k = q_block.shape[-1], k_block.shape[-1]
         full, partial, predicate = self.full_blocks, self.partial_blocks, self.predicate
-        q_cover = _coverage(q_block, self.num_q_blocks, block_size[0])
-        k_cover = _coverage(k_block, self.num_k_blocks, block_size[1])
-        area = q_cover.sum(-1)[..., :, None] * k_cover.sum(-1)[..., None, :]
-        whole = torch.einsum("bhfq,bhqk,bhgk->bhfg", *_same_batch(q_cover, full.float(), k_cover))
-        touched = torch.einsum("bhfq,bhqk,bhgk->bhfg", *_same_batch(q_cover, self.kept_blocks.float(), k_cover))
-        is_full = whole == area
+        is_full, in_part = self._even_blocks(q_block, k_block, block_size)
         full_counts, full_indices = _compact(is_full)
-        part_counts, part_indices = _compact((touched > 0) & ~is_full)
+        part_counts, part_indices = _compact(in_part)
 
         def mask_mod(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
             qb, kb = _at(q_block, b, h, i), _at(k_block, b, h, j)
@@ -209,6 +204,44 @@ class BlockMask:
         return FlexBlockMask.from_kv_blocks(
             part_counts, part_indices, full_counts, full_indices, block_size, mask_mod, seq_lengths=(n_q, n_k)
         )
+
+    def _even_blocks(self, q_block: Tensor, k_block: Tensor, block_size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        """Bool maps `[B|1, H|1, ceil(Nq/block_q), ceil(Nk/block_k)]` of even blocks: kept whole, kept in part."""
+        q_cover = _coverage(q_block, self.num_q_blocks, block_size[0])
+        k_cover = _coverage(k_block, self.num_k_blocks, block_size[1])
+        area = q_cover.sum(-1)[..., :, None] * k_cover.sum(-1)[..., None, :]
+        whole = torch.einsum("bhfq,bhqk,bhgk->bhfg", *_same_batch(q_cover, self.full_blocks.float(), k_cover))
+        touched = torch.einsum("bhfq,bhqk,bhgk->bhfg", *_same_batch(q_cover, self.kept_blocks.float(), k_cover))
+        is_full = whole == area
+        return is_full, (touched > 0) & ~is_full
+
+    def to_fa4(self, block_size: tuple[int, int]) -> dict[str, Any]:
+        """This mask for FlashAttention-4: the fields of its `BlockSparseTensorsTorch`, by name.
+
+        Follows `flash_attn/cute/block_sparsity.py` of Dao-AILab/flash-attention, fa4-v4.0.0.beta27. FlashAttention-4's
+        blocks are even, as FlexAttention's are. A block kept only in part, because it is a partial one or because this
+        mask's bounds cut it, is in the mask lists; FlashAttention-4 attends to all of it unless it is given a
+        `mask_mod` of its own.
+
+        Args:
+            block_size: FlashAttention-4's (query, key) block sizes.
+
+        Returns:
+            `full_block_cnt` `[B|1, H|1, ceil(Nq/block_q)]` and `full_block_idx` `[.., ceil(Nk/block_k)]`, int32 and
+            ascending, for blocks kept whole; `mask_block_cnt` and `mask_block_idx` for those kept in part; and
+            `block_size`.
+        """
+        q_block, k_block = self.block_of(self.q_offsets), self.block_of(self.k_offsets)
+        is_full, in_part = self._even_blocks(q_block, k_block, block_size)
+        full_counts, full_indices = _compact(is_full)
+        part_counts, part_indices = _compact(in_part)
+        return {
+            "mask_block_cnt": part_counts,
+            "mask_block_idx": part_indices,
+            "full_block_cnt": full_counts,
+            "full_block_idx": full_indices,
+            "block_size": block_size,
+        }
 
     def to_bsr(self) -> tuple[Tensor, Tensor]:
         """Kept blocks in block-sparse-row form, the heads of all batches stacked as rows.

@@ -153,6 +153,38 @@ def mask_of_flex_lists(flex, want, block_size):
     return out
 
 
+@settings(max_examples=60, deadline=None)
+@given(masks(), st.sampled_from([(4, 4), (8, 4), (3, 5), (128, 128)]))
+def test_fa4_lists_keep_whole_what_is_kept_whole_and_touch_the_rest(case, block_size):
+    mask, q_order, kv_order, kept, partial = case
+    want = mask_by_loops(q_order, kv_order, kept, partial)
+    whole = mask_by_loops(q_order, kv_order, kept if partial is None else kept & ~partial, None)
+    touched = mask_by_loops(q_order, kv_order, kept, None)
+    lists = mask.to_fa4(block_size)
+    assert lists["block_size"] == block_size
+    b, h = want.shape[:2]
+    for batch, head, i in product(range(b), range(h), range(-(-want.shape[2] // block_size[0]))):
+        full, part = (row_of_lists(lists, kind, batch, head, i) for kind in ("full", "mask"))
+        assert full == sorted(full)
+        assert part == sorted(part)
+        rows = slice(i * block_size[0], (i + 1) * block_size[0])
+        for j in range(-(-want.shape[3] // block_size[1])):
+            columns = slice(j * block_size[1], (j + 1) * block_size[1])
+            is_whole = bool(whole[batch, head, rows, columns].all())
+            assert (j in full) == is_whole
+            assert (j in part) == (bool(touched[batch, head, rows, columns].any()) and not is_whole)
+            if j not in part:
+                assert (want[batch, head, rows, columns] == is_whole).all()
+
+
+def row_of_lists(lists, kind, batch, head, row):
+    """The blocks that one row of FlashAttention-4's lists names."""
+    counts, indices = (lists[f"{kind}_block_{field}"] for field in ("cnt", "idx"))
+    assert counts.dtype == indices.dtype == torch.int32
+    counts, indices = (x[batch % x.shape[0], head % x.shape[1]] for x in (counts, indices))
+    return indices[row, : counts[row]].tolist()
+
+
 def test_lists_are_contiguous_whatever_the_strides_of_the_blocks():
     kept = (torch.rand(1, 2, 5, 4) < 0.5).transpose(-1, -2)
     q_offsets, k_offsets = (torch.arange(0, 64 * n + 1, 64, dtype=torch.int32)[None, None] for n in (4, 5))

@@ -9,7 +9,9 @@ from dit_sparse.kernels.backend import (
     select,
 )
 from dit_sparse.kernels.block_mass import block_mass, pooled_blocks, sample_rows
-from dit_sparse.kernels.dense import SdpaBackend, XformersBackend, dense_attention
+from dit_sparse.kernels.dense import Fa3Backend, SdpaBackend, XformersBackend, dense_attention
+from dit_sparse.kernels.flash_attention_4 import FlashAttention4Backend
+from dit_sparse.kernels.flashinfer import FlashInferBackend
 from dit_sparse.kernels.flex import FlexBackend
 from dit_sparse.kernels.gather import GatherBackend
 from dit_sparse.kernels.hopper_backend import HopperBackend
@@ -37,5 +39,8 @@ for _backend in (
     TritonBackend(),
     FlexBackend(),
     XformersBackend(),
+    Fa3Backend(),
+    FlashAttention4Backend(),
+    FlashInferBackend(),
 ):
     register(_backend)
