@@ -32,7 +32,17 @@ MAY_IMPORT = {
 FREE = {""}
 # Files that are themselves imported where they are used; nothing may name them at its top.
 LATE = {"triton_kernels.py", "hopper_kernels.py", "hopper_tiles.py"}
-OPTIONAL = {"triton", "xformers", "vbench", "ray", "torchmetrics", "torchvision"}
+OPTIONAL = {
+    "fa3_fwd_interface",
+    "flash_attn",
+    "flashinfer",
+    "triton",
+    "xformers",
+    "vbench",
+    "ray",
+    "torchmetrics",
+    "torchvision",
+}
 
 
 def _files() -> list[Path]:
