@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dit_sparse.kernels.flash_attention_3 import positive_scale
 from dit_sparse.kernels.partial_bits import partial_bits
 from dit_sparse.types import AttentionPlan, BlockGeometry
 
@@ -29,7 +30,7 @@ class Call:
         q_offsets, k_offsets, counts, indices, partial_counts, partial_indices: the block mask's lists.
         bits: `partial_bits` of the plan; `None` without partial blocks.
         q_blocks, k_blocks: sizes of the blocks.
-        scale: factor of the scores, not negative.
+        scale: factor of the scores, above 0.
     """
 
     q: Tensor
@@ -90,9 +91,10 @@ def _attend(
     kernel: str,
 ) -> tuple[Tensor, Tensor]:
     out, lse = _outputs(q, v, return_lse)
+    if indices.shape[-1] == 0:  # a mask that keeps nothing may have lists without room
+        indices = indices.new_zeros(*indices.shape[:-1], 1)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    if scale < 0:
-        q, scale = -q, -scale  # the kernels take the maximum before they scale
+    q, scale = positive_scale(q, scale)  # the kernels take the maximum before they scale
     # Full lists stand in for partial ones that are not there; kernels do not read them.
     call = Call(
         q=q,

@@ -92,7 +92,7 @@ def _launch(call: Call) -> None:
         *broadcast_strides(call.indices), call.indices.stride(2),
         *broadcast_strides(call.partial_counts), *broadcast_strides(call.partial_indices),
         call.partial_indices.stride(2), *broadcast_strides(packed), *packed.stride()[2:4],
-        packed.shape[-1], run_start, run_end, call.scale * math.log2(math.e),
+        packed.shape[-1], call.q_blocks.largest, run_start, run_end, call.scale * math.log2(math.e),
         D=q.shape[-1], DV=v.shape[-1], BLOCK_D=padded(q.shape[-1]), BLOCK_DV=padded(v.shape[-1]),
         BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, Q_TILES=q_tiles, K_TILES=k_tiles,
         PARTIAL=bits is not None, RETURN_LSE=call.lse is not None, UPCAST=interpreted(),
@@ -113,20 +113,43 @@ def padded(dim: int) -> int:
 
 
 def _configuration(call: Call) -> _Launch:
-    """Tiles, warps and stages; those for 64- and 128-blocks at 64 and 128 channels were measured on an H200."""
-    q_block, k_block = call.q_blocks.largest, call.k_blocks.largest
+    """Tiles, warps and stages for a call on its device."""
     if interpreted():
-        return _Launch(min(64, padded(q_block)), min(32, padded(k_block)), 4, 1)
-    dim = max(padded(call.q.shape[-1]), padded(call.v.shape[-1]))
+        return _Launch(min(64, padded(call.q_blocks.largest)), min(32, padded(call.k_blocks.largest)), 4, 1)
+    device = torch.cuda.get_device_properties(call.q.device)
+    sizes = call.q_blocks.largest, call.k_blocks.largest, call.q.shape[-1], call.v.shape[-1]
+    shared_memory: int = getattr(device, "shared_memory_per_block_optin", device.shared_memory_per_block)
+    return configuration(*sizes, call.q.element_size(), device.major, shared_memory)
+
+
+def configuration(
+    q_block: int, k_block: int, dim: int, v_dim: int, itemsize: int, major: int, shared_memory: int
+) -> _Launch:
+    """The largest tiles and most stages that fit; those for 64 and 128 channels were measured on an H200.
+
+    Args:
+        q_block, k_block: tokens of the largest query and key block.
+        dim, v_dim: channels of queries and keys, and of values.
+        itemsize: bytes of an element.
+        major: of the GPU's compute capability.
+        shared_memory: bytes that one thread block may have.
+    """
     block_m = 128 if q_block > 64 else 64 if q_block > 32 else 32
     block_n = 128 if k_block > 64 else 64 if k_block > 32 else 32
-    if call.q.dtype == torch.float32:
-        return _Launch(min(block_m, 64), min(block_n, 32), 4, 2)
-    if dim > 128:
-        return _Launch(min(block_m, 64), min(block_n, 64), 4, 2)
-    if torch.cuda.get_device_capability(call.q.device)[0] == 8:
-        # Ampere and Ada have 100 to 164 KB of shared memory a multiprocessor.
-        return _Launch(block_m, min(block_n, 64), 8 if block_m == 128 else 4, 2)
-    if dim == 64 and block_m == 128:
-        return _Launch(128, 64, 8, 4)
-    return _Launch(block_m, block_n, 8 if block_m == 128 else 4, 3)
+    dim, v_dim = padded(dim), padded(v_dim)
+    wide = max(dim, v_dim)
+    if itemsize == 4 or wide > 128:
+        block_m, block_n = min(block_m, 64), min(block_n, 32 if itemsize == 4 else 64)
+    if wide <= 64 and block_m == 128:
+        block_n = min(block_n, 64)
+    stages = (4, 3, 2, 1) if wide <= 64 else (3, 2, 1) if major >= 9 else (2, 1)
+    for tile_n in (n for n in (128, 64, 32, 16) if n <= block_n):
+        for num_stages in stages:
+            if _shared_memory(block_m, tile_n, num_stages, dim, v_dim, itemsize) <= shared_memory:
+                return _Launch(block_m, tile_n, 8 if block_m == 128 else 4, num_stages)
+    return _Launch(32, 16, 4, 1)
+
+
+def _shared_memory(block_m: int, block_n: int, stages: int, dim: int, v_dim: int, itemsize: int) -> int:
+    """Upper bound of the bytes that a launch takes: queries, keys and values of all stages, weights."""
+    return itemsize * (block_m * dim + stages * block_n * (dim + v_dim) + block_m * block_n)

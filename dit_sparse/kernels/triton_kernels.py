@@ -66,10 +66,19 @@ def attend_tile(
 
 
 @triton.jit
-def allowed_pairs(bits, rows, columns, words):
-    """`[rows, columns]` bool of a block's packed bits, `words` int32 a row."""
-    packed = tl.load(bits + rows[:, None] * words + (columns // 32)[None, :])
-    return ((packed >> (columns % 32)[None, :]) & 1) != 0
+def allowed_pairs(bits, rows, tile, q_block, words, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """`[BLOCK_M, BLOCK_N]` bool of a block's packed bits, `words` int32 a row, from key `tile * BLOCK_N` on.
+
+    One load a word, which is then spread: a load a pair would be pipelined as a tile of int32 of its own.
+    """
+    SPAN: tl.constexpr = BLOCK_N if BLOCK_N < 32 else 32
+    WORDS: tl.constexpr = BLOCK_N // SPAN
+    first = tile * BLOCK_N
+    word = first // 32 + tl.arange(0, WORDS)
+    inside = (rows < q_block)[:, None] & (word < words)[None, :]
+    packed = tl.load(bits + rows[:, None] * words + word[None, :], mask=inside, other=0)
+    bit = first % 32 + tl.arange(0, SPAN)
+    return tl.reshape(((packed[:, :, None] >> bit[None, None, :]) & 1) != 0, [BLOCK_M, BLOCK_N])
 
 
 @triton.jit
@@ -78,7 +87,7 @@ def forward_kernel(
     q_offsets, k_offsets, counts, indices, partial_counts, partial_indices, bits,
     q_sb, q_sh, q_sn, k_sb, k_sh, k_sn, v_sb, v_sh, v_sn, o_sb, o_sh, o_sn, lse_sb, lse_sh,
     qo_sb, qo_sh, ko_sb, ko_sh, c_sb, c_sh, i_sb, i_sh, i_sm, pc_sb, pc_sh, pi_sb, pi_sh, pi_sm,
-    bits_sb, bits_sh, bits_sm, bits_sl, words, run_start, run_end, scale,
+    bits_sb, bits_sh, bits_sm, bits_sl, words, q_block, run_start, run_end, scale,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, Q_TILES: tl.constexpr, K_TILES: tl.constexpr,
     PARTIAL: tl.constexpr, RETURN_LSE: tl.constexpr, UPCAST: tl.constexpr,
@@ -131,9 +140,8 @@ def forward_kernel(
             entry, tile = i // K_TILES, i % K_TILES
             bound = k_offsets + tl.load(partial_indices + entry)
             allowed = allowed_pairs(
-                bits + entry * bits_sl, part * BLOCK_M + tl.arange(0, BLOCK_M),
-                tile * BLOCK_N + tl.arange(0, BLOCK_N), words,
-            )  # fmt: skip
+                bits + entry * bits_sl, part * BLOCK_M + tl.arange(0, BLOCK_M), tile, q_block, words, BLOCK_M, BLOCK_N
+            )
             m, total, acc = attend_tile(
                 queries, m, total, acc, k, v, tl.load(bound) + tile * BLOCK_N, tl.load(bound + 1), k_sn, v_sn, scale,
                 allowed, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, True, True, UPCAST,

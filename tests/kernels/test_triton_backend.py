@@ -138,3 +138,31 @@ def test_says_what_it_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "no backward" in str(TRITON.refuses(q.requires_grad_(), k, v, plan))
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert "CUDA only" in str(TRITON.unavailable(torch.device("cpu")))
+
+
+@pytest.mark.parametrize("bounds", [cases.EVEN, cases.RAGGED, cases.UNEVEN], ids=str)
+def test_a_scale_of_zero_weighs_all_kept_keys_alike(bounds: list[int]) -> None:
+    plan = cases.random_plan(bounds)
+    q, k, v = cases.inputs(plan, 1, 1, 16)
+    cases.assert_as_good_as_torch(run(q, k, v, plan, 0.0), q, k, v, cases.position_mask(plan), 0.0)
+
+
+def test_lists_without_room_keep_nothing() -> None:
+    plan = cases.random_plan(cases.EVEN)
+    mask = plan.block_mask
+    empty = BlockMask(
+        torch.zeros_like(mask.kv_counts), mask.kv_indices[..., :0].contiguous(), mask.q_offsets, mask.k_offsets
+    )
+    out, lse = run(*cases.inputs(plan, 1, 1, 16), AttentionPlan(plan.q_order, plan.kv_order, empty))
+    assert not out.any()
+    assert lse.isneginf().all()
+
+
+@pytest.mark.parametrize("size", [40, 100, 128])
+def test_partial_blocks_of_any_size(size: int) -> None:
+    bounds = [*range(0, 256, size), 256]
+    blocks = len(bounds) - 1
+    kept = torch.ones(1, 1, blocks, blocks, dtype=torch.bool)
+    plan = cases.keeping(kept, bounds, partial=kept, predicate=lambda b, h, i, j: (i + j) % 3 == 0)
+    q, k, v = cases.inputs(plan, 1, 1, 16)
+    cases.assert_as_good_as_torch(run(q, k, v, plan), q, k, v, cases.position_mask(plan), 0.3)

@@ -1,0 +1,86 @@
+"""Compiles GPU kernels without a GPU; run by test_compiled.py with jobs as JSON on standard input."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import sys
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
+
+from dit_sparse.kernels import hopper_kernels, triton_kernels
+
+LISTS = ("counts", "indices", "partial_counts", "partial_indices", "bits", "q_offsets", "k_offsets", "pace")
+
+
+def signature(kernel, constants: dict, special: dict[str, str], data: str) -> dict[str, str]:
+    """Types of a kernel's arguments by their names."""
+    types = {}
+    for name in kernel.arg_names:
+        if name in constants:
+            types[name] = "constexpr"
+        elif name in special:
+            types[name] = special[name]
+        elif name in LISTS:
+            types[name] = "*i32"
+        elif name in ("lse", "scale"):
+            types[name] = "*fp32" if name == "lse" else "fp32"
+        else:
+            types[name] = f"*{data}" if name in ("q", "k", "v", "out") else "i32"
+    return types
+
+
+def portable(job: dict):
+    constants = dict(
+        D=job["dim"], DV=job["dim"], BLOCK_D=job["padded"], BLOCK_DV=job["padded"], BLOCK_M=job["block_m"],
+        BLOCK_N=job["block_n"], Q_TILES=1, K_TILES=1, PARTIAL=job["partial"], RETURN_LSE=True, UPCAST=False,
+    )  # fmt: skip
+    kernel = triton_kernels.forward_kernel
+    source = ASTSource(kernel, signature(kernel, constants, {}, job["dtype"]), constexprs=constants)
+    return source, dict(num_warps=job["warps"], num_stages=job["stages"])
+
+
+def hopper(job: dict):
+    def layout(*shape: int) -> gl.NVMMASharedLayout:
+        return gl.NVMMASharedLayout.get_default_for(list(shape), gl.bfloat16)
+
+    def descriptor(*shape: int) -> str:
+        return f"tensordesc<bf16{list(shape)!r},{layout(*shape)!r}>"
+
+    constants = dict(
+        GROUPS=job["groups"], D=job["dim"], BLOCK_N=128, K_TILES=1, PAIR=job["pair"], Q_TILES=1,
+        STAGES_K=job["stages"][0], STAGES_V=job["stages"][1], Q_IN_REGISTERS=job["early"] or job["dim"] == 64,
+        PARTIAL=job["partial"], RETURN_LSE=True, PACE=job["pace"], EARLY=job["early"], FLAT=layout(128, job["dim"]),
+        PRODUCER_REGISTERS=24, CONSUMER_REGISTERS=240,
+    )  # fmt: skip
+    box = descriptor(1, 1, 64, 64) if job["pair"] else descriptor(1, 1, 128, job["dim"])
+    rows = descriptor(1, 1, 64, job["dim"])
+    special = {"q_desc": rows, "o_desc": rows, "k_desc": box, "v_desc": box}
+    kernel = hopper_kernels.forward_kernel
+    options = dict(num_warps=4) | ({} if job["registers"] is None else {"maxnreg": job["registers"]})
+    return GluonASTSource(kernel, signature(kernel, constants, special, "bf16"), constexprs=constants), options
+
+
+def report(job: dict) -> dict:
+    source, options = {"triton": portable, "hopper": hopper}[job["kernel"]](job)
+    log = io.StringIO()
+    with contextlib.redirect_stdout(log):
+        compiled = triton.compile(source, target=GPUTarget("cuda", job["target"], 32), options=options)
+    assert "registers" in log.getvalue(), "the assembler's log is empty"
+    return {
+        "shared": compiled.metadata.shared,
+        "products": compiled.asm["ptx"].count("wgmma.mma_async"),
+        "serialized": "serialized" in log.getvalue(),
+    }
+
+
+if __name__ == "__main__":
+    triton.knobs.nvidia.dump_ptxas_log = True
+    triton.knobs.compilation.always_compile = True
+    found = [report(job) for job in json.load(sys.stdin)]
+    sys.stdout.write(json.dumps(found) + "\n")

@@ -1,0 +1,87 @@
+"""The GPU kernels compile for every kind of GPU and fit its shared memory; Triton's compiler needs no GPU for that."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from dit_sparse.kernels.triton_backend import configuration, padded
+
+PROGRAM = Path(__file__).with_name("compile_kernels.py")
+# Bytes of shared memory that a thread block may have, by compute capability.
+LIMITS = {80: 166912, 86: 101376, 90: 232448, 100: 232448, 120: 101376}
+PORTABLE = [
+    (80, 128, 128, "bf16", True),
+    (86, 64, 256, "bf16", True),
+    (90, 128, 128, "bf16", True),
+    (90, 128, 64, "bf16", False),
+    (100, 128, 128, "fp16", True),
+    (120, 128, 128, "bf16", True),
+    (120, 64, 256, "fp32", False),
+]
+HOPPER = [
+    dict(dim=128, groups=2, pair=False, stages=(2, 2), registers=None, early=True, pace=False, partial=False),
+    dict(dim=128, groups=2, pair=True, stages=(2, 2), registers=None, early=False, pace=True, partial=True),
+    dict(dim=128, groups=1, pair=True, stages=(2, 1), registers=128, early=False, pace=True, partial=False),
+    dict(dim=64, groups=1, pair=False, stages=(3, 3), registers=128, early=False, pace=False, partial=True),
+]
+
+
+def compile_kernels(jobs: list[dict]) -> list[dict]:
+    """What the compiler says of each job, `{"shared": bytes, "serialized": bool}`, from a process of its own."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, str(PROGRAM)], input=json.dumps(jobs), capture_output=True, text=True, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_the_portable_kernel_fits() -> None:
+    jobs = []
+    for target, block, dim, dtype, partial in PORTABLE:
+        itemsize = 4 if dtype == "fp32" else 2
+        launch = configuration(block, block, dim, dim, itemsize, target // 10, LIMITS[target])
+        jobs.append(
+            dict(
+                kernel="triton",
+                target=target,
+                dtype=dtype,
+                dim=dim,
+                padded=padded(dim),
+                partial=partial,
+                block_m=launch.block_m,
+                block_n=launch.block_n,
+                warps=launch.num_warps,
+                stages=launch.num_stages,
+            )
+        )
+    for job, found in zip(jobs, compile_kernels(jobs), strict=True):
+        assert found["shared"] <= LIMITS[job["target"]], job
+
+
+def test_the_hopper_kernel_fits_and_keeps_its_products_asynchronous() -> None:
+    jobs = [dict(kernel="hopper", target=90, **job) for job in HOPPER]
+    for job, found in zip(jobs, compile_kernels(jobs), strict=True):
+        residents = 2 if job["groups"] == 1 else 1
+        assert residents * (found["shared"] + 1024) <= 233472, job
+        assert not found["serialized"], job
+        assert found["products"] > 0, job
+
+
+@pytest.mark.parametrize("limit", [101376, 166912, 232448])
+@pytest.mark.parametrize("dim", [16, 64, 128, 256])
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_some_tiles_fit_every_gpu(limit: int, dim: int, itemsize: int) -> None:
+    for block in (16, 32, 64, 128, 256):
+        launch = configuration(block, block, dim, dim, itemsize, 9, limit)
+        need = itemsize * (launch.block_m * dim + launch.num_stages * launch.block_n * 2 * dim)
+        assert need <= limit
+        assert launch.block_m <= max(32, padded(block))
