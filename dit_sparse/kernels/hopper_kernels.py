@@ -279,7 +279,14 @@ def consume(
         tma.store_wait(0)
 
 
-@gluon.jit
+# Without this every other mask or batch size would be compiled for its strides anew.
+PLAIN_NUMBERS = (
+    "o_sb o_sh o_sn lse_sb lse_sh qo_sb qo_sh ko_sb ko_sh c_sb c_sh i_sb i_sh i_sm pc_sb pc_sh pi_sb pi_sh pi_sm "
+    "bits_sb bits_sh bits_sm bits_sl words q_block tiles heads row_tiles last run_start run_end k_size channels"
+).split()
+
+
+@gluon.jit(do_not_specialize=PLAIN_NUMBERS)
 def forward_kernel(
     q_desc, k_desc, v_desc, o_desc, out, lse, counts, indices, partial_counts, partial_indices, bits,
     q_offsets, k_offsets,

@@ -81,7 +81,14 @@ def allowed_pairs(bits, rows, tile, q_block, words, BLOCK_M: tl.constexpr, BLOCK
     return tl.reshape(((packed[:, :, None] >> bit[None, None, :]) & 1) != 0, [BLOCK_M, BLOCK_N])
 
 
-@triton.jit
+# Without this every other mask or batch size would be compiled for its strides anew.
+PLAIN_NUMBERS = (
+    "lse_sb lse_sh qo_sb qo_sh ko_sb ko_sh c_sb c_sh i_sb i_sh i_sm pc_sb pc_sh pi_sb pi_sh pi_sm bits_sb bits_sh "
+    "bits_sm bits_sl words q_block run_start run_end"
+).split()
+
+
+@triton.jit(do_not_specialize=PLAIN_NUMBERS)
 def forward_kernel(
     q, k, v, out, lse,
     q_offsets, k_offsets, counts, indices, partial_counts, partial_indices, bits,
