@@ -280,10 +280,11 @@ def consume(
 
 
 # Without this every other mask or batch size would be compiled for its strides anew.
-PLAIN_NUMBERS = (
-    "o_sb o_sh o_sn lse_sb lse_sh qo_sb qo_sh ko_sb ko_sh c_sb c_sh i_sb i_sh i_sm pc_sb pc_sh pi_sb pi_sh pi_sm "
-    "bits_sb bits_sh bits_sm bits_sl words q_block tiles heads row_tiles last run_start run_end k_size channels"
-).split()
+PLAIN_NUMBERS = [
+    "o_sb", "o_sh", "o_sn", "lse_sb", "lse_sh", "qo_sb", "qo_sh", "ko_sb", "ko_sh", "c_sb", "c_sh", "i_sb", "i_sh",
+    "i_sm", "pc_sb", "pc_sh", "pi_sb", "pi_sh", "pi_sm", "bits_sb", "bits_sh", "bits_sm", "bits_sl", "words",
+    "q_block", "tiles", "heads", "row_tiles", "last", "run_start", "run_end", "k_size", "channels",
+]  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=PLAIN_NUMBERS)

@@ -82,10 +82,10 @@ def allowed_pairs(bits, rows, tile, q_block, words, BLOCK_M: tl.constexpr, BLOCK
 
 
 # Without this every other mask or batch size would be compiled for its strides anew.
-PLAIN_NUMBERS = (
-    "lse_sb lse_sh qo_sb qo_sh ko_sb ko_sh c_sb c_sh i_sb i_sh i_sm pc_sb pc_sh pi_sb pi_sh pi_sm bits_sb bits_sh "
-    "bits_sm bits_sl words q_block run_start run_end"
-).split()
+PLAIN_NUMBERS = [
+    "lse_sb", "lse_sh", "qo_sb", "qo_sh", "ko_sb", "ko_sh", "c_sb", "c_sh", "i_sb", "i_sh", "i_sm", "pc_sb", "pc_sh",
+    "pi_sb", "pi_sh", "pi_sm", "bits_sb", "bits_sh", "bits_sm", "bits_sl", "words", "q_block", "run_start", "run_end",
+]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=PLAIN_NUMBERS)
