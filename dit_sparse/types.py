@@ -230,6 +230,8 @@ class AttentionPlan:
         want = (self.q_order.num_blocks, self.kv_order.num_blocks)
         if got != want:
             raise ValueError(f"block_mask must have the orders' {want[0]} x {want[1]} blocks, got {got[0]} x {got[1]}")
+        for order in (self.q_order, self.kv_order):
+            order.geometry  # noqa: B018  # read once here, so that no later call waits for the device
 
     @classmethod
     def from_kept(cls, order: TokenOrder, kept: Tensor, **mask_options: Any) -> AttentionPlan:

@@ -96,13 +96,19 @@ def select(name: str, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> B
         BackendUnavailableError: the backend cannot run on this machine.
     """
     backend = get_backend(_default_name(q, k, v, plan) if name == "auto" else name)
-    missing = backend.unavailable(q.device)
+    missing = _missing(backend.name, q.device)
     if missing is not None:
         raise BackendUnavailableError(f"backend {backend.name!r} is not available on {q.device}: {missing}")
     reason = backend.refuses(q, k, v, plan)
     if reason is not None:
         raise ValueError(f"backend {backend.name!r} cannot compute this call: {reason}")
     return backend
+
+
+@torch.compiler.assume_constant_result
+def _missing(name: str, device: torch.device) -> str | None:
+    """What the backend lacks on `device`; torch's compiler asks once and need not trace how it is found out."""
+    return BACKENDS[name].unavailable(device)
 
 
 def _default_name(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> str:
@@ -112,6 +118,6 @@ def _default_name(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> str:
         return "gather"
     for name in ("hopper", "triton"):
         backend = BACKENDS[name]
-        if backend.unavailable(q.device) is None and backend.refuses(q, k, v, plan) is None:
+        if _missing(name, q.device) is None and backend.refuses(q, k, v, plan) is None:
             return name
     return "flex"

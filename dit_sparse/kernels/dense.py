@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dit_sparse.kernels.flash_attention_3 import fa3_attention, fa3_refuses, fa3_unavailable
+from dit_sparse.kernels.flash_attention_3 import fa3_attention, fa3_refuses, fa3_unavailable, positive_scale
 from dit_sparse.types import AttentionPlan
 
 __all__ = ["Fa3Backend", "SdpaBackend", "XformersBackend", "dense_attention", "flash_cpu", "has_flash_cpu"]
@@ -95,6 +95,7 @@ def _cudnn_takes(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 def _cudnn_with_lse(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    q, scale = positive_scale(q, scale)  # cuDNN gives NaN for a negative one where the sizes are ragged
     out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, scale=scale)[:2]
     # cuDNN keeps a last dimension of 1.
     return out, lse.reshape(q.shape[:-1])

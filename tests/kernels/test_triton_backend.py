@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dit_sparse import sparse_attention
 from dit_sparse.kernels import get_backend, partial_bits
 from dit_sparse.types import AttentionPlan, BlockMask
 from tests.kernels import cases
@@ -166,3 +167,28 @@ def test_partial_blocks_of_any_size(size: int) -> None:
     plan = cases.keeping(kept, bounds, partial=kept, predicate=lambda b, h, i, j: (i + j) % 3 == 0)
     q, k, v = cases.inputs(plan, 1, 1, 16)
     cases.assert_as_good_as_torch(run(q, k, v, plan), q, k, v, cases.position_mask(plan), 0.3)
+
+
+def test_torchs_compiler_takes_a_call_as_one_graph() -> None:
+    plan = cases.random_plan(cases.RAGGED, heads=2).to(DEVICE)
+    q, k, v = (x.to(DEVICE) for x in cases.inputs(plan, 1, 2, 16))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return sparse_attention(q * 2, k, v, plan, backend="triton") + 1
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    assert torch.allclose(compiled(q, k, v), attend(q, k, v), atol=1e-5)
+
+
+def test_the_operator_follows_torchs_rules() -> None:
+    plan = cases.random_plan(cases.RAGGED, heads=2).to(DEVICE)
+    mask = plan.block_mask
+    for strided in (False, True):
+        q, k, v = (x.to(DEVICE) for x in cases.inputs(plan, 1, 2, 16))
+        if strided:
+            q = q.transpose(1, 2).contiguous().transpose(1, 2)
+        lists = mask.q_offsets, mask.k_offsets, mask.kv_counts, mask.kv_indices, None, None, None
+        geometry = list(plan.q_order.geometry), list(plan.kv_order.geometry)
+        torch.library.opcheck(
+            torch.ops.dit_sparse.block_sparse.default, (q, k, v, *lists, *geometry, 0.3, True, "triton")
+        )
