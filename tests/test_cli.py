@@ -307,3 +307,9 @@ def test_starts_without_torch(option):
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
     assert result.returncode == 0, result.stderr
     assert "dit-sparse" in result.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_bench_kernels_says_that_it_needs_a_gpu(capsys):
+    assert _main("bench", "kernels") == 2
+    assert "needs an NVIDIA GPU" in capsys.readouterr().err

@@ -24,9 +24,10 @@ MAY_IMPORT = {
     "pipelines": {"types", "kernels", "methods", "schedule", "attention"},
     "demo": set(),
     "eval": {"types", "pipelines"},
+    "bench": {"types", "block_mask", "kernels", "reorder", "masks", "methods", "schedule", "attention"},
     "generate": {"types", "methods", "schedule", "pipelines", "demo", "eval"},
     "doctor": {"kernels", "demo"},
-    "cli": {"methods", "schedule", "generate", "doctor", "demo", "eval", "pipelines"},
+    "cli": {"bench", "methods", "schedule", "generate", "doctor", "demo", "eval", "pipelines"},
 }
 # Everybody may read the version; nothing else lives in the package's own namespace.
 FREE = {""}

@@ -1,0 +1,147 @@
+"""What is timed: block-sparse kernels, a neighborhood with its permutation, and the pieces of AdaSpa's search."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dit_sparse.attention import sparse_attention
+from dit_sparse.bench.dense import Inputs, dense_calls
+from dit_sparse.bench.shapes import SHAPES, Shape, inputs, random_plan
+from dit_sparse.bench.timing import Call, check, in_turns
+from dit_sparse.kernels import BACKENDS, block_mass, dense_attention
+from dit_sparse.masks import select_density
+from dit_sparse.methods import AdaSpa, Neighborhood
+from dit_sparse.types import AttentionPlan, Previous, Site, TokenGrid
+
+SEARCH_GRIDS = {"wan-1.3b": TokenGrid(21, 30, 52), "wan-14b": TokenGrid(21, 45, 80)}
+_LONG = 50_000
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement.
+
+    Args:
+        section, shape, block, kernel: what was timed; block 0 where there is none.
+        density: share of the query-key pairs.
+        time_ms: median of its turns.
+        ideal_ratio: time over density x the fastest dense kernel of the same turns.
+        tflops: of the pairs computed; 0 where that means nothing.
+        error: relative, against float64; `None` where the result is no attention.
+    """
+
+    section: str
+    shape: str
+    block: int
+    kernel: str
+    density: float
+    time_ms: float
+    ideal_ratio: float
+    tflops: float = 0.0
+    error: float | None = None
+
+
+def kernel_rows(
+    name: str, block: int, densities: Sequence[float], backends: Sequence[str], rounds: int, device: torch.device
+) -> Iterator[Row]:
+    """Random masks at several densities under every backend, and dense attention, all in turns."""
+    shape = SHAPES[name]
+    torch.manual_seed(0)
+    sets = inputs(shape, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    calls: dict[str, Call] = dense_calls(sets)
+    dense = list(calls)
+    plans: dict[str, AttentionPlan | None] = dict.fromkeys(dense)
+    for density in densities:
+        drawn = random_plan(shape, block, density, device)
+        for backend in backends:
+            if BACKENDS[backend].refuses(*sets[0], drawn) is None:
+                calls[f"{backend} {density:g}"] = _kernel(backend, sets, drawn)
+                plans[f"{backend} {density:g}"] = drawn
+    errors = {key: check(_output(calls[key]), *sets[0], plan) for key, plan in plans.items()}
+    times = in_turns(calls, rounds, repeat=shape.tokens < _LONG)
+    fastest = min(times[key] for key in dense)
+    for key, plan in plans.items():
+        density = 1.0 if plan is None else float(plan.density.mean())
+        ideal = times[key] / (density * fastest)
+        rate = density * shape.flops / times[key] / 1e9
+        yield Row(
+            "kernels", name, 0 if plan is None else block, key.split()[0], density, times[key], ideal, rate, errors[key]
+        )
+
+
+def neighborhood_rows(backends: Sequence[str], rounds: int, device: torch.device, scale: int = 1) -> Iterator[Row]:
+    """NATTEN's case (arXiv 2504.16922, section 5): 30x48x80 tokens, window 18x24x24, stride 16x8x8, density 0.09.
+
+    Kernel alone, and with the permutation of q, k, v and of the output. `scale` divides the grid, for tests.
+    """
+    grid = TokenGrid(30, 48 // scale, 80 // scale)
+    method = Neighborhood(
+        window=(18, 24 // scale, 24 // scale), stride=(16, 8 // scale, 8 // scale), tile=(2, 8 // scale, 8 // scale)
+    )
+    shape = Shape(24 // scale, 128, grid.num_tokens)
+    torch.manual_seed(0)
+    sets = inputs(shape, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    plan = method.plan(*sets[0], Site(grid), None)
+    order = plan.q_order
+    permuted: Inputs = [tuple(order.permute(x) for x in s) for s in sets]  # type: ignore[misc]
+    calls = dense_calls(sets)
+    dense = list(calls)
+    for backend in backends:
+        calls[backend] = _kernel(backend, permuted, plan)
+        calls[f"{backend}, permuted"] = functools.partial(_whole, backend, sets, plan)
+    errors = {backend: check(_output(calls[backend]), *permuted[0], plan) for backend in backends}
+    times = in_turns(calls, rounds, repeat=shape.tokens < _LONG)
+    fastest = min(times[key] for key in dense)
+    density = float(plan.density.mean())
+    for key, time in times.items():
+        share = 1.0 if key in dense else density
+        rate = share * shape.flops / time / 1e9
+        ideal = time / (share * fastest)
+        yield Row("neighborhood", str(grid), 0 if key in dense else 128, key, share, time, ideal, rate, errors.get(key))
+
+
+def search_rows(name: str, rounds: int, device: torch.device, density: float = 0.25) -> Iterator[Row]:
+    """The pieces of AdaSpa's search; their ratio is to one dense attention."""
+    grid, shape = SEARCH_GRIDS[name], SHAPES[name]
+    torch.manual_seed(0)
+    sets = inputs(shape, device, torch.bfloat16 if device.type == "cuda" else torch.float32)[:1]
+    q, k, v = sets[0]
+    method, site = AdaSpa(density=density), Site(grid)
+    _, lse = dense_attention(q, k, v, return_lse=True)
+    plan = method.plan(q, k, v, site, Previous(None, lse, 0))
+    order = plan.q_order
+    mass = block_mass(q, k, lse, order.offsets, order.offsets, scale=q.shape[-1] ** -0.5)
+    calls = dense_calls(sets)
+    dense = list(calls)
+    calls["dense with LSE"] = lambda _: dense_attention(q, k, v, return_lse=True)
+    calls["block mass, all rows"] = lambda _: block_mass(
+        q, k, lse, order.offsets, order.offsets, scale=q.shape[-1] ** -0.5
+    )
+    calls["selection"] = lambda _: select_density(mass, density, order, order, grid)
+    calls["mask from blocks"] = lambda _: AttentionPlan.from_kept(order, plan.block_mask.full_blocks)
+    calls["first search"] = lambda _: method.plan(q, k, v, site, None)
+    calls["later search"] = lambda _: method.plan(q, k, v, site, Previous(None, lse, 0))
+    times = in_turns(calls, rounds, repeat=shape.tokens < _LONG)
+    fastest = min(times[key] for key in dense)
+    for key, time in times.items():
+        yield Row("search", name, 0 if key in dense else method.block, key, 1.0, time, time / fastest)
+
+
+def _kernel(backend: str, sets: Inputs, plan: AttentionPlan) -> Call:
+    forward = BACKENDS[backend].forward
+    scale = sets[0][0].shape[-1] ** -0.5
+    return lambda i: forward(*sets[i % len(sets)], plan, scale=scale, return_lse=False)
+
+
+def _whole(backend: str, sets: Inputs, plan: AttentionPlan, number: int) -> Tensor:
+    return sparse_attention(*sets[number % len(sets)], plan, backend=backend)
+
+
+def _output(call: Call) -> Tensor:
+    out = call(0)
+    return out[0] if isinstance(out, tuple) else out  # type: ignore[return-value]

@@ -1,0 +1,102 @@
+"""Times in turns, and the check that comes before them."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dit_sparse.types import AttentionPlan
+
+Call = Callable[[int], object]
+
+_CHECKED_ROWS = 32
+
+
+def in_turns(calls: dict[str, Call], rounds: int, *, repeat: bool = True) -> dict[str, float]:
+    """Median milliseconds of every call, all of them taking turns so that clocks and temperature are shared.
+
+    The order rotates from round to round and is reversed every second one. Nothing waits for the device inside a round.
+
+    Args:
+        calls: by name; each gets the number of its call, to rotate its inputs by.
+        rounds: how many times each is timed.
+        repeat: make every call twice in a row and time the second, which short kernels need.
+    """
+    names = list(calls)
+    times: dict[str, list[Callable[[], float]]] = {name: [] for name in names}
+    for name in names:
+        calls[name](0)
+    for turn in range(rounds):
+        shift = turn % len(names)
+        order = names[shift:] + names[:shift]
+        for name in order if turn % 2 == 0 else reversed(order):
+            if repeat:
+                calls[name](turn)
+            times[name].append(_timed(calls[name], turn + 1))
+        _wait()
+    return {name: statistics.median(read() for read in reads) for name, reads in times.items()}
+
+
+def _timed(call: Call, number: int) -> Callable[[], float]:
+    if not torch.cuda.is_available():
+        start = time.perf_counter()
+        call(number)
+        elapsed = 1e3 * (time.perf_counter() - start)
+        return lambda: elapsed
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    events[0].record()
+    call(number)
+    events[1].record()
+    return lambda: events[0].elapsed_time(events[1])
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def check(out: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan | None) -> float:
+    """Relative error of sampled rows of every head against float64.
+
+    Args:
+        out, q, k, v: `[1, H, N, D]` in the plan's order.
+        plan: whole blocks only; `None` for dense attention.
+
+    Raises:
+        RuntimeError: it is not a number, or above twice the error of torch's own attention in the inputs' dtype on the
+            same rows, plus an eighth of a unit in the last place.
+    """
+    rows = torch.randint(0, q.shape[2], (_CHECKED_ROWS,), device=q.device)
+    rows[0] = q.shape[2] - 1
+    scale = q.shape[-1] ** -0.5
+    worst = 0.0
+    for head in range(q.shape[1]):
+        part = slice(head, head + 1)
+        keep = None if plan is None else _kept_keys(plan, head, rows)[None, None]
+        queries, keys, values = q[:, part, rows], k[:, part], v[:, part]
+        scores = queries.double() @ keys.double().transpose(-1, -2) * scale
+        want = (scores if keep is None else scores.masked_fill(~keep, float("-inf"))).softmax(-1) @ values.double()
+        low = F.scaled_dot_product_attention(queries, keys, values, attn_mask=keep, scale=scale)
+        error, allowed = _relative(out[:, part, rows], want), 2 * _relative(low, want)
+        allowed += torch.finfo(q.dtype).eps / 8
+        if not error <= allowed:
+            raise RuntimeError(f"head {head}: relative error {error:.1e} against float64, allowed is {allowed:.1e}")
+        worst = max(worst, error)
+    return worst
+
+
+def _kept_keys(plan: AttentionPlan, head: int, rows: Tensor) -> Tensor:
+    """`[rows, N]` bool: keys that rows of one head keep, at positions of the plan's orders."""
+    mask = plan.block_mask
+    full = mask.full_blocks[0, head % mask.full_blocks.shape[1]]
+    blocks = full[mask.block_of(mask.q_offsets)[0, 0][rows]]
+    return blocks[:, mask.block_of(mask.k_offsets)[0, 0]]
+
+
+def _relative(got: Tensor, want: Tensor) -> float:
+    return float((got.double() - want).norm() / want.norm())

@@ -1,0 +1,116 @@
+"""The benchmark's parts on a CPU, at small sizes and with the CPU's kernels."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from dit_sparse.bench import report as reports
+from dit_sparse.bench import sections, shapes, timing
+from dit_sparse.bench.sections import Row
+from dit_sparse.bench.shapes import Shape, inputs, random_plan
+
+CPU = torch.device("cpu")
+TINY = Shape(2, 16, 300)
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    for known in (shapes.SHAPES, sections.SHAPES, reports.SHAPES):
+        monkeypatch.setitem(known, "tiny", TINY)
+
+
+def test_times_are_taken_in_turns_that_rotate() -> None:
+    seen: list[tuple[str, int]] = []
+    calls = {name: lambda i, name=name: seen.append((name, i)) for name in "abc"}
+    times = timing.in_turns(calls, 2, repeat=False)
+    assert [name for name, _ in seen] == ["a", "b", "c", "a", "b", "c", "a", "c", "b"]
+    assert set(times) == {"a", "b", "c"}
+    assert all(time >= 0 for time in times.values())
+
+
+@pytest.mark.parametrize("density", [1.0, 0.5, 0.1])
+def test_a_random_plan_keeps_equally_many_blocks_a_row(density: float) -> None:
+    counts = random_plan(TINY, 32, density, CPU).block_mask.kv_counts
+    assert (counts == max(1, round(density * 10))).all()
+
+
+def test_the_check_passes_what_is_right_and_nothing_else() -> None:
+    q, k, v = inputs(TINY, CPU, torch.float32)[0]
+    plan = random_plan(TINY, 32, 0.5, CPU)
+    mask = plan.block_mask.to_bool(plan.q_order.index, plan.kv_order.index)
+    right = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    assert timing.check(right, q, k, v, plan) < 1e-5
+    dense = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    assert timing.check(dense, q, k, v, None) < 1e-5
+    for wrong in (dense, right * 1.001, right * float("nan")):
+        with pytest.raises(RuntimeError, match="relative error"):
+            timing.check(wrong, q, k, v, plan)
+
+
+def test_ratios_are_to_the_fastest_dense_kernel() -> None:
+    rows = list(sections.kernel_rows("tiny", 32, (0.5, 0.1), ("gather", "reference"), 2, CPU))
+    assert [(row.kernel, round(row.density, 1)) for row in rows] == [
+        ("cpu", 1.0), ("gather", 0.5), ("reference", 0.5), ("gather", 0.1), ("reference", 0.1),
+    ]  # fmt: skip
+    fastest = rows[0].time_ms
+    for row in rows:
+        assert row.ideal_ratio == pytest.approx(row.time_ms / (row.density * fastest))
+        assert row.tflops == pytest.approx(row.density * TINY.flops / row.time_ms / 1e9)
+        assert row.error is not None
+
+
+def test_the_neighborhood_is_all_full_blocks_at_every_scale() -> None:
+    rows = list(sections.neighborhood_rows(("gather",), 1, CPU, scale=8))
+    assert {row.kernel for row in rows} == {"cpu", "gather", "gather, permuted"}
+    assert rows[1].density == pytest.approx(0.09)
+
+
+def test_the_pieces_of_a_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dit_sparse.types import TokenGrid
+
+    monkeypatch.setitem(sections.SEARCH_GRIDS, "tiny", TokenGrid(3, 10, 10))
+    rows = {row.kernel: row for row in sections.search_rows("tiny", 1, CPU)}
+    assert rows["cpu"].ideal_ratio == 1.0
+    assert rows["first search"].time_ms > rows["selection"].time_ms > 0
+
+
+def test_a_failed_part_is_reported_and_the_others_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> Iterator[Row]:
+        raise RuntimeError("no such luck")
+        yield
+
+    monkeypatch.setattr(reports, "neighborhood_rows", broken)
+    path = tmp_path / "report.json"
+    report = reports.run_sections(
+        shapes=["tiny"], blocks=[32], densities=[0.5], backends=["gather", "hopper"], rounds=1, device="cpu",
+        sections=["neighborhood", "kernels"], save=lambda report: reports.write_report(report, path),
+    )  # fmt: skip
+    assert report["failed"] == {"neighborhood": "RuntimeError: no such luck"}
+    assert "9.0" in report["skipped"]["hopper"]
+    assert json.loads(path.read_text()) == report
+    text = io.StringIO()
+    reports.print_table(report, Console(file=text, width=160))
+    for part in ("gather", "no such luck", "skipped hopper", "0.5"):
+        assert part in text.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"shapes": ["wan"]}, "shapes must be among"),
+        ({"sections": ["all"]}, "sections must be among"),
+        ({"backends": ["tritn"]}, "backends must be among"),
+        ({"blocks": [8]}, "blocks must be at least 16"),
+        ({"densities": [0.0]}, "densities must be above 0"),
+    ],
+)
+def test_wrong_options_are_named(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        reports.run_sections(device="cpu", **options)
