@@ -195,7 +195,9 @@ class TokenOrder:
 
     def to(self, device: torch.device | str) -> TokenOrder:
         """The same order on another device."""
-        return TokenOrder(self.index.to(device), self.inverse.to(device), self.offsets.to(device), self.is_identity)
+        moved = TokenOrder(self.index.to(device), self.inverse.to(device), self.offsets.to(device), self.is_identity)
+        moved.__dict__["geometry"] = self.geometry  # known already, and reading it back there would wait
+        return moved
 
 
 def _gather_tokens(x: Tensor, index: Tensor) -> Tensor:

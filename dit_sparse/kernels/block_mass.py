@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dit_sparse.block_mask import BlockMask
 from dit_sparse.kernels import triton_mass
+from dit_sparse.kernels.triton_backend import triton_unavailable
 
 __all__ = ["block_mass", "pooled_blocks", "sample_rows"]
 
@@ -30,7 +31,7 @@ def block_mass(
     k_offsets: Tensor,
     *,
     scale: float,
-    backend: Literal["torch", "triton"] = "torch",
+    backend: Literal["auto", "torch", "triton"] = "auto",
 ) -> Tensor:
     """Attention mass of each block, `[B, H, Mq, Mk]` float32; the second pass of AdaSpa (arXiv 2502.21079).
 
@@ -39,18 +40,19 @@ def block_mass(
         lse: `[B, H, Nq]` natural-log row sums in the order of `q`; a row of -inf counts as no mass.
         q_offsets, k_offsets: `[B|1, H|1, M+1]` int32 block bounds, which may be uneven; read on the host.
         scale: factor of the scores.
-        backend: "torch" anywhere, "triton" one fused kernel for NVIDIA GPUs, which has passed Triton's interpreter but
-            not yet a GPU, so that nothing takes it unasked.
+        backend: "torch" anywhere, "triton" one fused kernel for NVIDIA GPUs, "auto" the second where it runs.
 
     Raises:
         ValueError: shapes that do not fit each other, or an unknown backend.
         BackendUnavailableError: the backend cannot run here.
     """
     _validate(q, k, lse)
+    if backend == "auto":
+        backend = "triton" if q.is_cuda and triton_unavailable(q.device) is None else "torch"
     if backend == "triton":
         return triton_mass.block_mass(q, k, lse, q_offsets, k_offsets, scale)
     if backend != "torch":
-        raise ValueError(f"backend must be 'torch' or 'triton', got {backend!r}")
+        raise ValueError(f"backend must be 'auto', 'torch' or 'triton', got {backend!r}")
     q_blocks = BlockMask.block_of(q_offsets)
     mass = torch.zeros(*q.shape[:2], q_offsets.shape[-1] - 1, k_offsets.shape[-1] - 1, device=q.device)
     rows = min(q.shape[2], max(1, _CHUNK_SCORES // k.shape[2]))
