@@ -14,7 +14,6 @@ import argparse
 import json
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -27,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from dit_sparse.bench.report import commit
 from dit_sparse.kernels import block_mass, dense_attention, get_backend
 from dit_sparse.kernels.reference import mask_rows
 from dit_sparse.types import AttentionPlan, TokenOrder
@@ -106,7 +106,8 @@ def check(name: str, plan: AttentionPlan, inputs: tuple[Tensor, Tensor, Tensor],
     mask = mask_rows(plan, q.shape[0], q.shape[1], 0, q.shape[2])
     plain = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     error = (out - want).abs().max()
-    if error > 2 * (plain - want).abs().max() + 2 * torch.finfo(q.dtype).eps * want.abs().max():
+    # Not `error > ...`, which is false for NaN.
+    if not error <= 2 * (plain - want).abs().max() + 2 * torch.finfo(q.dtype).eps * want.abs().max():
         raise RuntimeError(f"{name} differs from the reference by {float(error):.2e}")
 
 
@@ -166,14 +167,13 @@ def table(rows: list[Row]) -> Table:
 
 def environment() -> dict[str, object]:
     """Where the numbers come from."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     return {
         "device": "cpu",
         "cpu": cpu_model(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "commit": commit or None,
+        "commit": commit(),
     }
 
 

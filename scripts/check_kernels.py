@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dit_sparse.bench.report import environment
 from dit_sparse.kernels import BACKENDS
 from dit_sparse.types import AttentionPlan, BlockMask, TokenOrder
 
@@ -182,9 +182,7 @@ def main() -> None:
         print(f"{backend}: {counts['passed']} passed, {counts['refused']} refused, {len(counts['failed'])} failed; ",
               counts["worst_error"], flush=True)  # fmt: skip
     if options.out is not None:
-        git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-        environment = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "commit": git.stdout.strip()}
-        options.out.write_text(json.dumps({"environment": environment, "backends": report}, indent=2) + "\n")
+        options.out.write_text(json.dumps({"environment": environment(device), "backends": report}, indent=2) + "\n")
     sys.exit(any(counts["failed"] for counts in report.values()))
 
 

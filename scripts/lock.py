@@ -15,7 +15,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 # A looser request takes the newest build, which nobody has tested here.
-PINNED = ("torch==2.13.0",)
+# Torch's published wheel of that version requires exactly this triton; its CPU builds do not say so.
+PINNED = ("torch==2.13.0", "triton==3.7.1")
 HEADER = "# Tested versions for Python {python}; written by scripts/lock.py. Library users take pyproject's ranges.\n"
 
 

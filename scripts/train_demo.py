@@ -22,7 +22,14 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from demo_training.checkpoint import export, load_checkpoint, save_checkpoint, start_from
+from demo_training.checkpoint import (
+    check_folder,
+    export,
+    find_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+    start_from,
+)
 from demo_training.denoiser import Span, Trainer
 from demo_training.run import Deadline, Progress, Size
 from demo_training.vae import LatentPool, encode_pool, make_vae, train_vae
@@ -53,6 +60,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.export_only and options.out is None:
         parser.error("--export-only needs --out")
+    if not 0 < options.until <= 1:
+        parser.error(f"--until must be above 0 and at most 1, got {options.until}")
     if options.smoke:
         smoke = {"coarse_seconds": 2, "seconds": 40, "clips": 16, "batch": 2, "vae_batch": 2}
         vars(options).update(smoke, layers=2)
@@ -71,11 +80,20 @@ def main(arguments: list[str] | None = None) -> None:
 
     tensors: dict[str, Tensor] = {}
     progress = Progress(layers=options.layers)
-    if (options.checkpoint / "progress.json").is_file():
-        progress, tensors = load_checkpoint(options.checkpoint)
+    check_folder(options.checkpoint)
+    checkpoint = find_checkpoint(options.checkpoint)
+    if options.export_only and checkpoint is None and options.start_from is None:
+        raise SystemExit(f"--export-only needs a trained model: there is no checkpoint in {options.checkpoint}")
+    if checkpoint is not None:
+        progress, tensors = load_checkpoint(checkpoint)
         log.info("resumed at %s", asdict(progress))
     elif options.start_from is not None:
-        progress = Progress(**json.loads((options.start_from / "training.json").read_text()))
+        record = options.start_from / "training.json"
+        if not record.is_file():
+            raise SystemExit(
+                f"--start-from must be a model that this script wrote, got {options.start_from} without {record.name}"
+            )
+        progress = Progress(**json.loads(record.read_text()))
         progress.full_fraction = 0.0  # the learning rate starts over
     progress.device = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     progress.torch = torch.__version__

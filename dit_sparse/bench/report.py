@@ -121,10 +121,11 @@ def environment(device: torch.device) -> dict[str, str | None]:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = None
-    return found | {"commit": _commit()}
+    return found | {"commit": commit()}
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
+    """The checkout's commit; `None` outside one."""
     try:
         done = subprocess.run(
             ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, cwd=Path(__file__).parent

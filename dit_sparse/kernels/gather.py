@@ -32,6 +32,7 @@ __all__ = ["GatherBackend"]
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _REMEMBERED_BYTES = 256 << 20
+_KEPT_ELEMENTS = 1 << 24  # of a buffer that outlives its call
 
 # A thread's buffers, kept from call to call: fresh pages cost as much as the copy into them.
 _kept = threading.local()
@@ -162,17 +163,21 @@ class _Call:
             scores = buffer[: len(q)]
             keys = k.take(group).to(out.dtype)
             torch.baddbmm(scores, q, keys.transpose(1, 2), beta=0, alpha=self.scale, out=scores)
+            nothing = None
             if batch.partial:
-                scores[..., -batch.partial :].masked_fill_(~self._allowed(b, h, batch, group), float("-inf"))
-            sums = scores.amax(-1) if lse is not None or batch.partial else None
+                allowed = self._allowed(b, h, batch, group)
+                scores[..., -batch.partial :].masked_fill_(~allowed, float("-inf"))
+                if batch.partial == scores.shape[-1]:
+                    nothing = ~allowed.any(-1)  # rows of which the predicate keeps no key
+            sums = scores.amax(-1) if lse is not None else None
             torch.softmax(scores, -1, out=scores)
             if sums is not None:
                 sums -= scores.amax(-1).log_()
             torch.bmm(scores, v.take(group).to(out.dtype), out=attended)
-            if batch.partial and sums is not None:
-                nothing = sums.isnan()  # rows of which the predicate keeps no key
+            if nothing is not None:
                 attended.masked_fill_(nothing[..., None], 0.0)
-                sums.masked_fill_(nothing, float("-inf"))
+                if sums is not None:
+                    sums.masked_fill_(nothing, float("-inf"))
             if lse is not None and sums is not None:
                 lse[group.rows] = sums
 
@@ -212,7 +217,11 @@ class _Call:
         size = math.prod(shape)
         kept = buffers.get(name)
         if kept is None or kept.numel() < size or kept.dtype != dtype:
-            kept = buffers[name] = torch.empty(size, dtype=dtype)
+            # A buffer made in inference mode could not be written to outside it.
+            with torch.inference_mode(False):
+                kept = torch.empty(size, dtype=dtype)
+            if size <= _KEPT_ELEMENTS:
+                buffers[name] = kept
         return kept[:size].view(shape)
 
     def _allowed(self, b: int, h: int, batch: Batch, group: Group) -> Tensor:

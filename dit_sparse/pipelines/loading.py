@@ -49,7 +49,13 @@ def load_pipeline(
         raise ModelError(f"model {os.fspath(model)!r}: {error}") from error
     if dtype != torch.float32 and getattr(pipe, "vae", None) is not None:
         pipe.vae.to(torch.float32)
-    return _place(pipe, device, offload)
+    try:
+        return _place(pipe, device, offload)
+    except (RuntimeError, NotImplementedError) as error:
+        reason = "its weights do not fill the model that its config describes" if "meta tensor" in str(error) else ""
+        raise ModelError(
+            f"model {os.fspath(model)!r} cannot be put on {device}: {reason or _first_line(error)}"
+        ) from error
 
 
 def _place(pipe: Any, device: str, offload: str) -> Any:

@@ -40,7 +40,12 @@ def shards(tensors: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
 
 
 def save_checkpoint(folder: Path, progress: Progress, vae: AutoencoderKLWan, trainer: Trainer | None) -> None:
-    """Write the run's state; the old checkpoint goes only when the new one is complete."""
+    """Write the run's state; the old checkpoint goes only when the new one stands in its place.
+
+    Raises:
+        FileExistsError: `folder` holds something that is no checkpoint.
+    """
+    check_folder(folder)
     tensors = {f"vae.{n}": t.float() for n, t in vae.state_dict().items()}
     if trainer is not None:
         tensors |= trainer.state()
@@ -50,9 +55,31 @@ def save_checkpoint(folder: Path, progress: Progress, vae: AutoencoderKLWan, tra
     for i, part in enumerate(shards(tensors)):
         save_file(part, fresh / f"state-{i:02d}.safetensors")
     (fresh / "progress.json").write_text(json.dumps(asdict(progress), indent=2) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
     fresh.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
     log.info("saved %s, full grid at %.3f", folder, progress.full_fraction)
+
+
+def check_folder(folder: Path) -> None:
+    """Raise FileExistsError for a folder that holds something other than a checkpoint: saving would replace it."""
+    if folder.exists() and not is_checkpoint(folder) and any(folder.iterdir()):
+        raise FileExistsError(
+            f"--checkpoint must be a checkpoint or a new folder, got {folder}, which holds other files"
+        )
+
+
+def is_checkpoint(folder: Path) -> bool:
+    return (folder / "progress.json").is_file()
+
+
+def find_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint in `folder`, or the complete one that a crash while saving left beside it; `None` without any."""
+    beside = (folder, folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old"))
+    return next((path for path in beside if is_checkpoint(path)), None)
 
 
 def load_checkpoint(folder: Path) -> tuple[Progress, dict[str, Tensor]]:

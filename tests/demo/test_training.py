@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from demo_training.checkpoint import load_checkpoint, save_checkpoint
+import train_demo
+from demo_training import denoiser
+from demo_training.checkpoint import find_checkpoint, load_checkpoint, save_checkpoint
 from demo_training.denoiser import CAPTION_TOKENS, Denoiser, Span, Trainer
 from demo_training.run import LATENT_CHANNELS, Progress
 from demo_training.vae import LatentPool, decode_whole, encode_whole, make_vae
@@ -79,9 +81,47 @@ def test_an_opening_is_what_the_vae_makes_of_a_shorter_clip():
     torch.testing.assert_close(whole.openings(2).latents, encode_whole(vae, video[:, :, :5]), rtol=1e-4, atol=1e-5)
 
 
-def test_steps_on_openings_are_counted_apart():
+class FiveSteps:
+    """A deadline that comes after five steps, however long they take."""
+
+    fraction = 0.5
+
+    def __init__(self, seconds):
+        self.checks = 0
+
+    @property
+    def left(self):
+        self.checks += 1
+        return 1.0 if self.checks <= 5 else 0.0
+
+
+def test_steps_on_openings_are_counted_apart(monkeypatch):
+    monkeypatch.setattr(denoiser, "Deadline", FiveSteps)
     progress = Progress(layers=1)
     trainer = Trainer(progress, torch.device("cpu"))
     pool = LatentPool(torch.randn(4, 8, 4, 4, 4), progress.draw(4))
-    taken = trainer.run(pool, batch=2, seconds=0.5, schedule=lambda fraction: 1.0, openings_until=1.0)
-    assert progress.opening_steps == taken // 2 > 0
+    taken = trainer.run(pool, batch=2, seconds=1, schedule=lambda fraction: 1.0, openings_until=1.0)
+    assert (taken, progress.opening_steps) == (5, 2)
+
+
+def test_a_folder_that_is_no_checkpoint_is_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(FileExistsError, match="holds other files"):
+        save_checkpoint(tmp_path, Progress(layers=1), make_vae(), None)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("left", ["state", "state.new", "state.old"])
+def test_a_checkpoint_outlives_a_crash_while_it_is_replaced(tmp_path, left):
+    save_checkpoint(tmp_path / "state", Progress(layers=1, vae_steps=7), make_vae(), None)
+    (tmp_path / "state").rename(tmp_path / left)
+    found = find_checkpoint(tmp_path / "state")
+    assert found == tmp_path / left
+    assert load_checkpoint(found)[0].vae_steps == 7
+    assert find_checkpoint(tmp_path / "other") is None
+
+
+def test_nothing_is_exported_without_a_trained_model(tmp_path):
+    with pytest.raises(SystemExit, match="no checkpoint"):
+        train_demo.main(["--checkpoint", str(tmp_path / "none"), "--out", str(tmp_path / "model"), "--export-only"])
+    assert not (tmp_path / "model").exists()

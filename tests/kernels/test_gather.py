@@ -179,3 +179,28 @@ def test_random_plans(data: st.DataObject) -> None:
     plan = cases.random_plan(bounds, batch=1, heads=1 if shared else 2, density=data.draw(st.floats(0, 1)), seed=seed)
     q, k, v = cases.inputs(plan, 2, 2, 16)
     cases.assert_as_good_as_torch(run(q, k, v, plan), q, k, v, cases.position_mask(plan), 0.3)
+
+
+def test_inference_mode_leaves_nothing_behind() -> None:
+    plan = cases.random_plan(cases.RAGGED, heads=2, seed=11)
+    q, k, v = cases.inputs(plan, 1, 2, 40)
+    with torch.inference_mode():
+        first = get_backend("gather").forward(q, k, v, plan, scale=0.3, return_lse=True)
+    again = get_backend("gather").forward(q, k, v, plan, scale=0.3, return_lse=True)
+    for one, other in zip(first, again, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_nan_goes_in_and_comes_out(whole: bool) -> None:
+    kept = torch.ones(1, 1, 6, 6, dtype=torch.bool)
+    partial = kept.clone()
+    partial[..., 0] = not whole
+    plan = cases.keeping(kept, cases.RAGGED, partial=partial, predicate=lambda b, h, i, j: (i + j) % 3 == 0)
+    q, k, v = cases.inputs(plan, 1, 1, 16)
+    q[..., 5, 0] = float("nan")
+    out, lse = get_backend("gather").forward(q, k, v, plan, scale=0.3, return_lse=True)
+    assert out[..., 5, :].isnan().all()
+    assert lse is not None
+    assert lse[..., 5].isnan().all()
+    assert not out[..., 6:, :].isnan().any()
