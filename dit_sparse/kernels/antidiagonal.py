@@ -122,7 +122,7 @@ def _by_triton(
             *broadcast_strides(q_offsets), *broadcast_strides(k_offsets), *blocks, scale * math.log2(math.e),
             **channels(q), BLOCK_M=t.block_m, BLOCK_N=t.block_n, GROUP=t.group, K_GROUP=t.k_group,
             Q_TILES=t.q_tiles, K_TILES=t.k_tiles, STRIDE=stride, UPCAST=interpreted(),
-            num_warps=t.num_warps, num_stages=min(t.num_stages, 2),
+            **t.launch,
         )  # fmt: skip
     return mass
 

@@ -31,7 +31,7 @@ class Tiles:
         group, k_group: whole blocks in such a tile, or 1 where a block may take several tiles.
         q_tiles, k_tiles: tiles of the largest block.
         run: groups of key blocks, from the first to before the last, that fill their tiles and need no mask.
-        num_warps, num_stages: for Triton.
+        launch: how many warps and stages Triton takes.
     """
 
     block_m: int
@@ -41,8 +41,7 @@ class Tiles:
     q_tiles: int
     k_tiles: int
     run: tuple[int, int]
-    num_warps: int
-    num_stages: int
+    launch: dict[str, int]
 
 
 def use_triton(backend: ScoreBackend, *inputs: Tensor) -> bool:
@@ -95,19 +94,20 @@ def check_offsets(name: str, offsets: Tensor, x: Tensor) -> None:
 def tiles(q: Tensor, q_blocks: BlockGeometry, k_blocks: BlockGeometry, stride: int = 1) -> Tiles:
     """Tiles for blocks of these sizes, `stride` tokens a slot, and queries `[B, H, N, D]`.
 
-    128 x 128 with 8 warps suits 128 channels on Hopper: the product and exp2 take equally long there.
+    With 128 registers two programs of 128 x 128 fit a multiprocessor of Hopper, so that the product of one hides the
+    exp2 of the other, which takes equally long.
     """
     if interpreted():
-        block_m, block_n, warps, stages = 32, 32, 4, 1
+        block_m, block_n, launch = 32, 32, {"num_stages": 1}
     elif q.dtype == torch.float32:
-        block_m, block_n, warps, stages = 64, 32, 4, 2
+        block_m, block_n, launch = 32, 32, {"num_warps": 4, "num_stages": 2}
     elif q.shape[-1] > 128:
-        block_m, block_n, warps, stages = 64, 64, 4, 2
-    elif q.is_cuda and torch.cuda.get_device_capability(q.device)[0] == 8:
+        block_m, block_n, launch = 64, 64, {"num_warps": 4, "num_stages": 2}
+    elif torch.cuda.get_device_capability(q.device)[0] == 8:
         # Ampere and Ada have 100 to 164 KB of shared memory a multiprocessor.
-        block_m, block_n, warps, stages = 128, 64, 8, 2
+        block_m, block_n, launch = 128, 64, {"num_warps": 8, "num_stages": 2}
     else:
-        block_m, block_n, warps, stages = 128, 128, 8, 3
+        block_m, block_n, launch = 128, 128, {"num_warps": 8, "num_stages": 2}
     q_slots, k_slots = -(-q_blocks.largest // stride), -(-k_blocks.largest // stride)
     group, q_tiles = _layout(q_slots, block_m)
     k_group, k_tiles = _layout(k_slots, block_n)
@@ -115,7 +115,7 @@ def tiles(q: Tensor, q_blocks: BlockGeometry, k_blocks: BlockGeometry, stride: i
     if k_blocks.largest == block_n * k_tiles // k_group:
         start, end = -(-k_blocks.run_start // k_group), k_blocks.run_end // k_group
         run = (start, end) if start < end else run
-    return Tiles(block_m, block_n, group, k_group, q_tiles, k_tiles, run, warps, stages)
+    return Tiles(block_m, block_n, group, k_group, q_tiles, k_tiles, run, launch)
 
 
 def _layout(largest: int, slots: int) -> tuple[int, int]:

@@ -42,6 +42,6 @@ def block_mass(
             *blocks, *t.run, scale * math.log2(math.e),
             **channels(q), BLOCK_M=t.block_m, BLOCK_N=t.block_n, GROUP=t.group, K_GROUP=t.k_group,
             Q_TILES=t.q_tiles, K_TILES=t.k_tiles, UPCAST=interpreted(),
-            num_warps=t.num_warps, num_stages=t.num_stages,
+            **t.launch, maxnreg=128 if t.block_m * t.block_n == 128 * 128 else None,
         )  # fmt: skip
     return mass
