@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from dit_sparse.compact import compact
+
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
 
@@ -85,8 +87,8 @@ class BlockMask:
         if kept.shape[-1] != k_offsets.shape[-1] - 1:
             raise ValueError(f"kept must have k_offsets' {k_offsets.shape[-1] - 1} key blocks, got {kept.shape[-1]}")
         full = kept if partial is None else kept & ~partial
-        counts, indices = _compact(full)
-        partial_counts, partial_indices = (None, None) if partial is None else _compact(kept & partial)
+        counts, indices = compact(full)
+        partial_counts, partial_indices = (None, None) if partial is None else compact(kept & partial)
         return cls(
             counts, indices, q_offsets, k_offsets, partial_counts, partial_indices, predicate, kept_pairs=kept_pairs
         )
@@ -192,8 +194,8 @@ class BlockMask:
         n_q, n_k = q_block.shape[-1], k_block.shape[-1]
         full, partial, predicate = self.full_blocks, self.partial_blocks, self.predicate
         is_full, in_part = self._even_blocks(q_block, k_block, block_size)
-        full_counts, full_indices = _compact(is_full)
-        part_counts, part_indices = _compact(in_part)
+        full_counts, full_indices = compact(is_full)
+        part_counts, part_indices = compact(in_part)
 
         def mask_mod(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
             qb, kb = _at(q_block, b, h, i), _at(k_block, b, h, j)
@@ -235,8 +237,8 @@ class BlockMask:
         """
         q_block, k_block = self.block_of(self.q_offsets), self.block_of(self.k_offsets)
         is_full, in_part = self._even_blocks(q_block, k_block, block_size)
-        full_counts, full_indices = _compact(is_full)
-        part_counts, part_indices = _compact(in_part)
+        full_counts, full_indices = compact(is_full)
+        part_counts, part_indices = compact(in_part)
         return {
             "mask_block_cnt": part_counts,
             "mask_block_idx": part_indices,
@@ -304,13 +306,6 @@ class PackedBlockMask:
         return BlockMask.from_bool(
             full | partial, self.q_offsets, self.k_offsets, partial=partial, predicate=self.predicate
         )
-
-
-def _compact(kept: Tensor) -> tuple[Tensor, Tensor]:
-    """Counts and ascending indices of the True entries of the last dimension, contiguous as kernels read them."""
-    kept = kept.contiguous()  # on CUDA a sort keeps its input's strides
-    indices = kept.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
-    return kept.sum(-1, dtype=torch.int32), indices.to(torch.int32).contiguous()
 
 
 def _expand(counts: Tensor, indices: Tensor, num_blocks: int) -> Tensor:

@@ -118,6 +118,19 @@ class BlockGeometry(NamedTuple):
     run_start: int
     run_end: int
 
+    @classmethod
+    def of(cls, offsets: Tensor) -> BlockGeometry:
+        """Geometry of the blocks that `offsets` `[B|1, H|1, M+1]` bound; reads them back from the device."""
+        sizes = offsets.diff(dim=-1).flatten(0, 1).cpu()
+        largest = int(sizes.max())
+        even = (sizes == largest).all(0).tolist()
+        best = start = end = 0
+        for i, is_even in enumerate(even):
+            start = start if is_even else i + 1
+            if i + 1 - start > best:
+                best, end = i + 1 - start, i + 1
+        return cls(largest, end - best, end)
+
 
 @dataclass(frozen=True, eq=False)
 class TokenOrder:
@@ -175,15 +188,7 @@ class TokenOrder:
     @cached_property
     def geometry(self) -> BlockGeometry:
         """The blocks' sizes in short; read back from the device once an order."""
-        sizes = self.block_sizes.flatten(0, 1).cpu()
-        largest = int(sizes.max())
-        even = (sizes == largest).all(0).tolist()
-        best = start = end = 0
-        for i, is_even in enumerate(even):
-            start = start if is_even else i + 1
-            if i + 1 - start > best:
-                best, end = i + 1 - start, i + 1
-        return BlockGeometry(largest, end - best, end)
+        return BlockGeometry.of(self.offsets)
 
     def permute(self, x: Tensor) -> Tensor:
         """`x` `[B, H, N, ...]` with its tokens moved into this order."""

@@ -13,7 +13,9 @@ PACKAGE = Path(__file__).resolve().parents[1] / "dit_sparse"
 
 # Who may import whom: each entry sees itself and what its line names.
 MAY_IMPORT = {
-    "block_mask": set(),
+    "compact_kernel": set(),
+    "compact": {"compact_kernel"},
+    "block_mask": {"compact"},
     "types": {"block_mask"},
     "kernels": {"types", "block_mask"},
     "reorder": {"types", "block_mask", "kernels"},
@@ -32,7 +34,7 @@ MAY_IMPORT = {
 # Everybody may read the version; nothing else lives in the package's own namespace.
 FREE = {""}
 # Files that are themselves imported where they are used; nothing may name them at its top.
-LATE = {"triton_kernels.py", "hopper_kernels.py", "hopper_tiles.py"}
+LATE = {"compact_kernel.py", "triton_kernels.py", "score_kernels.py", "hopper_kernels.py", "hopper_tiles.py"}
 OPTIONAL = {
     "fa3_fwd_interface",
     "flash_attn",

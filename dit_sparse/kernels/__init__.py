@@ -1,5 +1,6 @@
 """Attention kernels: backends that compute an `AttentionPlan`, dense attention, and block scores."""
 
+from dit_sparse.kernels.antidiagonal import antidiagonal_scores
 from dit_sparse.kernels.backend import (
     BACKENDS,
     Backend,
@@ -8,13 +9,15 @@ from dit_sparse.kernels.backend import (
     register,
     select,
 )
-from dit_sparse.kernels.block_mass import block_mass, pooled_blocks, sample_rows
+from dit_sparse.kernels.block_mass import block_mass, sample_rows, sampled_block_mass
 from dit_sparse.kernels.dense import Fa3Backend, SdpaBackend, XformersBackend, dense_attention
 from dit_sparse.kernels.flash_attention_4 import FlashAttention4Backend
 from dit_sparse.kernels.flashinfer import FlashInferBackend
 from dit_sparse.kernels.flex import FlexBackend
 from dit_sparse.kernels.gather import GatherBackend
 from dit_sparse.kernels.hopper_backend import HopperBackend
+from dit_sparse.kernels.keep_best import keep_best
+from dit_sparse.kernels.pooled import pooled_blocks
 from dit_sparse.kernels.reference import ReferenceBackend
 from dit_sparse.kernels.triton_backend import TritonBackend
 
@@ -22,12 +25,15 @@ __all__ = [
     "BACKENDS",
     "Backend",
     "BackendUnavailableError",
+    "antidiagonal_scores",
     "block_mass",
     "dense_attention",
     "get_backend",
+    "keep_best",
     "pooled_blocks",
     "register",
     "sample_rows",
+    "sampled_block_mass",
     "select",
 ]
 

@@ -1,4 +1,4 @@
-"""Attention mass of every block, the score AdaSpa selects by, and block means.
+"""Attention mass of every block, the score AdaSpa selects by.
 
 mass[a, b] = sum over queries i of block a and keys j of block b of exp(scale * q_i . k_j - lse_i). Given the rows'
 dense LSE it is the softmax's own mass, so a row of it sums to the block's number of queries. The N x N scores exist
@@ -7,7 +7,8 @@ only a few rows at a time.
 
 from __future__ import annotations
 
-from typing import Literal
+import weakref
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +16,10 @@ from torch import Tensor
 
 from dit_sparse.block_mask import BlockMask
 from dit_sparse.kernels import triton_mass
-from dit_sparse.kernels.triton_backend import triton_unavailable
+from dit_sparse.kernels.score_tiles import ScoreBackend, check_offsets, use_triton
+from dit_sparse.types import BlockGeometry, TokenOrder
 
-__all__ = ["block_mass", "pooled_blocks", "sample_rows"]
+__all__ = ["block_mass", "sample_rows", "sampled_block_mass"]
 
 _CHUNK_SCORES = 1 << 20
 
@@ -31,32 +33,87 @@ def block_mass(
     k_offsets: Tensor,
     *,
     scale: float,
-    backend: Literal["auto", "torch", "triton"] = "auto",
+    backend: ScoreBackend = "auto",
+    q_blocks: BlockGeometry | None = None,
+    k_blocks: BlockGeometry | None = None,
 ) -> Tensor:
     """Attention mass of each block, `[B, H, Mq, Mk]` float32; the second pass of AdaSpa (arXiv 2502.21079).
 
     Args:
         q, k: `[B, H, Nq, D]` and `[B, H, Nk, D]`, in the order that the offsets cut.
         lse: `[B, H, Nq]` natural-log row sums in the order of `q`; a row of -inf counts as no mass.
-        q_offsets, k_offsets: `[B|1, H|1, M+1]` int32 block bounds, which may be uneven; read on the host.
+        q_offsets, k_offsets: `[B|1, H|1, M+1]` int32 block bounds, which may be uneven.
         scale: factor of the scores.
-        backend: "torch" anywhere, "triton" one fused kernel for NVIDIA GPUs, "auto" the second where it runs.
+        backend: "triton" is one fused kernel for NVIDIA GPUs, "torch" runs anywhere; "auto" takes the former for CUDA
+            tensors of up to 256 channels in float32, float16 or bfloat16.
+        q_blocks, k_blocks: sizes of the blocks, an order's `geometry`, so that the Triton kernel never waits for the
+            device; without them they are read from the offsets.
 
     Raises:
         ValueError: shapes that do not fit each other, or an unknown backend.
         BackendUnavailableError: the backend cannot run here.
     """
     _validate(q, k, lse)
-    if backend == "auto":
-        backend = "triton" if q.is_cuda and triton_unavailable(q.device) is None else "torch"
-    if backend == "triton":
-        return triton_mass.block_mass(q, k, lse, q_offsets, k_offsets, scale)
-    if backend != "torch":
-        raise ValueError(f"backend must be 'auto', 'torch' or 'triton', got {backend!r}")
+    check_offsets("q_offsets", q_offsets, q)
+    check_offsets("k_offsets", k_offsets, k)
+    if use_triton(backend, q, k):
+        q_blocks = BlockGeometry.of(q_offsets) if q_blocks is None else q_blocks
+        k_blocks = BlockGeometry.of(k_offsets) if k_blocks is None else k_blocks
+        return triton_mass.block_mass(q, k, lse, q_offsets, k_offsets, scale, q_blocks, k_blocks)
+    return _by_chunks(q, k, lse, q_offsets, k_offsets, scale)
+
+
+def sampled_block_mass(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    q_order: TokenOrder,
+    kv_order: TokenOrder,
+    *,
+    stride: int,
+    scale: float,
+    backend: ScoreBackend = "auto",
+) -> Tensor:
+    """Attention mass of each block over every `stride`-th query of its block, `[B, H, Mq, Mk]` float32.
+
+    Each sampled query's mass is exact. The rows are found once an order: later calls do not wait for the device.
+
+    Args:
+        q, k, lse: as in `block_mass`, in the orders' positions.
+        q_order, kv_order: the orders, of which only the blocks are used.
+        stride: 1 reads every query.
+        scale, backend: as in `block_mass`.
+
+    Raises:
+        ValueError: as in `block_mass`, or a stride above 1 where heads have blocks of their own.
+        BackendUnavailableError: the backend cannot run here.
+    """
+    q_offsets, q_blocks = q_order.offsets, q_order.geometry
+    if stride > 1:
+        _validate(q, k, lse)
+        rows = _sampled(q_order, stride)
+        q, lse = q.index_select(2, rows.positions), lse.index_select(2, rows.positions)
+        q_offsets, q_blocks = rows.offsets, rows.blocks
+    return block_mass(
+        q,
+        k,
+        lse,
+        q_offsets,
+        kv_order.offsets,
+        scale=scale,
+        backend=backend,
+        q_blocks=q_blocks,
+        k_blocks=kv_order.geometry,
+    )
+
+
+def _by_chunks(q: Tensor, k: Tensor, lse: Tensor, q_offsets: Tensor, k_offsets: Tensor, scale: float) -> Tensor:
+    """Block masses in plain torch, a few rows of scores at a time."""
+    shape = (*q.shape[:2], q_offsets.shape[-1] - 1, k_offsets.shape[-1] - 1)
+    mass = torch.zeros(shape, dtype=torch.float32, device=q.device)
     q_blocks = BlockMask.block_of(q_offsets)
-    mass = torch.zeros(*q.shape[:2], q_offsets.shape[-1] - 1, k_offsets.shape[-1] - 1, device=q.device)
     rows = min(q.shape[2], max(1, _CHUNK_SCORES // k.shape[2]))
-    buffer = torch.empty(rows, k.shape[2], device=q.device)
+    buffer = torch.empty(rows, k.shape[2], dtype=torch.float32, device=q.device)
     for b in range(q.shape[0]):
         for h in range(q.shape[1]):
             keys, q_block, k_bounds = k[b, h].float().t(), _at(q_blocks, b, h), _at(k_offsets, b, h)
@@ -83,35 +140,54 @@ def _chunk_mass(queries: Tensor, keys: Tensor, lse: Tensor, member: Tensor, buff
     return (member * factor) @ scores
 
 
+@dataclass(frozen=True)
+class _Sampled:
+    """Sampled rows of an order: their positions, and the blocks among them."""
+
+    positions: Tensor
+    offsets: Tensor
+    blocks: BlockGeometry
+
+
+_known: weakref.WeakKeyDictionary[TokenOrder, dict[int, _Sampled]] = weakref.WeakKeyDictionary()
+
+
+def _sampled(order: TokenOrder, stride: int) -> _Sampled:
+    """Rows that `sample_rows` takes; the answer lasts as long as the order."""
+    known = _known.setdefault(order, {})
+    if stride not in known:
+        # Tensors made in inference mode could not be used where gradients are recorded.
+        with torch.inference_mode(False):
+            positions, offsets = sample_rows(order.offsets, stride)
+        known[stride] = _Sampled(positions, offsets, BlockGeometry.of(offsets))
+    return known[stride]
+
+
 def sample_rows(offsets: Tensor, stride: int) -> tuple[Tensor, Tensor]:
-    """Every `stride`-th row of each block, at least one, for a block mass at a fraction of the cost.
+    """Every `stride`-th row of each block, at least one of each that is not empty.
 
     Args:
-        offsets: `[1, 1, M+1]` int32 bounds of blocks that are not empty.
+        offsets: `[1, 1, M+1]` int32 block bounds, read on the host.
         stride: 1 takes every row.
 
     Returns:
         The rows' positions `[n]` int64, and the bounds `[1, 1, M+1]` int32 of the blocks among them.
+
+    Raises:
+        ValueError: offsets of more than one head, or a stride below 1.
     """
+    if offsets.shape[:2] != (1, 1):
+        raise ValueError(
+            f"offsets must be [1, 1, M+1] to sample rows, got {tuple(offsets.shape)}: share them or use stride 1"
+        )
+    if stride < 1:
+        raise ValueError(f"stride must be at least 1, got {stride}: 1 takes every row")
     block = BlockMask.block_of(offsets)[0, 0]
     sizes = offsets[0, 0].diff()
     place = torch.arange(block.shape[0], device=offsets.device) - offsets[0, 0][block]
     taken = place % stride == (sizes - 1).clamp(max=stride // 2)[block]
     counts = torch.zeros_like(sizes).index_add_(0, block, taken.to(sizes.dtype))
     return taken.nonzero()[:, 0], F.pad(counts.cumsum(0), (1, 0)).to(torch.int32)[None, None]
-
-
-def pooled_blocks(x: Tensor, offsets: Tensor) -> Tensor:
-    """Mean of every block's tokens, `[B, H, M, D]` float32 (float64 for float64); zeros for an empty block.
-
-    Args:
-        x: `[B, H, N, D]` in the order that the offsets cut.
-        offsets: `[B|1, H|1, M+1]` int32 block bounds, which may be uneven.
-    """
-    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
-    blocks = BlockMask.block_of(offsets)[..., None].expand(*x.shape)
-    sums = torch.zeros(*x.shape[:2], offsets.shape[-1] - 1, x.shape[-1], dtype=compute, device=x.device)
-    return sums.scatter_add_(2, blocks, x.to(compute)) / offsets.diff(dim=-1).clamp(min=1)[..., None]
 
 
 def _validate(q: Tensor, k: Tensor, lse: Tensor) -> None:

@@ -1,10 +1,7 @@
-"""Triton kernels: block-sparse attention, and the attention mass of blocks.
+"""Triton kernel: block-sparse attention, and the pieces that other kernels share.
 
 `forward_kernel`, for a query tile: out = softmax(scale * q K^T) V over the kept keys, with the running maximum and sum
 of FlashAttention-2 (arXiv 2307.08691, algorithm 1), in base 2. Oracle: `reference`.
-
-`block_mass_kernel`, for a query tile: mass of every key block = sum of exp(scale * q k - lse). Oracle: `block_mass`'s
-path in plain torch.
 
 Grids are (query tiles, heads, batch). q, k, v, out are `[B, H, N, D]`, contiguous in the last dimension and with any
 strides elsewhere; lists and offsets are `[B|1, H|1, ...]`. Imported by the launchers when they first run, never with
@@ -162,61 +159,3 @@ def forward_kernel(
     if RETURN_LSE:
         sums = tl.where(empty, -float("inf"), (m + tl.log2(tl.where(empty, 1.0, total))) * 0.6931471805599453)
         tl.store(lse + b * lse_sb + h * lse_sh + rows, sums, mask=rows < end)
-
-
-@triton.jit
-def tile_mass(queries, sums, k, start, end, stride, scale, D: tl.constexpr, BLOCK_D: tl.constexpr,
-              BLOCK_N: tl.constexpr, GROUP: tl.constexpr, MASKED: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
-    """`[GROUP]` mass that a tile of keys has in each of the query tile's blocks."""
-    positions = start + tl.arange(0, BLOCK_N)
-    keys = load_tile(k, positions, end, stride, D, BLOCK_D, MASKED)
-    weights = tl.exp2(multiply(queries, tl.trans(keys), UPCAST) * scale - sums[:, None])
-    if MASKED:
-        weights = tl.where((positions < end)[None, :], weights, 0.0)
-    return tl.sum(tl.reshape(tl.sum(weights, 1), [GROUP, queries.shape[0] // GROUP]), 1)
-
-
-@triton.jit
-def add_mass(pointers, found, mask, ONCE: tl.constexpr):
-    """Adds to the blocks' mass, which is zero at first; a plain store where one tile alone comes by."""
-    if ONCE:
-        tl.store(pointers, found, mask=mask)
-    else:
-        tl.atomic_add(pointers, found, mask=mask, sem="relaxed")
-
-
-@triton.jit
-def block_mass_kernel(
-    q, k, lse, mass, q_offsets, k_offsets,
-    q_sb, q_sh, q_sn, k_sb, k_sh, k_sn, lse_sb, lse_sh, m_sb, m_sh, m_sm, qo_sb, qo_sh, ko_sb, ko_sh,
-    num_q_blocks, num_k_blocks, whole_blocks, scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    GROUP: tl.constexpr, Q_TILES: tl.constexpr, K_TILES: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """Adds to `mass` what `GROUP` query blocks of one tile, or one tile of a larger block, give to every key block."""
-    b, h = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
-    block, part = tl.program_id(0) // Q_TILES * GROUP, tl.program_id(0) % Q_TILES
-    bounds = q_offsets + b * qo_sb + h * qo_sh
-    start = tl.load(bounds + block) + part * BLOCK_M
-    end = tl.load(bounds + tl.minimum(block + GROUP, num_q_blocks))
-    if start >= end:
-        return
-    rows = start + tl.arange(0, BLOCK_M)
-    queries = load_tile(q + b * q_sb + h * q_sh, rows, end, q_sn, D, BLOCK_D, True)
-    sums = tl.load(lse + b * lse_sb + h * lse_sh + rows, mask=rows < end, other=float("inf"))
-    sums = tl.where(sums == -float("inf"), float("inf"), sums) * 1.4426950408889634
-    k += b * k_sb + h * k_sh
-    k_offsets += b * ko_sb + h * ko_sh
-    blocks = block + tl.arange(0, GROUP)
-    mass += b * m_sb + h * m_sh + blocks.to(tl.int64) * m_sm
-    for i in tl.range(0, whole_blocks * K_TILES):
-        first = tl.load(k_offsets + i // K_TILES) + (i % K_TILES) * BLOCK_N
-        found = tile_mass(queries, sums, k, first, 0, k_sn, scale, D, BLOCK_D, BLOCK_N, GROUP, False, UPCAST)
-        add_mass(mass + i // K_TILES, found, blocks < num_q_blocks, Q_TILES == 1 and K_TILES == 1)
-    for i in tl.range(whole_blocks * K_TILES, num_k_blocks * K_TILES):
-        bound = k_offsets + i // K_TILES
-        first = tl.load(bound) + (i % K_TILES) * BLOCK_N
-        found = tile_mass(
-            queries, sums, k, first, tl.load(bound + 1), k_sn, scale, D, BLOCK_D, BLOCK_N, GROUP, True, UPCAST
-        )  # fmt: skip
-        add_mass(mass + i // K_TILES, found, blocks < num_q_blocks, Q_TILES == 1 and K_TILES == 1)

@@ -6,10 +6,11 @@ from dit_sparse.masks.neighborhood import (
     neighborhood_predicate,
 )
 from dit_sparse.masks.score import pooled_scores
-from dit_sparse.masks.select import density_to_blocks, keep_text, select_density, threshold, top_k, top_p
+from dit_sparse.masks.select import Ranking, density_to_blocks, keep_text, select_density, threshold, top_k, top_p
 
 __all__ = [
     "NeighborhoodPredicate",
+    "Ranking",
     "density_to_blocks",
     "keep_text",
     "neighborhood_blocks",

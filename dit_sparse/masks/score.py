@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from dit_sparse.kernels.block_mass import pooled_blocks
+from dit_sparse.kernels import pooled_blocks
 from dit_sparse.types import TokenOrder
 
 

@@ -6,10 +6,19 @@ and among equal scores the earlier block wins, so the same scores always give th
 
 from __future__ import annotations
 
+import weakref
+from collections import Counter
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
+from dit_sparse.kernels import keep_best
+from dit_sparse.kernels.keep_best import keep_ranks, takes_kernel
 from dit_sparse.types import TokenGrid, TokenOrder
+
+# A rank is a pass over the scores; from about this many on, a sort costs less.
+_FEW_BLOCKS = 16
 
 
 def top_k(scores: Tensor, k: int | Tensor) -> Tensor:
@@ -28,8 +37,7 @@ def top_k(scores: Tensor, k: int | Tensor) -> Tensor:
     """
     if isinstance(k, int) and k < 1:
         raise ValueError(f"k must be at least 1, got {k}: every row keeps a block")
-    ranks = torch.arange(scores.shape[-1], device=scores.device)
-    return _keep_ranks(scores, ranks < _per_head("k", k, scores).clamp(min=1))
+    return keep_best(scores, _per_head("k", k, scores)[..., 0, 0])
 
 
 def top_p(scores: Tensor, p: float | Tensor, min_kept: int = 1) -> Tensor:
@@ -49,11 +57,12 @@ def top_p(scores: Tensor, p: float | Tensor, min_kept: int = 1) -> Tensor:
     _check_share("p", p)
     if min_kept < 1:
         raise ValueError(f"min_kept must be at least 1, got {min_kept}: every row keeps a block")
-    sums = scores.double().sort(dim=-1, descending=True, stable=True).values.cumsum(-1)
+    in_order, best_first = scores.double().sort(dim=-1, descending=True, stable=True)
+    sums = in_order.cumsum(-1)
     before = torch.nn.functional.pad(sums[..., :-1], (1, 0))
     needed = before < _per_head("p", p, scores) * sums[..., -1:]
     ranks = torch.arange(scores.shape[-1], device=scores.device)
-    return _keep_ranks(scores, needed | (ranks < min_kept))
+    return keep_ranks(best_first, needed | (ranks < min_kept))
 
 
 def threshold(scores: Tensor, value: float | Tensor) -> Tensor:
@@ -106,15 +115,7 @@ def density_to_blocks(
         ValueError: `density` outside (0, 1]. A tensor on a GPU is not looked at.
     """
     _check_share("density", density)
-    q_sizes = _video_sizes(grid, q_order.offsets)
-    k_sizes = _video_sizes(grid, kv_order.offsets)
-    best_first = _video_scores(scores, grid, kv_order).argsort(dim=-1, descending=True, stable=True)
-    chosen = k_sizes[..., None, :].expand(scores.shape).gather(-1, best_first).cumsum(-1)
-    video_pairs = torch.einsum("bhq,bhqk->bhk", q_sizes.expand(scores.shape[:3]), chosen)
-    text_pairs = grid.num_tokens**2 - grid.video_len**2
-    reached = (video_pairs + text_pairs) / grid.num_tokens**2
-    wanted = _per_head("density", density, scores)[..., 0]
-    return (reached - wanted).abs().argmin(dim=-1) + 1
+    return Ranking(scores, q_order, kv_order, grid).blocks(density)
 
 
 def select_density(
@@ -135,15 +136,90 @@ def select_density(
 
     Source: AdaSpa (arXiv 2502.21079): equally many blocks a row, text always kept, a budget per head.
     """
-    blocks = density_to_blocks(scores, density, q_order, kv_order, grid)
-    kept = top_k(_video_scores(scores, grid, kv_order), blocks)
-    return keep_text(kept, grid, q_order.offsets, kv_order.offsets)
+    _check_share("density", density)
+    return Ranking(scores, q_order, kv_order, grid).select(density)
 
 
-def _keep_ranks(scores: Tensor, wanted: Tensor) -> Tensor:
-    """Keep the blocks whose rank in their row is `wanted`, which broadcasts to the scores' shape."""
-    best_first = scores.argsort(dim=-1, descending=True, stable=True)
-    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best_first, wanted.expand(scores.shape))
+class Ranking:
+    """The blocks of one call in the order of their scores, from which selections of any density are made.
+
+    What the densities cost is worked out once, so that a second selection from the same scores is cheap. On a GPU
+    nothing waits for the device after the first call with an order.
+
+    Args:
+        scores, q_order, kv_order, grid: as in `density_to_blocks`.
+    """
+
+    def __init__(self, scores: Tensor, q_order: TokenOrder, kv_order: TokenOrder, grid: TokenGrid) -> None:
+        self._orders = q_order, kv_order
+        self._grid = grid
+        # Text blocks rank last.
+        self._scores = scores.masked_fill(_is_text(grid, kv_order.offsets)[..., None, :], float("-inf"))
+
+    def blocks(self, density: float | Tensor) -> Tensor:
+        """What `density_to_blocks` returns; `density` itself is not checked."""
+        wanted = _per_head("density", density, self._scores)[..., 0]
+        return (self._reached - wanted).abs().argmin(dim=-1) + 1
+
+    def select(self, density: float | Tensor) -> Tensor:
+        """What `select_density` returns; `density` itself is not checked."""
+        blocks = self.blocks(density)
+        if takes_kernel(self._scores, "auto"):
+            kept = keep_best(self._scores, blocks)
+        else:
+            ranks = torch.arange(self._scores.shape[-1], device=self._scores.device)
+            kept = keep_ranks(self._best_first, ranks < blocks[..., None, None])
+        return keep_text(kept, self._grid, *(order.offsets for order in self._orders))
+
+    @cached_property
+    def _best_first(self) -> Tensor:
+        return self._scores.argsort(dim=-1, descending=True, stable=True)
+
+    @cached_property
+    def _reached(self) -> Tensor:
+        """`[B, H, Mk]` float64: the density in tokens with 1 to `Mk` blocks a row."""
+        q_sizes = _video_sizes(self._grid, self._orders[0].offsets).expand(self._scores.shape[:3])
+        even = _even_sizes(self._orders[1], self._grid)
+        video_pairs = self._count_sorted(q_sizes) if even is None else self._count_ranks(q_sizes, *even)
+        text_pairs = self._grid.num_tokens**2 - self._grid.video_len**2
+        return (video_pairs + text_pairs) / self._grid.num_tokens**2
+
+    def _count_sorted(self, q_sizes: Tensor) -> Tensor:
+        """`[B, H, Mk]` float64 pairs of video tokens with 1 to `Mk` blocks a row, for blocks of any size."""
+        k_sizes = _video_sizes(self._grid, self._orders[1].offsets)
+        chosen = k_sizes[..., None, :].expand(self._scores.shape).gather(-1, self._best_first).cumsum(-1)
+        return torch.einsum("bhq,bhqk->bhk", q_sizes, chosen)
+
+    def _count_ranks(self, q_sizes: Tensor, size: int, others: dict[int, int]) -> Tensor:
+        """The same where all blocks but `others` have `size` video tokens: what those lack, from their rank on."""
+        b, h, _, m = self._scores.shape
+        lacking = torch.zeros(b, h, m, dtype=torch.float64, device=self._scores.device)
+        for block, own in others.items():
+            score = self._scores[..., block, None]
+            rank = (self._scores > score).sum(-1) + (self._scores[..., :block] == score).sum(-1)
+            lacking.scatter_add_(-1, rank, q_sizes * (size - own))
+        numbers = torch.arange(1, m + 1, dtype=torch.float64, device=self._scores.device)
+        return q_sizes.sum(-1, keepdim=True) * size * numbers - lacking.cumsum(-1)
+
+
+_known: weakref.WeakKeyDictionary[TokenOrder, dict[TokenGrid, tuple[int, dict[int, int]] | None]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def _even_sizes(order: TokenOrder, grid: TokenGrid) -> tuple[int, dict[int, int]] | None:
+    """Video tokens of nearly all blocks, and of the few others by number; `None` where there is no such size.
+
+    Read back from the device once an order; the answer lasts as long as the order.
+    """
+    known = _known.setdefault(order, {})
+    if grid not in known:
+        heads = _video_sizes(grid, order.offsets).flatten(0, 1).tolist()
+        size = Counter(heads[0]).most_common(1)[0][0]
+        others = {block: int(own) for block, own in enumerate(heads[0]) if own != size}
+        is_even = len(others) <= _FEW_BLOCKS and all(head == heads[0] for head in heads)
+        known[grid] = (int(size), others) if is_even else None
+    return known[grid]
 
 
 def _per_head(name: str, value: float | Tensor, scores: Tensor) -> Tensor:
@@ -178,8 +254,3 @@ def _is_text(grid: TokenGrid, offsets: Tensor) -> Tensor:
 def _video_sizes(grid: TokenGrid, offsets: Tensor) -> Tensor:
     """`[B|1, H|1, M]` float64 tokens a block, 0 for text blocks."""
     return offsets.diff(dim=-1).double().masked_fill(_is_text(grid, offsets), 0.0)
-
-
-def _video_scores(scores: Tensor, grid: TokenGrid, kv_order: TokenOrder) -> Tensor:
-    """Scores that rank text blocks last."""
-    return scores.masked_fill(_is_text(grid, kv_order.offsets)[..., None, :], float("-inf"))

@@ -6,16 +6,17 @@ Source: Xia et al., "Training-free and Adaptive Sparse Attention for Efficient L
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from dit_sparse.kernels import block_mass, dense_attention, sample_rows
-from dit_sparse.masks import select_density
+from dit_sparse.kernels import dense_attention, sampled_block_mass
+from dit_sparse.masks import Ranking
 from dit_sparse.methods.parameters import check_block, check_share
 from dit_sparse.reorder import raster_order
-from dit_sparse.types import AttentionPlan, Previous, Scope, Site, TokenGrid
+from dit_sparse.types import AttentionPlan, Previous, Scope, Site, TokenGrid, TokenOrder
 
 
 @dataclass(frozen=True)
@@ -61,17 +62,24 @@ class AdaSpa:
 
     def plan(self, q: Tensor, k: Tensor, v: Tensor, site: Site, previous: Previous | None) -> AttentionPlan:
         """Plan from one search over `q, k, v` `[B, H, N, D]`, with `previous.lse` where there is one."""
-        order = raster_order(site.grid, self.block, device=q.device)
+        order = _raster(site.grid, self.block, q.device)
         lse = None if previous is None else previous.lse
         if lse is None:
             lse = dense_attention(q, k, v, return_lse=True)[1]
-        rows, q_offsets = sample_rows(order.offsets, self.row_stride)
-        mass = block_mass(q[:, :, rows], k, lse[:, :, rows], q_offsets, order.offsets, scale=q.shape[-1] ** -0.5)
-        density = torch.full(mass.shape[:2], self.density, dtype=torch.float64, device=mass.device)
-        kept = select_density(mass, density, order, order, site.grid)
+        mass = sampled_block_mass(q, k, lse, order, order, stride=self.row_stride, scale=q.shape[-1] ** -0.5)
+        ranking = Ranking(mass, order, order, site.grid)
+        kept = ranking.select(self.density)
         if self.head_adaptive and self.density < 1:
-            kept = select_density(mass, head_densities(mass, kept, self.density, self.recall), order, order, site.grid)
+            kept = ranking.select(head_densities(mass, kept, self.density, self.recall))
         return AttentionPlan.from_kept(order, kept)
+
+
+@lru_cache(maxsize=16)
+def _raster(grid: TokenGrid, block: int, device: torch.device) -> TokenOrder:
+    """The raster order, of which kernels and selections remember what they have read back from the device."""
+    # Tensors made in inference mode could not be used where gradients are recorded.
+    with torch.inference_mode(False):
+        return raster_order(grid, block, device=device)
 
 
 def head_densities(mass: Tensor, kept: Tensor, density: float, recall: float) -> Tensor:
@@ -89,6 +97,5 @@ def head_densities(mass: Tensor, kept: Tensor, density: float, recall: float) ->
     moved = (head_recall > recall).sum(1, keepdim=True).clamp_max(heads // 2)
     rank = head_recall.argsort(dim=1, descending=True, stable=True).argsort(dim=1, stable=True)
     result = torch.full(head_recall.shape, sparsity, dtype=torch.float64, device=mass.device)
-    result[rank < moved] = (1 + sparsity) / 2
-    result[rank >= heads - moved] = max(0.0, (3 * sparsity - 1) / 2)
-    return 1 - result
+    result = result.masked_fill(rank < moved, (1 + sparsity) / 2)
+    return 1 - result.masked_fill(rank >= heads - moved, max(0.0, (3 * sparsity - 1) / 2))

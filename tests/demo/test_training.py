@@ -85,6 +85,7 @@ class FiveSteps:
     """A deadline that comes after five steps, however long they take."""
 
     fraction = 0.5
+    elapsed = 1.0
 
     def __init__(self, seconds):
         self.checks = 0
