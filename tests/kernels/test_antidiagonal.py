@@ -11,7 +11,7 @@ from torch import Tensor
 from dit_sparse.kernels import antidiagonal_scores, block_mass
 from dit_sparse.types import BlockGeometry
 from tests.kernels import cases
-from tests.kernels.test_block_mass import BOUNDS, needs_interpreter, offsets
+from tests.kernels.test_block_mass import BOUNDS, needs_gpu, needs_interpreter, offsets
 
 
 def groups(bounds: list[int], stride: int) -> list[tuple[int, list[int]]]:
@@ -87,3 +87,15 @@ def test_names_what_does_not_fit() -> None:
         antidiagonal_scores(q, q, bounds, bounds, stride=0)
     with pytest.raises(ValueError, match="k_offsets must rise from 0 to the 96 tokens"):
         antidiagonal_scores(q, q, bounds, offsets(cases.RAGGED))
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("block", [64, 100, 128, 2048])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dim", [64, 72, 128, 256])
+def test_on_a_gpu_triton_says_the_same(block: int, dtype: torch.dtype, dim: int) -> None:
+    q, k = (torch.randn(2, 3000, 3, dim, device="cuda").to(dtype).transpose(1, 2) for _ in range(2))
+    cut = offsets([*range(0, 3000, block), 3000]).cuda()
+    want = antidiagonal_scores(q.cpu(), k.cpu(), cut.cpu(), cut.cpu())
+    torch.testing.assert_close(antidiagonal_scores(q, k, cut, cut).cpu(), want, rtol=1e-3, atol=1e-3)

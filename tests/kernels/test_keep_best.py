@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dit_sparse.kernels import keep_best
-from tests.kernels.test_block_mass import needs_interpreter
+from tests.kernels.test_block_mass import needs_gpu, needs_interpreter
 
 # Few distinct values, so that ties are common, and those at the ends of what float32 holds.
 VALUES = [0.0, -0.0, 1.0, -1.0, 1e-45, -1e-45, 3.4e38, -3.4e38, math.inf, -math.inf]
@@ -57,3 +57,13 @@ def test_long_rows_are_sorted_and_refused_by_the_kernel() -> None:
         keep_best(scores, torch.tensor([[5]]), backend="triton")
     with pytest.raises(ValueError, match="backend must be 'auto', 'torch' or 'triton', got 'fast'"):
         keep_best(scores, torch.tensor([[5]]), backend="fast")
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("columns", [1, 100, 1182, 16384])
+def test_on_a_gpu_the_kernel_keeps_what_the_sort_keeps(columns: int) -> None:
+    draw = torch.Generator().manual_seed(columns)
+    scores = torch.randint(50, (2, 3, 40, columns), generator=draw).float()
+    counts = torch.randint(1, columns + 1, (1, 3), generator=draw)
+    assert torch.equal(keep_best(scores.cuda(), counts.cuda()).cpu(), keep_best(scores, counts))

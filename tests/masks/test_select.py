@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dit_sparse.masks import density_to_blocks, keep_text, select_density, threshold, top_k, top_p
+from dit_sparse.masks import Ranking, density_to_blocks, keep_text, select_density, threshold, top_k, top_p
 from dit_sparse.reorder import raster_order, tile_order
 from dit_sparse.types import AttentionPlan, TokenGrid, TokenOrder
 
@@ -186,3 +186,60 @@ def test_other_bad_arguments_are_named():
         top_p(scores, 0.5, min_kept=0)
     with pytest.raises(ValueError, match=r"k must be a number or one per head, \[1\|1, 2\|1\], got \(3,\)"):
         top_k(scores, torch.tensor([1, 2, 3]))
+
+
+def text_blocks(grid, offsets):
+    start, end = offsets[..., :-1], offsets[..., 1:]
+    return (start < grid.text_start + grid.text_len) & (end > grid.text_start) & (start < end)
+
+
+def reached_by_sorting(scores, q_order, kv_order, grid):
+    """`[B, H, Mk]` density with 1 to `Mk` blocks a row: the sizes of the chosen blocks summed up in sorted order."""
+    q_sizes, k_sizes = (
+        order.offsets.diff(dim=-1).double().masked_fill(text_blocks(grid, order.offsets), 0.0)
+        for order in (q_order, kv_order)
+    )
+    ranked = scores.masked_fill(text_blocks(grid, kv_order.offsets)[..., None, :], float("-inf"))
+    best_first = ranked.argsort(dim=-1, descending=True, stable=True)
+    chosen = k_sizes[..., None, :].expand(scores.shape).gather(-1, best_first).cumsum(-1)
+    pairs = torch.einsum("bhq,bhqk->bhk", q_sizes.expand(scores.shape[:3]), chosen)
+    return (pairs + grid.num_tokens**2 - grid.video_len**2) / grid.num_tokens**2
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    st.builds(TokenGrid, sides, sides, sides, st.integers(0, 8), st.booleans()),
+    st.sampled_from(["raster", "tiles", "heads"]),
+    st.integers(1, 9),
+    st.integers(0, 10**6),
+    st.sampled_from([0.01, 0.1, 0.25, 0.5, 0.8, 1.0]),
+)
+def test_counting_ranks_equals_sorting(grid, kind, block, seed, density):
+    """Exactly, ties and blocks without any score included, so that no choice ever depends on the way."""
+    order = tile_order(grid, (2, 2, 3)) if kind == "tiles" else raster_order(grid, block)
+    if kind == "heads":  # every head has bounds of its own; some blocks are empty
+        tokens = grid.num_tokens
+        draw = torch.Generator().manual_seed(seed)
+        inner = torch.randint(tokens + 1, (1, 2, 4), generator=draw).sort(-1).values
+        bounds = torch.cat([torch.zeros(1, 2, 1), inner, torch.full((1, 2, 1), tokens)], -1).int()
+        order = TokenOrder.from_index(torch.arange(tokens).expand(1, 2, tokens), bounds)
+    draw = torch.Generator().manual_seed(seed)
+    values = torch.tensor([0.0, 1.0, 1.0, 2.0, 0.5, float("-inf")])
+    shape = (2, 2, order.num_blocks, order.num_blocks)
+    scores = values[torch.randint(len(values), shape, generator=draw)]
+    want = reached_by_sorting(scores, order, order, grid)
+    assert torch.equal(Ranking(scores, order, order, grid)._reached, want)
+    blocks = (want - density).abs().argmin(dim=-1) + 1
+    assert torch.equal(density_to_blocks(scores, density, order, order, grid), blocks)
+    ranked = scores.masked_fill(text_blocks(grid, order.offsets)[..., None, :], float("-inf"))
+    kept = keep_text(top_k(ranked, blocks), grid, order.offsets, order.offsets)
+    assert torch.equal(select_density(scores, density, order, order, grid), kept)
+
+
+def test_one_ranking_serves_several_densities():
+    grid = TokenGrid(3, 4, 5, text_len=6)
+    order = raster_order(grid, 8)
+    scores = torch.rand(1, 2, order.num_blocks, order.num_blocks)
+    ranking = Ranking(scores, order, order, grid)
+    for density in (0.3, torch.tensor([[0.2, 0.7]]), 1.0):
+        assert torch.equal(ranking.select(density), select_density(scores, density, order, order, grid))
