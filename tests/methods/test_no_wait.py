@@ -89,7 +89,7 @@ def test_selections_and_masks_read_nothing_back() -> None:
     grid = TokenGrid(2, 5, 7, text_len=5)
     order = raster_order(grid, 16)
     scores = torch.rand(1, 2, order.num_blocks, order.num_blocks)
-    select_density(scores, 0.3, order, order, grid)
+    AttentionPlan.from_kept(order, select_density(scores, 0.3, order, order, grid))  # reads the order's sizes, once
     with NoWaiting():
         kept = select_density(scores, 0.3, order, order, grid)
         top_k(scores, 2)
