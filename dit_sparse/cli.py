@@ -202,7 +202,7 @@ def kernels(
             rounds=rounds,
             save=lambda report: None if out is None else write_report(report, out),
         )
-    print_table(report, Console())
+    print_table(report, Console(width=None if sys.stdout.isatty() else 120))
     raise typer.Exit(1 if report["failed"] else 0)
 
 
