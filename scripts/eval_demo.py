@@ -5,7 +5,7 @@
 
 The prompts describe clips that training never shows (`dit_sparse.demo.clips.held_out_clips`); the judge
 (`dit_sparse.demo.judge`) does not see them. The same judge also reads the rendered clips themselves, where what it gets
-wrong is its own fault, and those clips after a round trip through the VAE. The model can be above that by a clip or two:
+wrong is its own fault, and those clips after a round trip through the VAE. The model can stand above that by a clip:
 its shapes are other ones, and where a shape is just recognised, chance decides.
 """
 
