@@ -102,12 +102,22 @@ def _check_folder(model: str | os.PathLike[str]) -> None:
         raise ModelError(
             f"model must be a diffusers folder with a model_index.json, got {os.fspath(model)!r} without one"
         )
-    try:
-        config = json.loads(index.read_text("utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ModelError(f"model {os.fspath(model)!r} has a damaged model_index.json: {error}") from error
-    if not isinstance(config, dict) or "_class_name" not in config:
+    if "_class_name" not in _read_object(model, index):
         raise ModelError(f'model {os.fspath(model)!r} has a model_index.json without "_class_name"')
+    for config in sorted(path.glob("*/config.json")):
+        _read_object(model, config)
+
+
+def _read_object(model: str | os.PathLike[str], path: Path) -> dict[str, Any]:
+    """A config of the model: a JSON object."""
+    name = path.relative_to(Path(model))
+    try:
+        config = json.loads(path.read_text("utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ModelError(f"model {os.fspath(model)!r} has a damaged {name}: {error}") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"model {os.fspath(model)!r} has a {name} that is no JSON object: {config!r:.40}")
+    return config
 
 
 def _first_line(error: BaseException) -> str:

@@ -71,6 +71,20 @@ def test_a_damaged_config(folder: Path, part: str) -> None:
     _refused(folder)
 
 
+def test_a_config_that_is_no_object(folder: Path) -> None:
+    (folder / "transformer" / "config.json").write_text("[]")
+    with pytest.raises(ModelError, match=r"transformer/config.json that is no JSON object: \[\]"):
+        load_pipeline(folder)
+
+
+def test_a_config_with_more_layers_than_the_weights(folder: Path) -> None:
+    path = folder / "transformer" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"num_layers": config["num_layers"] + 1}))
+    with pytest.raises(ModelError, match="do not fill the model"):
+        load_pipeline(folder)
+
+
 def test_weights_of_another_shape(folder: Path) -> None:
     config = json.loads((folder / "transformer" / "config.json").read_text())
     (folder / "transformer" / "config.json").write_text(json.dumps({**config, "ffn_dim": 48}))
