@@ -144,9 +144,10 @@ class BlockMask:
 
     def density(self, q_index: Tensor, k_index: Tensor) -> Tensor:
         """`[B|1, H|1]` float64 share of query-key pairs kept; arguments as in `to_bool`."""
-        return self._count_pairs(q_index, k_index) / (q_index.shape[-1] * k_index.shape[-1])
+        return self.count_pairs(q_index, k_index) / (q_index.shape[-1] * k_index.shape[-1])
 
-    def _count_pairs(self, q_index: Tensor, k_index: Tensor) -> Tensor:
+    def count_pairs(self, q_index: Tensor, k_index: Tensor) -> Tensor:
+        """`[B|1, H|1]` float64 number of query-key pairs kept; arguments as in `to_bool`."""
         if self.kept_pairs is not None:
             return self.kept_pairs
         q_sizes, k_sizes = self.q_offsets.diff(dim=-1).double(), self.k_offsets.diff(dim=-1).double()
@@ -275,8 +276,9 @@ class BlockMask:
     def pack(self) -> PackedBlockMask:
         """This mask at rest: one bit a block."""
         partial = None if self.partial_blocks is None else _pack_bits(self.partial_blocks)
+        bounds = self.q_offsets, self.k_offsets
         return PackedBlockMask(
-            _pack_bits(self.full_blocks), partial, self.q_offsets, self.k_offsets, self.predicate, self.is_full
+            _pack_bits(self.full_blocks), partial, *bounds, self.predicate, self.is_full, self.kept_pairs
         )
 
 
@@ -286,7 +288,7 @@ class PackedBlockMask:
 
     Args:
         full_bits, partial_bits: `[B|1, H|1, Mq, ceil(Mk/8)]` uint8, lowest bit first.
-        q_offsets, k_offsets, predicate, is_full: as in `BlockMask`.
+        q_offsets, k_offsets, predicate, is_full, kept_pairs: as in `BlockMask`.
     """
 
     full_bits: Tensor
@@ -295,16 +297,23 @@ class PackedBlockMask:
     k_offsets: Tensor
     predicate: TokenPredicate | None = None
     is_full: bool = False
+    kept_pairs: Tensor | None = None
 
     def unpack(self) -> BlockMask:
         """The mask itself, equal to the one that was packed."""
         blocks = self.k_offsets.shape[-1] - 1
         full = _unpack_bits(self.full_bits, blocks)
         if self.partial_bits is None:
-            return replace(BlockMask.from_bool(full, self.q_offsets, self.k_offsets), is_full=self.is_full)
+            mask = BlockMask.from_bool(full, self.q_offsets, self.k_offsets, kept_pairs=self.kept_pairs)
+            return replace(mask, is_full=self.is_full)
         partial = _unpack_bits(self.partial_bits, blocks)
         return BlockMask.from_bool(
-            full | partial, self.q_offsets, self.k_offsets, partial=partial, predicate=self.predicate
+            full | partial,
+            self.q_offsets,
+            self.k_offsets,
+            partial=partial,
+            predicate=self.predicate,
+            kept_pairs=self.kept_pairs,
         )
 
 

@@ -123,6 +123,23 @@ _OFFSETS = torch.zeros(1, 1, 3, dtype=torch.int32)
 
 
 class TestAttentionPlan:
+    @pytest.mark.parametrize("partial", [False, True])
+    def test_a_plan_at_rest_comes_back_equal_with_its_density_counted(self, partial):
+        order = orders(1, 3, 50, blocks=9)
+        draw = torch.Generator().manual_seed(3)
+        kept = torch.rand(1, 3, 9, 9, generator=draw) < 0.5
+        options = {}
+        if partial:
+            options = {"partial": torch.rand(1, 3, 9, 9, generator=draw) < 0.5, "predicate": lambda b, h, i, j: i > j}
+        plan = AttentionPlan.from_kept(order, kept, **options)
+        assert plan.unpack() is plan
+        packed = plan.pack()
+        again = packed.unpack()
+        assert packed.block_mask.full_bits.dtype == torch.uint8
+        assert torch.equal(again.token_mask(), plan.token_mask())
+        assert again.block_mask.kept_pairs is not None
+        assert torch.equal(again.density, plan.density)
+
     def test_the_masks_blocks_must_be_the_orders(self):
         order = orders(1, 1, 8, blocks=4)
         other = orders(1, 1, 8, blocks=3)

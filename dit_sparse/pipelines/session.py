@@ -14,7 +14,7 @@ from dit_sparse.kernels import dense_attention, select
 from dit_sparse.pipelines.statistics import CallRecord, RunStatistics, Stopwatch
 from dit_sparse.pipelines.steps import StepCounter
 from dit_sparse.schedule import Decision, Schedule
-from dit_sparse.types import AttentionPlan, Previous, Site, TokenGrid
+from dit_sparse.types import AttentionPlan, PackedPlan, Previous, Site, TokenGrid
 
 DenseAttention = Callable[[], Tensor]
 
@@ -95,11 +95,12 @@ class Session:
             planning = Stopwatch(q.device)
             plan = self.schedule.method.plan(q, k, v, site, previous)
             planning.stop()
-            self.previous[key] = Previous(plan, None if previous is None else previous.lse, site.step)
+            at_rest = plan if self.schedule.method.scope == "grid" else _at_rest(plan)  # one plan may lie about
+            self.previous[key] = Previous(at_rest, None if previous is None else previous.lse, site.step)
         else:
             assert previous is not None
             assert previous.plan is not None
-            plan = previous.plan
+            plan = previous.plan.unpack()
         return self._sparse(plan, planning, site, q, k, v)
 
     def _sparse(
@@ -147,3 +148,12 @@ class Session:
             CallRecord(layer, self.steps.step, branch, model, None, decision.reason, "dense", watch)
         )
         return out
+
+
+def _at_rest(plan: AttentionPlan) -> AttentionPlan | PackedPlan:
+    """How a plan waits for its next use: packed on a GPU, where the lists of all layers and branches would not fit.
+
+    On a CPU, and for partial blocks, it stays as it is: there kernels keep what they have derived from it.
+    """
+    packs = plan.block_mask.device.type == "cuda" and plan.block_mask.partial_counts is None
+    return plan.pack() if packs and not plan.block_mask.is_full else plan

@@ -128,7 +128,7 @@ def save_plan(pipe: Any, path: str | os.PathLike[str], notes: Mapping[str, Any] 
     if not isinstance(method, Paro):
         raise ValueError(f"pipeline must be sparsified with Paro to save a plan, got {method.name!r}")
     found = {
-        (key[2], key[3]): (key[0], previous.plan)
+        (key[2], key[3]): (key[0], previous.plan.unpack())
         for key, previous in session.previous.items()
         if previous.plan is not None and key[1] == "transformer"
     }

@@ -7,6 +7,7 @@ import torch
 
 from dit_sparse import AdaSpa, Paro, Schedule, save_plan, sparsify, statistics
 from dit_sparse.pipelines import check, session_of
+from dit_sparse.pipelines import session as session_module
 
 PARO = Paro(density=0.5, block=16)
 
@@ -23,6 +24,14 @@ def test_a_saved_plan_is_the_conditional_branchs(pipe, render, tmp_path) -> None
     assert statistics(pipe).sparse_density == pytest.approx(0.5, abs=0.05)
     render(sparsify(pipe, Schedule(Paro(plan_file=str(tmp_path / "plan.safetensors")), warmup=0)))
     assert statistics(pipe).dense_calls == {}
+
+
+def test_a_plan_at_rest_is_saved_as_well(pipe, render, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(session_module, "_at_rest", lambda plan: plan.pack())
+    render(sparsify(pipe, PARO))
+    save_plan(pipe, tmp_path / "plan.safetensors")
+    render(sparsify(pipe, Schedule(Paro(plan_file=str(tmp_path / "plan.safetensors")), warmup=0)))
+    assert statistics(pipe).sparse_density == pytest.approx(0.5, abs=0.05)
 
 
 def test_a_plan_for_another_size_is_refused_before_the_run(pipe, render, tmp_path) -> None:

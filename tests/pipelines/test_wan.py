@@ -12,8 +12,10 @@ from torch import Tensor
 
 from dit_sparse import AdaSpa, Dense, Neighborhood, Paro, Schedule, TokenGrid, sparsify, statistics, unsparsify
 from dit_sparse.pipelines import check, session_of, token_grid
+from dit_sparse.pipelines import session as session_module
 from dit_sparse.pipelines.session import Session
 from dit_sparse.pipelines.wan import SparseWanAttnProcessor
+from dit_sparse.types import PackedPlan
 
 METHODS = [
     Neighborhood(window=(1, 5, 7), tile=(1, 4, 4)),
@@ -75,6 +77,15 @@ def test_sparse_equals_dense_attention_under_the_plans_own_mask(pipe, render, me
     want = render(sparsify(pipe, method), prompts)
     assert (got - want).abs().max() <= 1e-4 * want.abs().max()
     assert (got - dense).abs().max() > 1e-3 * want.abs().max(), "sparsity changed nothing"
+
+
+def test_plans_at_rest_change_nothing(pipe, render, monkeypatch) -> None:
+    want = render(sparsify(pipe, AdaSpa(density=0.5, block=16)))
+    density = statistics(pipe).density
+    monkeypatch.setattr(session_module, "_at_rest", lambda plan: plan.pack())
+    assert torch.equal(render(sparsify(pipe, AdaSpa(density=0.5, block=16))), want)
+    assert statistics(pipe).density == density
+    assert all(isinstance(previous.plan, PackedPlan) for previous in session_of(pipe).previous.values())
 
 
 def test_unsparsify_is_bit_identical(pipe, render) -> None:
