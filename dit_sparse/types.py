@@ -188,8 +188,18 @@ class TokenOrder:
 
     @cached_property
     def geometry(self) -> BlockGeometry:
-        """The blocks' sizes in short; read back from the device once an order."""
-        return BlockGeometry.of(self.offsets)
+        """The blocks' sizes in short; read back from the device once an order.
+
+        Raises:
+            ValueError: `offsets` that do not rise from 0 to the number of tokens; kernels would read beyond them.
+        """
+        bounds = self.offsets.flatten(0, 1).cpu()
+        if (bounds[:, 0] != 0).any() or (bounds[:, -1] != self.num_tokens).any() or (bounds.diff(dim=-1) < 0).any():
+            raise ValueError(
+                f"offsets must rise from 0 to the {self.num_tokens} tokens, got {bounds[0].tolist()[:8]}"
+                f"{'...' if bounds.shape[1] > 8 else ''}, the last of them {int(bounds[0, -1])}"
+            )
+        return BlockGeometry.of(bounds[None])
 
     def permute(self, x: Tensor) -> Tensor:
         """`x` `[B, H, N, ...]` with its tokens moved into this order."""

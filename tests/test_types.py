@@ -123,6 +123,13 @@ _OFFSETS = torch.zeros(1, 1, 3, dtype=torch.int32)
 
 
 class TestAttentionPlan:
+    @pytest.mark.parametrize("bounds", [[0, 4, 7], [0, 4, 9], [1, 4, 8], [0, 6, 4, 8]])
+    def test_offsets_that_do_not_cut_the_tokens_are_refused(self, bounds):
+        order = TokenOrder.from_index(torch.arange(8), torch.tensor(bounds))
+        kept = torch.ones(1, 1, order.num_blocks, order.num_blocks, dtype=torch.bool)
+        with pytest.raises(ValueError, match="offsets must rise from 0 to the 8 tokens"):
+            AttentionPlan.from_kept(order, kept)
+
     @pytest.mark.parametrize("partial", [False, True])
     def test_a_plan_at_rest_comes_back_equal_with_its_density_counted(self, partial):
         order = orders(1, 3, 50, blocks=9)
