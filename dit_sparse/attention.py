@@ -7,13 +7,20 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from dit_sparse.kernels import select
+from dit_sparse.kernels import permute, restore, select
 from dit_sparse.types import AttentionPlan
 
 
 @overload
 def sparse_attention(
-    q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, *, scale: float | None = ..., backend: str = ...
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: AttentionPlan,
+    *,
+    scale: float | None = ...,
+    backend: str = ...,
+    in_order: bool = ...,
 ) -> Tensor: ...
 
 
@@ -26,6 +33,7 @@ def sparse_attention(
     *,
     scale: float | None = ...,
     backend: str = ...,
+    in_order: bool = ...,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -38,6 +46,7 @@ def sparse_attention(
     *,
     scale: float | None = None,
     backend: str = "auto",
+    in_order: bool = False,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over the query-key blocks that `plan` keeps.
@@ -47,11 +56,12 @@ def sparse_attention(
         plan: the token orders and the block mask, on the same device.
         scale: factor on q.k; `None` is 1 / sqrt(D).
         backend: a name in `dit_sparse.kernels.BACKENDS`, or "auto" for the fastest one that can compute this call.
+        in_order: `q, k, v` stand in the plan's orders already, and so shall the results; nothing is moved.
         return_lse: also return the natural-log row sums.
 
     Returns:
-        `out` `[B, H, N, D]` in `q`'s dtype and order, and with `return_lse` also `lse` `[B, H, N]` float32. A query
-        that keeps no key gives zeros and -inf.
+        `out` `[B, H, N, D]` in `q`'s dtype and order of tokens, and with `return_lse` also `lse` `[B, H, N]` float32. A
+        query that keeps no key gives zeros and -inf.
 
     Raises:
         ValueError: tensors or a plan that do not fit each other, or a backend that cannot compute this call.
@@ -60,20 +70,22 @@ def sparse_attention(
     _validate(q, k, v, plan)
     chosen = select(backend, q, k, v, plan)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    out, lse = chosen.forward(
-        plan.q_order.permute(q),
-        plan.kv_order.permute(k),
-        plan.kv_order.permute(v),
-        plan,
-        scale=scale,
-        return_lse=return_lse,
-    )
-    out = plan.q_order.restore(out)
+    if not in_order:
+        q, k, v = _permuted(q, k, v, plan)
+    out, lse = chosen.forward(q, k, v, plan, scale=scale, return_lse=return_lse)
+    if not in_order:
+        (out,) = restore(plan.q_order, out)
     if not return_lse:
         return out
     if lse is None:
         raise ValueError(f"return_lse must be False with backend {chosen.name!r}, which has no LSE; got True")
-    return out, plan.q_order.restore(lse)
+    return out, lse if in_order else plan.q_order.restore(lse)
+
+
+def _permuted(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> tuple[Tensor, ...]:
+    if plan.kv_order is plan.q_order:
+        return permute(plan.q_order, q, k, v)
+    return *permute(plan.q_order, q), *permute(plan.kv_order, k, v)
 
 
 def _validate(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> None:

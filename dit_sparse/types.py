@@ -95,6 +95,7 @@ class Site:
         sigma: noise level of the step, where the scheduler has one.
         branch: which guidance branch this forward is: "cond", "uncond" or both in one batch, "cond_uncond".
         model: which transformer of the pipeline, for pipelines with two.
+        in_order: the tokens stand in the method's `shared_order` already, and so does the LSE of earlier calls.
     """
 
     grid: TokenGrid
@@ -105,6 +106,7 @@ class Site:
     sigma: float | None = None
     branch: str = "cond"
     model: str = "transformer"
+    in_order: bool = False
 
 
 class BlockGeometry(NamedTuple):
@@ -350,6 +352,14 @@ class Method(Protocol):
 
         Raises:
             ValueError: a parameter that does not fit.
+        """
+        ...
+
+    def shared_order(self, grid: TokenGrid, device: torch.device) -> TokenOrder | None:
+        """The order that all heads, layers and steps on `grid` share, always the same object; `None` without one.
+
+        A pipeline may put its tokens into it once a forward instead of once a call. Then `site.in_order` is set, and
+        plans must use this order for queries and keys.
         """
         ...
 

@@ -34,7 +34,15 @@ MAY_IMPORT = {
 # Everybody may read the version; nothing else lives in the package's own namespace.
 FREE = {""}
 # Files that are themselves imported where they are used; nothing may name them at its top.
-LATE = {"compact_kernel.py", "triton_kernels.py", "score_kernels.py", "hopper_kernels.py", "hopper_tiles.py"}
+LATE = {
+    "compact_kernel.py",
+    "hopper_kernels.py",
+    "hopper_tiles.py",
+    "norm_rope_kernel.py",
+    "permute_kernel.py",
+    "score_kernels.py",
+    "triton_kernels.py",
+}
 OPTIONAL = {
     "fa3_fwd_interface",
     "flash_attn",

@@ -17,6 +17,8 @@ from dit_sparse.kernels.flex import FlexBackend
 from dit_sparse.kernels.gather import GatherBackend
 from dit_sparse.kernels.hopper_backend import HopperBackend
 from dit_sparse.kernels.keep_best import keep_best
+from dit_sparse.kernels.norm_rope import norm_rope
+from dit_sparse.kernels.permute import permute, restore
 from dit_sparse.kernels.pooled import pooled_blocks
 from dit_sparse.kernels.reference import ReferenceBackend
 from dit_sparse.kernels.triton_backend import TritonBackend
@@ -30,8 +32,11 @@ __all__ = [
     "dense_attention",
     "get_backend",
     "keep_best",
+    "norm_rope",
+    "permute",
     "pooled_blocks",
     "register",
+    "restore",
     "sample_rows",
     "sampled_block_mass",
     "select",

@@ -60,6 +60,9 @@ class AdaSpa:
     def check(self, grid: TokenGrid) -> None:
         """Fits every grid."""
 
+    def shared_order(self, grid: TokenGrid, device: torch.device) -> None:
+        """None: blocks are cut from the sequence as it is."""
+
     def plan(self, q: Tensor, k: Tensor, v: Tensor, site: Site, previous: Previous | None) -> AttentionPlan:
         """Plan from one search over `q, k, v` `[B, H, N, D]`, with `previous.lse` where there is one."""
         order = _raster(site.grid, self.block, q.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from dit_sparse.block_mask import BlockMask
@@ -25,6 +26,9 @@ class Dense:
 
     def check(self, grid: TokenGrid) -> None:
         """Fits every grid."""
+
+    def shared_order(self, grid: TokenGrid, device: torch.device) -> None:
+        """None: nothing is reordered."""
 
     def plan(self, q: Tensor, k: Tensor, v: Tensor, site: Site, previous: Previous | None) -> AttentionPlan:
         """Plan with every block of the raster order kept."""

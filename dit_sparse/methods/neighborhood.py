@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import product
 from math import prod
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from dit_sparse.masks.neighborhood import blocks_of_pairs, neighborhood_pairs, neighborhood_predicate, per_axis
 from dit_sparse.reorder.tiles import tile_order
-from dit_sparse.types import AttentionPlan, Previous, Scope, Site, TokenGrid
+from dit_sparse.types import AttentionPlan, Previous, Scope, Site, TokenGrid, TokenOrder
 
 Axes = tuple[int, int, int]
 
@@ -100,6 +102,10 @@ class Neighborhood:
             grid, self.window_for(grid), per_axis("stride", self.stride), per_axis("dilation", self.dilation)
         )
 
+    def shared_order(self, grid: TokenGrid, device: torch.device) -> TokenOrder:
+        """The order by tiles."""
+        return _tiles(grid, per_axis("tile", self.tile), device)
+
     def plan(self, q: Tensor, k: Tensor, v: Tensor, site: Site, previous: Previous | None) -> AttentionPlan:
         """Plan that depends on the grid of `site` alone.
 
@@ -113,7 +119,7 @@ class Neighborhood:
         """
         grid, window = site.grid, self.window_for(site.grid)
         stride, dilation = per_axis("stride", self.stride), per_axis("dilation", self.dilation)
-        order = tile_order(grid, per_axis("tile", self.tile), device=q.device)
+        order = self.shared_order(grid, q.device)
         pairs = neighborhood_pairs(grid, order, window, stride, dilation)
         kept, partial = blocks_of_pairs(pairs, order)
         kept_pairs = pairs.sum((-1, -2))
@@ -121,6 +127,13 @@ class Neighborhood:
             return AttentionPlan.from_kept(order, kept, kept_pairs=kept_pairs)
         predicate = neighborhood_predicate(grid, window, stride, dilation)
         return AttentionPlan.from_kept(order, kept, partial=partial, predicate=predicate, kept_pairs=kept_pairs)
+
+
+@lru_cache(maxsize=16)
+def _tiles(grid: TokenGrid, tile: Axes, device: torch.device) -> TokenOrder:
+    # Tensors made in inference mode could not be used where gradients are recorded.
+    with torch.inference_mode(False):
+        return tile_order(grid, tile, device=device)
 
 
 def _equal_shares(shape: Axes, least: list[int], most: list[int], density: float) -> list[float]:

@@ -68,6 +68,9 @@ class Paro:
         if self.plan_file is not None:
             PlanFile.open(self.plan_file).check(grid)
 
+    def shared_order(self, grid: TokenGrid, device: torch.device) -> None:
+        """None: every head has its own."""
+
     def plan(self, q: Tensor, k: Tensor, v: Tensor, site: Site, previous: Previous | None) -> AttentionPlan:
         """Plan from the plan file, or from a calibration on `q, k` `[B, H, N, D]`."""
         if self.plan_file is not None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from dit_sparse.pipelines.session import Session
-from dit_sparse.types import TokenGrid
+from dit_sparse.types import TokenGrid, TokenOrder
 
 
 class FamilyAdapter(ABC):
@@ -45,3 +47,11 @@ class FamilyAdapter(ABC):
         Raises:
             ValueError: a size that the VAE or the patches cannot take.
         """
+
+    def takes_order(self, transformer: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        """Whether `put_in_order` knows all in this forward that depends on a token's place; by default not."""
+        return False
+
+    def put_in_order(self, transformer: Any, order: TokenOrder) -> list[RemovableHandle]:
+        """Hooks that move tokens into `order` before the first block and back after the last, for one forward."""
+        raise TypeError(f"{type(self).__name__} takes no order; ask takes_order first")

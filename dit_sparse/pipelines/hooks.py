@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.hooks.hooks import BaseState, StateManager
+from torch.utils.hooks import RemovableHandle
 
 from dit_sparse.pipelines.adapter import FamilyAdapter
 from dit_sparse.pipelines.session import Session
@@ -22,7 +23,10 @@ class _NoState(BaseState):
 
 
 class SiteHook(ModelHook):
-    """Derives the token grid and the guidance branch of each forward and hands them to the session."""
+    """Derives the token grid and the guidance branch of each forward and hands them to the session.
+
+    Where the method has one order for all layers, tokens are put into it once, before the first block.
+    """
 
     # diffusers sets the cache context, which names the branch, on stateful hooks alone.
     _is_stateful = True
@@ -33,17 +37,34 @@ class SiteHook(ModelHook):
         self.adapter = adapter
         self.model = model
         self.context = StateManager(_NoState)
+        self._moves: list[RemovableHandle] = []
 
     def pre_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         hidden_states = args[0] if args else kwargs["hidden_states"]
         context = self.context._context
         branch = None if context is None else context.name
-        self.session.begin_forward(self.adapter.grid_of_latents(module, hidden_states), self.model, branch)
+        grid = self.adapter.grid_of_latents(module, hidden_states)
+        movable = self.adapter.takes_order(module, args, kwargs)
+        order = self.session.begin_forward(grid, self.model, branch, hidden_states.device if movable else None)
+        self._stop_moving()  # a forward before this one may have failed
+        if order is not None:
+            # Hooks of this forward alone: modules may be replaced between two, by LoRA for one.
+            self._moves = self.adapter.put_in_order(module, order)
         return args, kwargs
 
     def post_forward(self, module: torch.nn.Module, output: Any) -> Any:
+        self._stop_moving()
         self.session.end_forward()
         return output
+
+    def deinitalize_hook(self, module: torch.nn.Module) -> torch.nn.Module:  # diffusers spells it so
+        self._stop_moving()
+        return module
+
+    def _stop_moving(self) -> None:
+        for handle in self._moves:
+            handle.remove()
+        self._moves = []
 
     def reset_state(self, module: torch.nn.Module) -> torch.nn.Module:
         self.context.reset()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,9 +14,18 @@ from dit_sparse.kernels import dense_attention, select
 from dit_sparse.pipelines.statistics import CallRecord, RunStatistics, Stopwatch
 from dit_sparse.pipelines.steps import StepCounter
 from dit_sparse.schedule import Decision, Schedule
-from dit_sparse.types import AttentionPlan, PackedPlan, Previous, Site, TokenGrid
+from dit_sparse.types import AttentionPlan, PackedPlan, Previous, Site, TokenGrid, TokenOrder
 
 DenseAttention = Callable[[], Tensor]
+
+
+class _Forward(NamedTuple):
+    """The forward under way; `order` is the one its tokens stand in, `None` for the sequence's own."""
+
+    grid: TokenGrid
+    model: str
+    branch: str
+    order: TokenOrder | None
 
 
 class Session:
@@ -35,7 +44,7 @@ class Session:
         self.previous: dict[tuple[Any, ...], Previous] = {}
         self._pipelines: weakref.WeakSet[Any] = weakref.WeakSet()
         self._run = 0
-        self._forward: tuple[TokenGrid, str, str] | None = None
+        self._forward: _Forward | None = None
         self._unnamed_forwards = (-1, 0)
 
     def watch(self, pipe: Any) -> None:
@@ -43,15 +52,31 @@ class Session:
         self._pipelines.add(pipe)
         self.steps.watch(pipe.scheduler)
 
-    def begin_forward(self, grid: TokenGrid, model: str, branch: str | None) -> None:
-        """Called before each forward of a transformer; `branch` is `None` where the pipeline does not name it."""
+    def begin_forward(
+        self, grid: TokenGrid, model: str, branch: str | None, device: torch.device | None = None
+    ) -> TokenOrder | None:
+        """Called before each forward of a transformer.
+
+        Args:
+            grid, model: layout of its sequence, and which transformer of the pipeline it is.
+            branch: guidance branch, `None` where the pipeline does not name it.
+            device: where the tokens lie, if the caller can put them into another order.
+
+        Returns:
+            The order that the caller must put all tokens into for this forward; `None` for their own.
+        """
         for pipe in self._pipelines:
             if not self.steps.watches(pipe.scheduler):
                 self.steps.watch(pipe.scheduler)
                 self.steps.adopt(pipe.scheduler)
         if self.steps.run != self._run:
             self._begin_run()
-        self._forward = (grid, model, branch or self._numbered_branch())
+        order = None
+        if device is not None and self.steps.inside_run:
+            order = self.schedule.method.shared_order(grid, device)
+            order = None if order is None or order.is_identity else order
+        self._forward = _Forward(grid, model, branch or self._numbered_branch(), order)
+        return order
 
     def end_forward(self) -> None:
         """Called after each forward of a transformer."""
@@ -83,8 +108,9 @@ class Session:
         """
         if self._forward is None or not self.steps.inside_run:
             return self._dense(Decision("dense", "outside a run"), None, q, k, v, dense, layer)
-        grid, model, branch = self._forward
-        site = Site(grid, layer, num_layers, self.steps.step, self.steps.num_steps, self.steps.sigma, branch, model)
+        grid, model, branch, order = self._forward
+        at = self.steps
+        site = Site(grid, layer, num_layers, at.step, at.num_steps, at.sigma, branch, model, order is not None)
         key = self.schedule.key(site)
         previous = self.previous.get(key)
         decision = self.schedule.decide(site, previous)
@@ -107,8 +133,10 @@ class Session:
         self, plan: AttentionPlan, planning: Stopwatch | None, site: Site, q: Tensor, k: Tensor, v: Tensor
     ) -> Tensor:
         backend = select(self.backend, q, k, v, plan)
+        if site.in_order:
+            self._check_order(plan)
         watch = Stopwatch(q.device)
-        out = sparse_attention(q, k, v, plan, backend=backend.name)
+        out = sparse_attention(q, k, v, plan, backend=backend.name, in_order=site.in_order)
         watch.stop()
         full = plan.block_mask.is_full
         self.statistics.records.append(
@@ -125,6 +153,13 @@ class Session:
             )
         )
         return out
+
+    def _check_order(self, plan: AttentionPlan) -> None:
+        """A plan of another order than the tokens' would give a wrong picture."""
+        order = None if self._forward is None else self._forward.order
+        if plan.q_order is not order or plan.kv_order is not order:
+            name = self.schedule.method.name
+            raise ValueError(f"plan of {name!r} must use its shared_order for queries and keys, got another order")
 
     def _dense(
         self,
@@ -143,7 +178,7 @@ class Session:
         else:
             out = dense()
         watch.stop()
-        _, model, branch = self._forward or (None, "", "")
+        model, branch = ("", "") if self._forward is None else (self._forward.model, self._forward.branch)
         self.statistics.records.append(
             CallRecord(layer, self.steps.step, branch, model, None, decision.reason, "dense", watch)
         )

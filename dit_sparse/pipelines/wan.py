@@ -1,15 +1,19 @@
 """Wan 2.1 and 2.2: where its attention lets the toolkit in."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
+from torch.utils.hooks import RemovableHandle
 
+from dit_sparse.kernels import norm_rope
+from dit_sparse.kernels.norm_rope import rotate
 from dit_sparse.pipelines.adapter import FamilyAdapter
 from dit_sparse.pipelines.session import Session
-from dit_sparse.types import TokenGrid
+from dit_sparse.types import TokenGrid, TokenOrder
 
 RotaryEmbedding = tuple[torch.Tensor, torch.Tensor]
 
@@ -64,18 +68,26 @@ def project(
         query, key, value = attn.to_qkv(hidden_states).chunk(3, dim=-1)
     else:
         query, key, value = attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
-    query, key = attn.norm_q(query), attn.norm_k(key)
-    query, key, value = (t.unflatten(2, (attn.heads, -1)) for t in (query, key, value))
-    if rotary_emb is not None:
-        query, key = rotate(query, *rotary_emb), rotate(key, *rotary_emb)
-    return query, key, value
+    value = value.unflatten(2, (attn.heads, -1))
+    return (
+        prepare(query, attn.norm_q, attn.heads, rotary_emb),
+        prepare(key, attn.norm_k, attn.heads, rotary_emb),
+        value,
+    )
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """`x` `[B, N, H, D]` with pairs of channels rotated by Wan's tables `[1, N, 1, D]`, each angle standing twice."""
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = cos[..., 0::2], sin[..., 1::2]
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x)
+def prepare(x: torch.Tensor, norm: torch.nn.Module, heads: int, rotary_emb: RotaryEmbedding | None) -> torch.Tensor:
+    """`x` `[B, N, H * D]` normed, cut into heads and rotated: `[B, N, H, D]`; in one pass if nothing hooks the norm."""
+    if type(norm) is torch.nn.RMSNorm and norm.eps is not None and not _is_watched(norm):
+        return norm_rope(x.unflatten(2, (heads, -1)), norm.weight, norm.eps, *(rotary_emb or (None, None)))
+    x = norm(x).unflatten(2, (heads, -1))
+    return x if rotary_emb is None else rotate(x, *rotary_emb)
+
+
+def _is_watched(module: torch.nn.Module) -> bool:
+    """Whether hooks of torch, accelerate or diffusers stand around `module`, which only its own call runs."""
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return bool(hooks) or hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook")
 
 
 class WanAdapter(FamilyAdapter):
@@ -110,6 +122,28 @@ class WanAdapter(FamilyAdapter):
             size // patch for size, patch in zip(hidden_states.shape[2:], transformer.config.patch_size, strict=True)
         )
         return TokenGrid(*sizes)
+
+    def takes_order(self, transformer: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        """Not for subclasses, which may add what depends on places, nor for a timestep a token (Wan 2.2 TI2V)."""
+        timestep = args[1] if len(args) > 1 else kwargs["timestep"]
+        return type(transformer).__name__ == self.transformer_class and timestep.ndim == 1
+
+    def put_in_order(self, transformer: Any, order: TokenOrder) -> list[RemovableHandle]:
+        """Moves the patches and their rotary tables, and the output's few channels back."""
+        index, inverse = order.index[0, 0], order.inverse[0, 0]
+
+        def patches(_: Any, __: Any, out: torch.Tensor) -> torch.Tensor:
+            return out.flatten(2).index_select(2, index).view(out.shape)
+
+        def tables(_: Any, __: Any, out: RotaryEmbedding) -> RotaryEmbedding:
+            cos, sin = (table.index_select(1, index) for table in out)
+            return cos, sin
+
+        def output(_: Any, __: Any, out: torch.Tensor) -> torch.Tensor:
+            return out.index_select(1, inverse)
+
+        modules = ((transformer.patch_embedding, patches), (transformer.rope, tables), (transformer.proj_out, output))
+        return [module.register_forward_hook(hook) for module, hook in modules]
 
     def token_grid(self, pipe: Any, height: int, width: int, frames: int) -> TokenGrid:
         transformer = pipe.transformer if pipe.transformer is not None else pipe.transformer_2

@@ -14,7 +14,8 @@ from dit_sparse import AdaSpa, Dense, Neighborhood, Paro, Schedule, TokenGrid, s
 from dit_sparse.pipelines import check, session_of, token_grid
 from dit_sparse.pipelines import session as session_module
 from dit_sparse.pipelines.session import Session
-from dit_sparse.pipelines.wan import SparseWanAttnProcessor
+from dit_sparse.pipelines.wan import SparseWanAttnProcessor, WanAdapter
+from dit_sparse.reorder import tile_order
 from dit_sparse.types import PackedPlan
 
 METHODS = [
@@ -69,14 +70,92 @@ def test_sparse_equals_dense_attention_under_the_plans_own_mask(pipe, render, me
     got = render(sparsify(pipe, method), prompts)
     dense = render(unsparsify(pipe), prompts)
 
-    def oracle(q: Tensor, k: Tensor, v: Tensor, plan, **_) -> Tensor:
-        mask = plan.token_mask()
+    def oracle(q: Tensor, k: Tensor, v: Tensor, plan, *, in_order: bool, **_) -> Tensor:
+        orders = plan.q_order.index, plan.kv_order.index
+        mask = plan.block_mask.to_bool(*orders) if in_order else plan.token_mask()
         return F.scaled_dot_product_attention(q.double(), k.double(), v.double(), attn_mask=mask).to(q.dtype)
 
     monkeypatch.setattr("dit_sparse.pipelines.session.sparse_attention", oracle)
     want = render(sparsify(pipe, method), prompts)
     assert (got - want).abs().max() <= 1e-4 * want.abs().max()
     assert (got - dense).abs().max() > 1e-3 * want.abs().max(), "sparsity changed nothing"
+
+
+def test_a_shared_order_is_taken_once_a_forward(pipe, render, monkeypatch) -> None:
+    """Tokens stand in tile order through all blocks, no call moves them, and the pictures stay the same."""
+    method, calls = Neighborhood(window=(1, 5, 7), tile=(1, 4, 4)), []
+    attend = session_module.sparse_attention
+
+    def spy(*tensors, in_order: bool, **options) -> Tensor:
+        calls.append(in_order)
+        return attend(*tensors, in_order=in_order, **options)
+
+    monkeypatch.setattr(session_module, "sparse_attention", spy)
+    got = render(sparsify(pipe, Schedule(method, dense_layers=(0,))))
+    assert calls
+    assert all(calls)
+    monkeypatch.setattr(WanAdapter, "takes_order", lambda *_: False)
+    calls.clear()
+    want = render(sparsify(pipe, Schedule(method, dense_layers=(0,))))
+    assert calls
+    assert not any(calls)
+    assert (got - want).abs().max() <= 1e-4 * want.abs().max()
+
+
+def test_tokens_stay_where_they_are_outside_of_a_run_and_after_it(pipe, render) -> None:
+    sparsify(pipe, Neighborhood(window=(1, 5, 7), tile=(1, 4, 4)))
+    render(pipe)
+    modules = pipe.transformer.patch_embedding, pipe.transformer.rope, pipe.transformer.proj_out
+    assert not any(module._forward_hooks for module in modules)
+    unsparsify(pipe)
+    latents, text = torch.randn(1, 8, 3, 8, 12), torch.randn(1, 4, 32)
+    want = pipe.transformer(latents, torch.tensor([500]), text)[0]
+    sparsify(pipe, Neighborhood(window=(1, 5, 7), tile=(1, 4, 4)))
+    assert torch.equal(pipe.transformer(latents, torch.tensor([500]), text)[0], want)
+
+
+def test_a_forward_that_fails_leaves_no_hook_behind(pipe, render, monkeypatch) -> None:
+    def fail(*_) -> Tensor:
+        raise RuntimeError("out of memory")
+
+    def fail_once() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(Session, "attend", fail)
+            with pytest.raises(RuntimeError, match="out of memory"):
+                render(pipe)
+
+    want = render(sparsify(pipe, Neighborhood(window=(1, 5, 7), tile=(1, 4, 4))))
+    fail_once()
+    assert torch.equal(render(pipe), want)
+    fail_once()
+    assert pipe.transformer.proj_out._forward_hooks
+    unsparsify(pipe)
+    assert not pipe.transformer.proj_out._forward_hooks
+
+
+def test_a_timestep_a_token_leaves_the_order_alone(pipe) -> None:
+    """Wan 2.2 TI2V: the modulation depends on the token's place as well."""
+    adapter = WanAdapter()
+    assert adapter.takes_order(pipe.transformer, (None, torch.zeros(1)), {})
+    assert not adapter.takes_order(pipe.transformer, (), {"timestep": torch.zeros(1, 288)})
+
+
+def test_a_plan_of_another_order_than_the_tokens_is_refused(pipe, render, monkeypatch) -> None:
+    other = Neighborhood(window=(1, 5, 7), tile=(1, 2, 2))
+    monkeypatch.setattr(Neighborhood, "shared_order", lambda self, grid, device: tile_order(grid, (1, 2, 2)))
+    with pytest.raises(ValueError, match="must use its shared_order"):
+        render(sparsify(pipe, other))
+
+
+def test_hooked_norms_are_called_as_modules(pipe) -> None:
+    attn = pipe.transformer.blocks[0].attn1
+    hidden, rotary = torch.randn(1, 288, attn.inner_dim), pipe.transformer.rope(torch.empty(1, 8, 3, 8, 12))
+    want = attn(hidden, None, None, rotary)
+    attn.processor = SparseWanAttnProcessor(Session(Schedule(AdaSpa())), 0, 1, attn.processor)
+    seen = []
+    attn.norm_q.register_forward_hook(lambda *_: seen.append("q"))
+    assert torch.equal(attn(hidden, None, None, rotary), want)
+    assert seen == ["q"]
 
 
 def test_plans_at_rest_change_nothing(pipe, render, monkeypatch) -> None:
