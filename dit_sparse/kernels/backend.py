@@ -88,8 +88,9 @@ def get_backend(name: str) -> Backend:
 def select(name: str, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Backend:
     """The backend for a call: `name`, or for "auto" the default of the device and the plan.
 
-    "auto" is "sdpa" for a plan known to keep everything, else "gather" on CPU, and on CUDA the first of "hopper",
-    "triton" and "flex" that runs there and can compute the call. Arguments as in `Backend.forward`.
+    On CUDA "auto" is the first that runs there and can compute the call: of "fa3", "hopper" and "sdpa" for a plan known
+    to keep everything, of "hopper", "triton" and "flex" for others. On a CPU it is "sdpa" or "gather". Arguments as in
+    `Backend.forward`.
 
     Raises:
         ValueError: unknown name, or a call that the backend cannot compute.
@@ -112,12 +113,11 @@ def _missing(name: str, device: torch.device) -> str | None:
 
 
 def _default_name(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> str:
-    if plan.block_mask.is_full:
-        return "sdpa"
+    full = plan.block_mask.is_full
     if q.device.type != "cuda":
-        return "gather"
-    for name in ("hopper", "triton"):
+        return "sdpa" if full else "gather"
+    for name in ("fa3", "hopper") if full else ("hopper", "triton"):
         backend = BACKENDS[name]
         if _missing(name, q.device) is None and backend.refuses(q, k, v, plan) is None:
             return name
-    return "flex"
+    return "sdpa" if full else "flex"

@@ -1,4 +1,4 @@
-"""Dense attention: torch's SDPA, FlashAttention-3 and xformers, for plans that keep everything and for baselines.
+"""Dense attention: the fastest kernel there is, and torch's SDPA, FlashAttention-3 and xformers by name.
 
 out = softmax(scale * q k^T) v over `[B, H, N, D]`. The row sums (LSE, natural log) come from the fused operators, which
 compute them anyway; where none applies, from a chunked matmul.
@@ -15,11 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dit_sparse.kernels.flash_attention_3 import fa3_attention, fa3_refuses, fa3_unavailable, positive_scale
-from dit_sparse.types import AttentionPlan
+from dit_sparse.kernels.hopper_backend import HopperBackend
+from dit_sparse.types import AttentionPlan, BlockMask, TokenOrder
 
 __all__ = ["Fa3Backend", "SdpaBackend", "XformersBackend", "dense_attention", "flash_cpu", "has_flash_cpu"]
 
 _CHUNK_SCORES = 1 << 22
+_BLOCK = 128  # tokens a block of a plan that keeps everything
 
 
 @overload
@@ -35,9 +37,10 @@ def dense_attention(
 def dense_attention(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, return_lse: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Dense attention by torch's SDPA; with row sums by the fastest fused operator that takes the call.
+    """Dense attention by the fastest kernel that takes the call.
 
-    On a GPU that is FlashAttention-3 on Hopper where fa3-fwd is installed, else cuDNN's, else FlashAttention-2.
+    On Hopper that is FlashAttention-3 where fa3-fwd is installed, else our own kernel with every block kept. Elsewhere,
+    and where gradients are wanted, it is torch's SDPA, or with row sums the fused operator behind it.
 
     Args:
         q, k, v: `[B, H, N, D]` of one floating dtype.
@@ -49,8 +52,40 @@ def dense_attention(
         float64).
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if not return_lse:
-        return F.scaled_dot_product_attention(q, k, v, scale=scale)
+    found = None if torch.compiler.is_compiling() or not q.is_cuda else _on_hopper(q, k, v, scale, return_lse)
+    if found is not None:
+        return found if return_lse else found[0]
+    return _sdpa_with_lse(q, k, v, scale) if return_lse else F.scaled_dot_product_attention(q, k, v, scale=scale)
+
+
+def _on_hopper(q: Tensor, k: Tensor, v: Tensor, scale: float, return_lse: bool) -> tuple[Tensor, Tensor] | None:
+    """Output and row sums by FlashAttention-3 or our own kernel; `None` where neither takes the call."""
+    if fa3_unavailable(q.device) is None and fa3_refuses(q, k, v) is None:
+        return fa3_attention(q, k, v, scale=scale)
+    own = HopperBackend()
+    if own.unavailable(q.device) is not None:
+        return None
+    plan = _everything(q.shape[2], k.shape[2], q.device)
+    if own.refuses(q, k, v, plan) is not None:
+        return None
+    return own.forward(q, k, v, plan, scale=scale, return_lse=return_lse)  # type: ignore[return-value]
+
+
+@functools.lru_cache(maxsize=16)
+def _everything(queries: int, keys: int, device: torch.device) -> AttentionPlan:
+    """The plan that keeps all blocks, for a kernel that asks for one."""
+    # Tensors made in inference mode could not be used where gradients are recorded.
+    with torch.inference_mode(False):
+        q_order, kv_order = _even_blocks(queries, device), _even_blocks(keys, device)
+        return AttentionPlan(q_order, kv_order, BlockMask.full(q_order.offsets, kv_order.offsets))
+
+
+def _even_blocks(tokens: int, device: torch.device) -> TokenOrder:
+    offsets = torch.arange(0, tokens + _BLOCK, _BLOCK, device=device).clamp_(max=tokens)
+    return TokenOrder.from_index(torch.arange(tokens, device=device), offsets, is_identity=True)
+
+
+def _sdpa_with_lse(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return _plain_with_lse(q, k, v, scale)
     if q.device.type == "cpu" and q.shape[-1] == v.shape[-1] and has_flash_cpu(q.dtype):
@@ -78,8 +113,6 @@ def flash_cpu(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Te
 
 
 def _cuda_with_lse(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    if fa3_unavailable(q.device) is None and fa3_refuses(q, k, v) is None:
-        return fa3_attention(q, k, v, scale=scale)
     # On Hopper FlashAttention-2 takes 1.7 times as long as cuDNN.
     if _cudnn_takes(q, k, v):
         return _cudnn_with_lse(q, k, v, scale)
@@ -138,8 +171,8 @@ class SdpaBackend:
         self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, *, scale: float, return_lse: bool
     ) -> tuple[Tensor, Tensor | None]:
         if return_lse:
-            return dense_attention(q, k, v, scale=scale, return_lse=True)
-        return dense_attention(q, k, v, scale=scale), None
+            return _sdpa_with_lse(q, k, v, scale)
+        return F.scaled_dot_product_attention(q, k, v, scale=scale), None
 
 
 class XformersBackend:
@@ -171,7 +204,7 @@ class XformersBackend:
 
 
 class Fa3Backend:
-    """FlashAttention-3's dense attention, for plans that keep everything. Never chosen by "auto"."""
+    """FlashAttention-3's dense attention, for plans that keep everything."""
 
     name = "fa3"
 

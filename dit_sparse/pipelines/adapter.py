@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from torch.utils.hooks import RemovableHandle
 
 from dit_sparse.pipelines.session import Session
@@ -55,3 +56,9 @@ class FamilyAdapter(ABC):
     def put_in_order(self, transformer: Any, order: TokenOrder) -> list[RemovableHandle]:
         """Hooks that move tokens into `order` before the first block and back after the last, for one forward."""
         raise TypeError(f"{type(self).__name__} takes no order; ask takes_order first")
+
+
+def uses_default_backend(processor: Any) -> bool:
+    """Whether nobody has chosen a dense attention kernel, neither for this processor nor for all of diffusers."""
+    chosen, _ = _AttentionBackendRegistry.get_active_backend()
+    return processor._attention_backend is None and chosen == AttentionBackendName.NATIVE

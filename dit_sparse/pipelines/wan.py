@@ -9,9 +9,9 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
 from torch.utils.hooks import RemovableHandle
 
-from dit_sparse.kernels import norm_rope
+from dit_sparse.kernels import dense_attention, norm_rope
 from dit_sparse.kernels.norm_rope import rotate
-from dit_sparse.pipelines.adapter import FamilyAdapter
+from dit_sparse.pipelines.adapter import FamilyAdapter, uses_default_backend
 from dit_sparse.pipelines.session import Session
 from dit_sparse.types import TokenGrid, TokenOrder
 
@@ -53,6 +53,8 @@ class SparseWanAttnProcessor(WanAttnProcessor):
         q, k, v = (t.transpose(1, 2) for t in (query, key, value))
 
         def dense() -> torch.Tensor:
+            if q.is_cuda and uses_default_backend(self):
+                return dense_attention(q, k, v)
             return dispatch_attention_fn(query, key, value, backend=self._attention_backend).transpose(1, 2)
 
         out = self.session.attend(self.layer, self.num_layers, q, k, v, dense)

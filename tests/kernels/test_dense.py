@@ -69,3 +69,16 @@ def test_xformers_refuses_float64_and_sparse_plans() -> None:
     assert xformers.refuses(q, k, v, full) is None
     assert "float64" in str(xformers.refuses(q.double(), k, v, full))
     assert "does not keep every block" in str(xformers.refuses(q, k, v, cases.random_plan(cases.EVEN)))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("tokens", [4608, 300])
+def test_on_a_gpu_the_fastest_kernel_is_right(tokens: int) -> None:
+    q, k, v = (torch.randn(1, tokens, 4, 128, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in range(3))
+    out, lse = dense_attention(q, k, v, return_lse=True)
+    plain, sums = dense._plain_with_lse(q.double(), k.double(), v.double(), 128**-0.5)
+    low = F.scaled_dot_product_attention(q, k, v)
+    assert (out - plain).norm() <= 2 * (low - plain).norm()
+    assert (lse - sums).abs().max() < 2e-2
+    assert (dense_attention(q, k, v) - plain).norm() <= 2 * (low - plain).norm()

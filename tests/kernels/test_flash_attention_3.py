@@ -75,9 +75,14 @@ def test_row_sums_prefer_the_fastest_operator_that_takes_the_call(monkeypatch: p
     monkeypatch.setattr(dense, "_plain_with_lse", lambda q, k, v, scale: "plain")
     monkeypatch.setattr(dense, "fa3_unavailable", lambda device: None)
     monkeypatch.setattr(dense, "_cudnn_takes", lambda q, k, v: True)
-    assert dense._cuda_with_lse(q, k, v, 0.3) == "fa3"
-    assert dense._cuda_with_lse(q.half(), k.half(), v.half(), 0.3) == "cudnn"
+    assert dense._on_hopper(q, k, v, 0.3, True) == "fa3"
+    monkeypatch.setattr(dense.HopperBackend, "forward", lambda *_, **__: "hopper")
+    assert dense._on_hopper(q.half(), k.half(), v.half(), 0.3, True) is None
+    monkeypatch.setattr(dense.HopperBackend, "unavailable", lambda self, device: None)
+    assert dense._on_hopper(q.half(), k.half(), v.half(), 0.3, True) == "hopper"
+    assert dense._on_hopper(q.float(), k.float(), v.float(), 0.3, True) is None
     monkeypatch.setattr(dense, "fa3_unavailable", lambda device: "not here")
+    assert dense._on_hopper(q, k, v, 0.3, True) == "hopper"
     assert dense._cuda_with_lse(q, k, v, 0.3) == "cudnn"
     monkeypatch.setattr(dense, "_cudnn_takes", lambda q, k, v: False)
     assert dense._cuda_with_lse(q.float(), k.float(), v.float(), 0.3) == "plain"

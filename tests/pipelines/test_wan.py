@@ -7,12 +7,14 @@ import inspect
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention_dispatch import attention_backend
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor
 
 from dit_sparse import AdaSpa, Dense, Neighborhood, Paro, Schedule, TokenGrid, sparsify, statistics, unsparsify
 from dit_sparse.pipelines import check, session_of, token_grid
 from dit_sparse.pipelines import session as session_module
+from dit_sparse.pipelines.adapter import uses_default_backend
 from dit_sparse.pipelines.session import Session
 from dit_sparse.pipelines.wan import SparseWanAttnProcessor, WanAdapter
 from dit_sparse.reorder import tile_order
@@ -360,3 +362,14 @@ def test_token_grid_is_what_the_run_sees(pipe, render) -> None:
     assert token_grid(pipe, 32, 48, 9) == TokenGrid(3, 8, 12)
     render(sparsify(pipe, AdaSpa(block=16)))
     assert {key[0] for key in session_of(pipe).previous} == {TokenGrid(3, 8, 12)}
+
+
+def test_a_chosen_attention_backend_is_kept_in_dense_steps(pipe) -> None:
+    """Only where nobody chose one may dense steps take the fastest kernel."""
+    sparsify(pipe, AdaSpa())
+    processor = pipe.transformer.blocks[0].attn1.processor
+    assert uses_default_backend(processor)
+    with attention_backend("_native_math"):
+        assert not uses_default_backend(processor)
+    processor._attention_backend = "_native_math"
+    assert not uses_default_backend(processor)
