@@ -1,134 +1,143 @@
-"""Time whole transformer forwards of Wan 2.1: dense against sparse, over a schedule with its dense warm-up counted.
+"""Time whole transformer forwards, dense against sparse, over a schedule with its dense warm-up counted.
 
     python scripts/bench_e2e.py --model wan-1.3b --complete --out e2e.json
-    python scripts/bench_e2e.py --model wan-14b --layers 4 --out e2e.json
+    python scripts/bench_e2e.py --model wan-14b --layers 4 --compile --out e2e.json
     python scripts/bench_e2e.py --model tiny --device cpu --steps 10
 
 Weights are random, from the public configurations, so only time means anything here, not the pictures: a mask costs the
 same time whatever it keeps. `--layers` takes fewer transformer blocks where memory or time is short; all times are then
-of that many. Four kinds of step are timed, each a median: dense with every dense kernel, dense that keeps the LSE,
-a step that searches, and a step with cached plans. From these a run is composed by asking the schedule what each step
-does. `--complete` also runs one whole denoising loop of both kinds. The ceiling is the run with attention for free in
-the sparse steps. CogVideoX, HunyuanVideo and FLUX have no adapter yet and are left out.
+of that many. Dense steps of plain diffusers are timed with every dense kernel, and the steps of a sparse run by kind:
+dense, dense that keeps the row sums, search, cached; each a median. From these a run is composed by asking the schedule
+what each step does, and compared with a dense run under every kernel. `--complete` also runs whole denoising loops.
+The ceiling is the sparse run with attention for free in its sparse steps. `--compile` compiles the transformer blocks,
+for dense and sparse alike. Peak memory is that of a step, without the weights.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+import torch.nn.functional as F
+from e2e_models import MODELS, Bare, Model
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dit_sparse.bench.report import environment
-from dit_sparse.methods import AdaSpa, Neighborhood
+from dit_sparse.kernels.flash_attention_3 import fa3_attention, fa3_refuses, fa3_unavailable
+from dit_sparse.methods import AdaSpa
 from dit_sparse.pipelines.sparsify import session_of, sparsify, unsparsify
 from dit_sparse.schedule import Schedule
 from dit_sparse.types import Method
 
-
-@dataclass(frozen=True)
-class Model:
-    """A public configuration, the latent video it makes, and a neighborhood whose blocks are all full there."""
-
-    config: dict[str, Any]
-    latents: tuple[int, int, int]
-    neighborhood: Neighborhood
+_TORCH = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION, "cpu": SDPBackend.FLASH_ATTENTION}
 
 
-def _wan(heads: int, ffn_dim: int, layers: int, dim: int = 128) -> dict[str, Any]:
-    return {"num_attention_heads": heads, "attention_head_dim": dim, "ffn_dim": ffn_dim, "num_layers": layers}
+def dense_kernels(device: torch.device) -> list[str]:
+    """The dense attention kernels that run here."""
+    if device.type == "cpu":
+        return ["cpu"]
+    return ["cudnn", "flash"] + (["fa3"] if fa3_unavailable(device) is None else [])
 
 
-MODELS = {
-    "wan-1.3b": Model(
-        _wan(12, 8960, 30), (21, 60, 104), Neighborhood(window=(9, 30, 28), stride=(3, 10, 4), tile=(3, 10, 4))
-    ),
-    "wan-14b": Model(
-        _wan(40, 13824, 40), (21, 90, 160), Neighborhood(window=(15, 25, 40), stride=(3, 5, 8), tile=(3, 5, 8))
-    ),
-    "tiny": Model(
-        _wan(2, 64, 2, dim=16), (3, 16, 16), Neighborhood(window=(3, 4, 4), stride=(1, 4, 4), tile=(1, 4, 4))
-    ),
-}
-DENSE = {"cuda": ("_native_cudnn", "_native_flash"), "cpu": ("native",)}
+@contextlib.contextmanager
+def dense_kernel(name: str) -> Iterator[None]:
+    """Makes plain diffusers' attention run on one kernel alone; a call that it cannot compute is an error."""
+    if name in _TORCH:
+        with sdpa_kernel(_TORCH[name]):
+            yield
+        return
+    plain = F.scaled_dot_product_attention
 
+    @torch.compiler.disable
+    def attend(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **options: Any) -> Tensor:
+        mask = rest[0] if rest else options.get("attn_mask")
+        if mask is not None or fa3_refuses(q, k, v) is not None:
+            raise RuntimeError("FlashAttention-3 takes no mask")
+        return fa3_attention(q, k, v, scale=options.get("scale") or q.shape[-1] ** -0.5)[0]
 
-def build(model: Model, layers: int | None, device: str, dtype: torch.dtype) -> WanPipeline:
-    """A pipeline of a random transformer and a scheduler, and nothing else."""
-    torch.manual_seed(0)
-    config = model.config | ({} if layers is None else {"num_layers": layers})
-    with torch.device(device):
-        transformer = WanTransformer3DModel(**config).eval()
-    keep = tuple(WanTransformer3DModel._keep_in_fp32_modules or ())
-    for name, parameter in transformer.named_parameters():
-        if not any(part in name for part in keep):
-            parameter.data = parameter.data.to(dtype)
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    return WanPipeline(
-        tokenizer=None, text_encoder=None, vae=None, scheduler=scheduler, transformer=transformer
-    )  # fmt: skip
+    F.scaled_dot_product_attention = attend  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = plain
 
 
 class Runner:
-    """Drives the transformer as a pipeline would, one guidance branch."""
+    """Drives a transformer as a pipeline would, one guidance branch."""
 
-    def __init__(self, pipe: WanPipeline, model: Model, steps: int, device: str, dtype: torch.dtype) -> None:
-        self.pipe, self.steps = pipe, steps
-        channels = pipe.transformer.config.in_channels
-        self.latents = torch.randn(1, channels, *model.latents, device=device, dtype=dtype)
-        self.text = torch.randn(1, 512, pipe.transformer.config.text_dim, device=device, dtype=dtype)
-        pipe.scheduler.set_timesteps(steps, device=device)
+    def __init__(self, model: Model, layers: int | None, steps: int, device: torch.device) -> None:
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.pipe = Bare(model.build(layers, str(device), dtype))
+        self.steps, self.device = steps, device
+        self.inputs = model.inputs(lambda *shape: torch.randn(*shape, device=device, dtype=dtype))
+        self.layers = sum(self.pipe.transformer.config[name] for name in model.layers)
+        self.pipe.scheduler.set_timesteps(steps, device=device)
 
-    def forward(self, step: int) -> torch.Tensor:
-        timestep = self.pipe.scheduler.timesteps[step].expand(1)
-        with self.pipe.transformer.cache_context("cond"):
-            return self.pipe.transformer(
-                hidden_states=self.latents, timestep=timestep, encoder_hidden_states=self.text, return_dict=False
-            )[0]
+    def forward(self, step: int, latents: Tensor | None = None) -> Tensor:
+        inputs = self.inputs if latents is None else self.inputs | {"hidden_states": latents}
+        timestep = self.pipe.scheduler.timesteps[step].expand(len(inputs["hidden_states"]))
+        transformer = self.pipe.transformer
+        with transformer.cache_context("cond"):
+            return transformer(**inputs, timestep=timestep, return_dict=False)[0]
 
-    def seconds(self, step: int, rounds: int) -> tuple[float, float]:
-        """Median seconds of a step, and of the attention in it; the state before it is restored for every round."""
+    def compile(self) -> None:
+        """Compile every transformer block; the first steps of each kind then take longer, and are not timed."""
+        torch._dynamo.config.recompile_limit = 64
+        for name, child in self.pipe.transformer.named_children():
+            if isinstance(child, torch.nn.ModuleList) and name.endswith("blocks"):
+                for block in child:
+                    block.compile()
+
+    def seconds(self, step: int, rounds: int) -> dict[str, float]:
+        """Medians of a step and of the attention in it, and peak memory; the state before is restored every round."""
         session = session_of(self.pipe)
         before = {} if session is None else dict(session.previous)
-        times, attention = [], []
+        times, attention, peak = [], [], 0
         for _ in range(rounds + 1):
             if session is not None:
                 session.steps.step = step
                 session.previous.clear()
                 session.previous.update(before)
-            _wait()
+            held = self._wait()
             start = time.perf_counter()
             self.forward(step)
-            _wait()
+            peak = self._wait(peak=True) - held
             times.append(time.perf_counter() - start)
             if session is not None:
-                calls = session.statistics.records[-self.pipe.transformer.config.num_layers :]
+                calls = session.statistics.records[-self.layers :]
                 attention.append(sum(call.attention.seconds for call in calls))
-        return statistics.median(times[1:]), statistics.median(attention[1:] or [0.0])
+        found = {"step": statistics.median(times[1:]), "peak_gib": peak / 2**30}
+        return found | ({"attention": statistics.median(attention[1:])} if attention else {})
 
     def complete(self) -> float:
         """Seconds of a whole denoising loop."""
-        latents = self.latents
-        self.pipe.scheduler.set_timesteps(self.steps, device=latents.device)
-        _wait()
+        latents = self.inputs["hidden_states"]
+        self.pipe.scheduler.set_timesteps(self.steps, device=self.device)
+        self._wait()
         start = time.perf_counter()
         for step in range(self.steps):
-            velocity = self.forward(step)
+            velocity = self.forward(step, latents)
             latents = self.pipe.scheduler.step(velocity, self.pipe.scheduler.timesteps[step], latents)[0]
-        _wait()
+        self._wait()
         return time.perf_counter() - start
 
-
-def _wait() -> None:
-    if torch.cuda.is_available():
+    def _wait(self, peak: bool = False) -> int:
+        """Wait for the device; bytes of its memory in use, or the most since the last call."""
+        if self.device.type == "cpu":
+            return 0
         torch.cuda.synchronize()
+        used = torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return used
 
 
 def kinds_of_steps(schedule: Schedule, steps: int, uses_lse: bool) -> list[str]:
@@ -146,77 +155,121 @@ def kinds_of_steps(schedule: Schedule, steps: int, uses_lse: bool) -> list[str]:
 def measure(runner: Runner, method: Method, rounds: int, complete: bool) -> dict[str, Any]:
     """Times of the kinds of step under `method`, and the run composed of them."""
     schedule = Schedule(method)
+    torch._dynamo.reset()
     sparsify(runner.pipe, schedule)
-    runner.pipe.scheduler.set_timesteps(runner.steps, device=runner.latents.device)
+    runner.pipe.scheduler.set_timesteps(runner.steps, device=runner.device)
     kinds = kinds_of_steps(schedule, runner.steps, method.uses_lse)
-    found: dict[str, Any] = {"method": schedule.to_config(), "step_seconds": {}, "attention_seconds": {}}
+    found: dict[str, Any] = {"method": schedule.to_config(), "kinds": {}}
     for kind in dict.fromkeys(kinds):
-        step = kinds.index(kind)
-        found["step_seconds"][kind], found["attention_seconds"][kind] = runner.seconds(step, rounds)
+        found["kinds"][kind] = runner.seconds(kinds.index(kind), rounds) | {"steps": kinds.count(kind)}
     session = session_of(runner.pipe)
     assert session is not None
-    found["backend"] = sorted({record.backend for record in session.statistics.records})
+    found["backends"] = sorted({record.backend for record in session.statistics.records})
     found["density"] = float(session.statistics.records[-1].density.mean())  # type: ignore[union-attr]
-    found["composed_seconds"] = sum(found["step_seconds"][kind] for kind in kinds)
+    found["composed_seconds"] = sum(kind["step"] * kind["steps"] for kind in found["kinds"].values())
+    # Attention for free in every step that is not dense.
+    free = ("search", "cached")
+    found["floor_seconds"] = sum(
+        (kind["step"] - (kind["attention"] if name in free else 0)) * kind["steps"]
+        for name, kind in found["kinds"].items()
+    )
+    if "search" in found["kinds"] and "cached" in found["kinds"]:
+        planning = found["kinds"]["search"]["step"] - found["kinds"]["cached"]["step"]
+        found["floor_seconds"] -= planning * found["kinds"]["search"]["steps"]
     if complete:
         found["complete_seconds"] = runner.complete()
-    found["steps"] = {kind: kinds.count(kind) for kind in dict.fromkeys(kinds)}
     unsparsify(runner.pipe)
     return found
 
 
+def measure_dense(runner: Runner, kernels: list[str], rounds: int, complete: bool) -> dict[str, Any]:
+    """Times of plain diffusers with every dense kernel; the loop with the fastest."""
+    found: dict[str, Any] = {"kernels": {}}
+    for name in kernels:
+        torch._dynamo.reset()  # a compiled block keeps the attention kernel that it was traced with
+        try:
+            with dense_kernel(name):
+                found["kernels"][name] = runner.seconds(0, rounds)
+        except RuntimeError as error:
+            found.setdefault("cannot", {})[name] = str(error).splitlines()[0]
+    if not found["kernels"]:
+        # A mask that no kernel takes by name: what torch picks.
+        found["kernels"]["default"] = runner.seconds(0, rounds)
+    if complete:
+        fastest = min(found["kernels"], key=lambda name: found["kernels"][name]["step"])
+        with dense_kernel(fastest) if fastest != "default" else contextlib.nullcontext():
+            found["complete_seconds"] = {fastest: runner.complete()}
+    return found
+
+
+def compare(found: dict[str, Any], dense: dict[str, Any], steps: int) -> None:
+    """Add the speed-ups over a dense run with every kernel."""
+    runs = {name: steps * kernel["step"] for name, kernel in dense["kernels"].items()}
+    found["speedup"] = {name: seconds / found["composed_seconds"] for name, seconds in runs.items()}
+    found["ceiling"] = {name: seconds / found["floor_seconds"] for name, seconds in runs.items()}
+    if "complete_seconds" in found:
+        found["complete_speedup"] = {
+            name: seconds / found["complete_seconds"] for name, seconds in dense["complete_seconds"].items()
+        }
+
+
+def describe(name: str, found: dict[str, Any]) -> str:
+    kinds = ", ".join(
+        f"{kind} {times['step']:.3f} s" + (f" ({times['attention']:.3f} attention)" if "attention" in times else "")
+        for kind, times in found["kinds"].items()
+    )
+    ratios = ", ".join(f"{found['speedup'][k]:.2f}x of at most {found['ceiling'][k]:.2f}x over {k}"
+                       for k in found["speedup"])  # fmt: skip
+    whole = "".join(f"; complete {ratio:.2f}x over {k}" for k, ratio in found.get("complete_speedup", {}).items())
+    return f"{name}: {kinds}; composed {ratios}{whole}; {', '.join(found['backends'])}, density {found['density']:.3f}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=tuple(MODELS), default="wan-1.3b")
+    parser.add_argument("--model", choices=tuple(MODELS), nargs="+", default=["wan-1.3b"])
     parser.add_argument("--layers", type=int, help="fewer transformer blocks than the model has")
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--densities", type=float, nargs="+", default=[0.2], help="of AdaSpa")
+    parser.add_argument("--densities", type=float, nargs="*", default=[0.2], help="of AdaSpa; none leaves it out")
+    parser.add_argument("--no-neighborhood", action="store_true")
+    parser.add_argument("--dense", nargs="+", choices=(*_TORCH, "fa3"), help="dense kernels; all by default")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--complete", action="store_true", help="also run whole denoising loops")
+    parser.add_argument("--compile", action="store_true", help="compile the transformer blocks")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda needs an NVIDIA GPU; --model tiny --device cpu tries the script without one")
+    device = torch.device(options.device)
+    kernels = [name for name in dense_kernels(device) if not options.dense or name in options.dense]
     torch.set_grad_enabled(False)
-    model, dtype = MODELS[options.model], torch.bfloat16 if options.device == "cuda" else torch.float32
-    pipe = build(model, options.layers, options.device, dtype)
-    runner = Runner(pipe, model, options.steps, options.device, dtype)
-    report: dict[str, Any] = {
-        "environment": environment(torch.device(options.device)),
-        "model": options.model,
-        "layers": pipe.transformer.config.num_layers,
-        "dense_step_seconds": {},
-        "methods": [],
-    }
-    for backend in DENSE[options.device]:
-        pipe.transformer.set_attention_backend(backend)
-        report["dense_step_seconds"][backend], _ = runner.seconds(0, options.rounds)
-    fastest = min(report["dense_step_seconds"], key=report["dense_step_seconds"].get)
-    pipe.transformer.set_attention_backend(fastest)
-    dense_run = options.steps * report["dense_step_seconds"][fastest]
-    if options.complete:
-        report["dense_complete_seconds"] = runner.complete()
-    print(f"{options.model}, {report['layers']} layers, dense with {fastest}: {dense_run / options.steps:.3f} s a step")
-    for method in (*(AdaSpa(density=d) for d in options.densities), model.neighborhood):
-        found = measure(runner, method, options.rounds, options.complete)
-        found["speedup_composed"] = dense_run / found["composed_seconds"]
-        if options.complete:
-            found["speedup_complete"] = report["dense_complete_seconds"] / found["complete_seconds"]
-        steps = found["steps"]
-        rest = report["dense_step_seconds"][fastest] - found["attention_seconds"]["dense"]
-        sparse_steps = steps.get("search", 0) + steps.get("cached", 0)
-        floor = sparse_steps * rest + (options.steps - sparse_steps) * report["dense_step_seconds"][fastest]
-        found["ceiling"] = dense_run / floor
-        report["methods"].append(found)
-        print(f"{method.name}: " + ", ".join(f"{k} {v:.3f} s" for k, v in found["step_seconds"].items())
-              + f"; composed {found['speedup_composed']:.2f}x of at most {found['ceiling']:.2f}x"
-              + (f", complete {found['speedup_complete']:.2f}x" if options.complete else "")
-              + f"; {', '.join(found['backend'])}, density {found['density']:.3f}", flush=True)  # fmt: skip
-    if options.out is not None:
-        temporary = options.out.with_name(options.out.name + ".tmp")
-        temporary.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
-        os.replace(temporary, options.out)
+    report: dict[str, Any] = {"environment": environment(device), "compiled": options.compile, "models": []}
+    for name in options.model:
+        model = MODELS[name]
+        runner = Runner(model, options.layers, options.steps, device)
+        if options.compile:
+            runner.compile()
+        dense = measure_dense(runner, kernels, options.rounds, options.complete)
+        entry: dict[str, Any] = {"model": name, "layers": runner.layers, "dense": dense, "methods": []}
+        report["models"].append(entry)
+        print(f"{name}, {runner.layers} layers, dense step: "
+              + ", ".join(f"{k} {times['step']:.3f} s" for k, times in dense["kernels"].items())
+              + "".join(f"; {k} cannot: {why}" for k, why in dense.get("cannot", {}).items()), flush=True)  # fmt: skip
+        methods: list[Method] = [AdaSpa(density=density) for density in options.densities]
+        for method in methods + ([] if options.no_neighborhood else [model.neighborhood]):
+            found = measure(runner, method, options.rounds, options.complete)
+            compare(found, dense, options.steps)
+            entry["methods"].append(found)
+            print(f"  {describe(method.name, found)}", flush=True)
+            if options.out is not None:
+                _write(options.out, report)
+        del runner
+
+
+def _write(path: Path, report: dict[str, Any]) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+    os.replace(temporary, path)
 
 
 if __name__ == "__main__":

@@ -15,11 +15,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from dit_sparse.bench.sections import Row, kernel_rows, neighborhood_rows, search_rows
+from dit_sparse.bench.sections import Row, kernel_rows, movement_rows, neighborhood_rows, search_rows
 from dit_sparse.bench.shapes import SHAPES
 from dit_sparse.kernels import BACKENDS
 
-SECTIONS = ("kernels", "neighborhood", "search")
+SECTIONS = ("kernels", "neighborhood", "search", "movement")
 _SPARSE = ("hopper", "triton", "flex")
 
 
@@ -98,6 +98,9 @@ def _parts(
     if "search" in sections:
         yield "search wan-1.3b", search_rows("wan-1.3b", rounds, device)
         yield "search wan-14b", search_rows("wan-14b", few, device)
+    if "movement" in sections:
+        yield "movement wan-1.3b", movement_rows("wan-1.3b", rounds, device)
+        yield "movement wan-14b", movement_rows("wan-14b", few, device)
     if "kernels" in sections:
         for shape in shapes:
             for block in blocks:

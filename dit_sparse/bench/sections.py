@@ -1,4 +1,4 @@
-"""What is timed: block-sparse kernels, a neighborhood with its permutation, and the pieces of AdaSpa's search."""
+"""What is timed: block-sparse kernels, a neighborhood, the pieces of AdaSpa's search, and what moves tokens."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from dit_sparse.attention import sparse_attention
 from dit_sparse.bench.dense import Inputs, dense_calls
 from dit_sparse.bench.shapes import SHAPES, Shape, inputs, random_plan
 from dit_sparse.bench.timing import Call, check, in_turns
-from dit_sparse.kernels import BACKENDS, block_mass, dense_attention
+from dit_sparse.kernels import BACKENDS, block_mass, dense_attention, norm_rope, permute, restore
+from dit_sparse.kernels.norm_rope import norm_rope_by_torch
 from dit_sparse.masks import select_density
 from dit_sparse.methods import AdaSpa, Neighborhood
-from dit_sparse.types import AttentionPlan, Previous, Site, TokenGrid
+from dit_sparse.types import AttentionPlan, Previous, Site, TokenGrid, TokenOrder
 
 SEARCH_GRIDS = {"wan-1.3b": TokenGrid(21, 30, 52), "wan-14b": TokenGrid(21, 45, 80)}
 _LONG = 50_000
@@ -130,6 +131,49 @@ def search_rows(name: str, rounds: int, device: torch.device, density: float = 0
     fastest = min(times[key] for key in dense)
     for key, time in times.items():
         yield Row("search", name, 0 if key in dense else method.block, key, 1.0, time, time / fastest)
+
+
+def movement_rows(name: str, rounds: int, device: torch.device, density: float = 0.25) -> Iterator[Row]:
+    """Permutation, and norm with rotary embedding; their ratio is to the sparse attention of the same turns.
+
+    Tensors are `[1, N, H, D]` in memory, as in the pipelines, and all heads share a random order.
+    """
+    shape = SHAPES[name]
+    torch.manual_seed(0)
+    sets = inputs(shape, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    sets = [tuple(x.transpose(1, 2).contiguous().transpose(1, 2) for x in s) for s in sets]  # type: ignore[misc]
+    plan = random_plan(shape, 128, density, device)
+    order = TokenOrder.from_index(torch.randperm(shape.tokens, device=device), plan.q_order.offsets)
+    weight = torch.randn(shape.heads * shape.dim, device=device, dtype=sets[0][0].dtype)
+    angles = torch.randn(shape.tokens, shape.dim // 2, device=device).repeat_interleave(2, -1)
+    cos, sin = angles.cos(), angles.sin()
+    attention = f"attention at {density:g}"
+    calls: dict[str, Call] = {
+        attention: lambda i: sparse_attention(*sets[i % len(sets)], plan, in_order=True),
+        "copy q, k, v": lambda i: [x.clone() for x in sets[i % len(sets)]],
+        "permute q, k, v": lambda i: permute(order, *sets[i % len(sets)]),
+        "permute q, k, v, torch": lambda i: [order.permute(x) for x in sets[i % len(sets)]],
+        "restore the output": lambda i: restore(order, sets[i % len(sets)][0]),
+        "norm and rotary of q": lambda i: norm_rope(sets[i % len(sets)][0].transpose(1, 2), weight, 1e-6, cos, sin),
+        "norm and rotary of q, torch": lambda i: norm_rope_by_torch(
+            sets[i % len(sets)][0].transpose(1, 2), weight, 1e-6, cos, sin
+        ),
+    }
+    _check_movements(sets[0], order, calls)
+    times = in_turns(calls, rounds, repeat=shape.tokens < _LONG)
+    for key, time in times.items():
+        yield Row("movement", name, 128 if key == attention else 0, key, density, time, time / times[attention])
+
+
+def _check_movements(tensors: Sequence[Tensor], order: TokenOrder, calls: dict[str, Call]) -> None:
+    for x, got in zip(tensors, calls["permute q, k, v"](0), strict=True):
+        if not torch.equal(got, order.permute(x)):
+            raise RuntimeError("permute: it is not torch's gather")
+    if not torch.equal(restore(order, order.permute(tensors[0]))[0], tensors[0]):
+        raise RuntimeError("restore: it does not undo permute")
+    got, want = (calls[f"norm and rotary of q{how}"](0).double() for how in ("", ", torch"))  # type: ignore[union-attr]
+    if not (got - want).norm() <= 4e-3 * want.norm():
+        raise RuntimeError(f"norm and rotary: off by {float((got - want).norm() / want.norm()):.1e} from torch's")
 
 
 def _kernel(backend: str, sets: Inputs, plan: AttentionPlan) -> Call:

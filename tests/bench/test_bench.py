@@ -72,6 +72,20 @@ def test_the_neighborhood_is_all_full_blocks_at_every_scale() -> None:
     assert rows[1].density == pytest.approx(0.09)
 
 
+def test_movements_are_compared_with_the_attention_they_serve() -> None:
+    rows = {row.kernel: row for row in sections.movement_rows("tiny", 1, CPU)}
+    assert rows["attention at 0.25"].ideal_ratio == 1.0
+    assert {"permute q, k, v", "restore the output", "norm and rotary of q"} <= set(rows)
+    for row in rows.values():
+        assert row.ideal_ratio == pytest.approx(row.time_ms / rows["attention at 0.25"].time_ms)
+
+
+def test_a_permutation_that_moves_nothing_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sections, "permute", lambda order, *tensors: tensors)
+    with pytest.raises(RuntimeError, match="permute"):
+        list(sections.movement_rows("tiny", 1, CPU))
+
+
 def test_the_pieces_of_a_search(monkeypatch: pytest.MonkeyPatch) -> None:
     from dit_sparse.types import TokenGrid
 
