@@ -159,21 +159,23 @@ def movement_rows(name: str, rounds: int, device: torch.device, density: float =
             sets[i % len(sets)][0].transpose(1, 2), weight, 1e-6, cos, sin
         ),
     }
-    _check_movements(sets[0], order, calls)
+    _check_movements(sets[0], order, weight, cos, sin)
     times = in_turns(calls, rounds, repeat=shape.tokens < _LONG)
     for key, time in times.items():
         yield Row("movement", name, 128 if key == attention else 0, key, density, time, time / times[attention])
 
 
-def _check_movements(tensors: Sequence[Tensor], order: TokenOrder, calls: dict[str, Call]) -> None:
-    for x, got in zip(tensors, calls["permute q, k, v"](0), strict=True):
+def _check_movements(tensors: Sequence[Tensor], order: TokenOrder, weight: Tensor, cos: Tensor, sin: Tensor) -> None:
+    for x, got in zip(tensors, permute(order, *tensors), strict=True):
         if not torch.equal(got, order.permute(x)):
             raise RuntimeError("permute: it is not torch's gather")
-    if not torch.equal(restore(order, order.permute(tensors[0]))[0], tensors[0]):
-        raise RuntimeError("restore: it does not undo permute")
-    got, want = (calls[f"norm and rotary of q{how}"](0).double() for how in ("", ", torch"))  # type: ignore[union-attr]
-    if not (got - want).norm() <= 4e-3 * want.norm():
-        raise RuntimeError(f"norm and rotary: off by {float((got - want).norm() / want.norm()):.1e} from torch's")
+        if not torch.equal(restore(order, got)[0], x):
+            raise RuntimeError("restore: it does not undo permute")
+    x = tensors[0].transpose(1, 2)
+    got, want = (norm(x, weight, 1e-6, cos, sin).double() for norm in (norm_rope, norm_rope_by_torch))
+    error = float((got - want).norm() / want.norm())
+    if not error <= 4e-3:
+        raise RuntimeError(f"norm and rotary: off by {error:.1e} from torch's")
 
 
 def _kernel(backend: str, sets: Inputs, plan: AttentionPlan) -> Call:
