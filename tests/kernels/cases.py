@@ -63,11 +63,14 @@ def oracle(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple
 def assert_as_good_as_torch(
     got: tuple[Tensor, Tensor | None], q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float
 ) -> None:
-    """Errors are at most twice those of torch in the inputs' dtype, plus two units in the last place."""
+    """Errors are at most twice those of torch in the inputs' dtype, plus two units in the last place.
+
+    In float64 the oracle rounds as coarsely as what it judges, so there it is 64 units.
+    """
     out, lse = got
     want, want_lse = oracle(q, k, v, mask, scale)
     plain = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).nan_to_num(0.0)
-    eps = torch.finfo(q.dtype).eps
+    eps = torch.finfo(q.dtype).eps * (32 if q.dtype == torch.float64 else 1)
     assert out.dtype == q.dtype
     assert out.isfinite().all()
     allowed = 2 * (plain - want).abs().max() + 2 * eps * want.abs().max()
@@ -83,7 +86,8 @@ def assert_as_good_as_torch(
     plain_error = (scores.logsumexp(-1) - want_lse)[~empty].abs()
     if error.numel():
         peak = want_lse[~empty].abs().max()
-        assert error.max() <= 2 * plain_error.max() + 2 * torch.finfo(lse.dtype).eps * (1 + peak)
+        units = 64 if q.dtype == torch.float64 else 2
+        assert error.max() <= 2 * plain_error.max() + units * torch.finfo(lse.dtype).eps * (1 + peak)
 
 
 def full_plan(tokens: int, block: int = 16) -> AttentionPlan:
