@@ -275,10 +275,10 @@ class BlockMask:
 
     def pack(self) -> PackedBlockMask:
         """This mask at rest: one bit a block."""
-        partial = None if self.partial_blocks is None else _pack_bits(self.partial_blocks)
+        partial = None if self.partial_blocks is None else pack_bits(self.partial_blocks)
         bounds = self.q_offsets, self.k_offsets
         return PackedBlockMask(
-            _pack_bits(self.full_blocks), partial, *bounds, self.predicate, self.is_full, self.kept_pairs
+            pack_bits(self.full_blocks), partial, *bounds, self.predicate, self.is_full, self.kept_pairs
         )
 
 
@@ -302,11 +302,11 @@ class PackedBlockMask:
     def unpack(self) -> BlockMask:
         """The mask itself, equal to the one that was packed."""
         blocks = self.k_offsets.shape[-1] - 1
-        full = _unpack_bits(self.full_bits, blocks)
+        full = unpack_bits(self.full_bits, blocks)
         if self.partial_bits is None:
             mask = BlockMask.from_bool(full, self.q_offsets, self.k_offsets, kept_pairs=self.kept_pairs)
             return replace(mask, is_full=self.is_full)
-        partial = _unpack_bits(self.partial_bits, blocks)
+        partial = unpack_bits(self.partial_bits, blocks)
         return BlockMask.from_bool(
             full | partial,
             self.q_offsets,
@@ -358,12 +358,14 @@ def _at(table: Tensor, b: Tensor, h: Tensor, i: Tensor) -> Tensor:
     return table[b % table.shape[0], h % table.shape[1], i]
 
 
-def _pack_bits(blocks: Tensor) -> Tensor:
+def pack_bits(blocks: Tensor) -> Tensor:
+    """`[..., M]` bool as `[..., ceil(M/8)]` uint8, lowest bit first."""
     padded = torch.nn.functional.pad(blocks, (0, -blocks.shape[-1] % 8)).unflatten(-1, (-1, 8))
     weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=blocks.device)
     return (padded * weights).sum(-1, dtype=torch.uint8)
 
 
-def _unpack_bits(bits: Tensor, blocks: int) -> Tensor:
+def unpack_bits(bits: Tensor, blocks: int) -> Tensor:
+    """The `[..., blocks]` bool that `pack_bits` packed."""
     shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
     return ((bits[..., None] >> shifts) & 1).bool().flatten(-2)[..., :blocks]

@@ -105,7 +105,7 @@ class Schedule:
         if previous is None or previous.plan is None:
             return Decision("plan")
         due = site.step in self.refresh_steps(site.num_steps) and previous.step != site.step
-        return Decision("plan" if due and self.method.scope == "call" else "reuse")
+        return Decision("plan" if due and self.method.scope != "grid" else "reuse")
 
     def to_config(self) -> dict[str, Any]:
         """A flat JSON-ready dict with the method's name, version and parameters and this schedule's."""

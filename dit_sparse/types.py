@@ -335,14 +335,18 @@ class Method(Protocol):
         paper: what it follows, with the arXiv id.
         scope: what a plan depends on: the "grid" alone, the "layer" too, or the data of the "call".
         uses_lse: whether `plan` can use the LSE of a dense attention.
-        refresh: shares of the run at which a "call" plan is made anew, unless the schedule says otherwise.
+        refresh: shares of the run at which a "layer" or "call" plan is made anew, unless the schedule says otherwise.
     """
 
     name: ClassVar[str]
     version: ClassVar[int]
     paper: ClassVar[str]
-    scope: ClassVar[Scope]
-    refresh: ClassVar[tuple[float, ...]]
+
+    @property
+    def scope(self) -> Scope: ...
+
+    @property
+    def refresh(self) -> tuple[float, ...]: ...
 
     @property
     def uses_lse(self) -> bool: ...

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from dit_sparse.kernels import block_mass, dense_attention
-from dit_sparse.masks import keep_text
+from dit_sparse.masks import best_orders, heaviest_blocks, metrics_by_order
 from dit_sparse.methods.parameters import check_block, check_share
+from dit_sparse.methods.plan_ahead import reader_of
 from dit_sparse.methods.plan_file import PlanFile
-from dit_sparse.reorder import AXIS_ORDERS, axis_order, axis_orders_per_head
+from dit_sparse.reorder import axis_orders_per_head, distinct_axis_orders
 from dit_sparse.types import AttentionPlan, Previous, Scope, Site, TokenGrid, TokenOrder
 
 
@@ -24,12 +25,13 @@ from dit_sparse.types import AttentionPlan, Previous, Scope, Site, TokenGrid, To
 class Paro:
     """Six axis orders are tried per head, the best is kept, and its heaviest blocks become a static mask (section 4).
 
-    With a `plan_file`, orders and masks are those of an earlier calibration. Without one, the first sparse step
-    calibrates on the run itself, and orders and masks then stay for the rest of it.
+    With a `plan_file`, orders and masks are those of an earlier calibration (`dit_sparse.calibrate`), with a mask for
+    each of the first steps. Without one, the first sparse step calibrates on the run itself, and orders and masks then
+    stay for the rest of it.
 
-    Differs from the paper: calibration may be online and then belongs to one prompt; one mask serves all steps; the
-    metrics are taken on `sample_blocks` query blocks a head; as printed the paper minimises both metrics, here the
-    sparse one is 1 - M_sparse; `alpha` is not reported there, and is 1 here because nothing is quantised.
+    Differs from the paper: calibration may be online, and then belongs to one prompt and serves all steps; the metrics
+    are taken on `sample_blocks` query blocks a head; as printed the paper minimises both metrics, here the sparse one
+    is 1 - M_sparse; `alpha` is not reported there, and is 1 here because nothing is quantised.
 
     Raises:
         ValueError: a share outside its range, a block or a sample below 1.
@@ -46,8 +48,16 @@ class Paro:
     name: ClassVar[str] = "paro"
     version: ClassVar[int] = 1
     paper: ClassVar[str] = "PAROAttention (arXiv 2506.16054), section 4"
-    scope: ClassVar[Scope] = "call"
-    refresh: ClassVar[tuple[float, ...]] = ()
+
+    @property
+    def scope(self) -> Scope:
+        """A plan file's plans depend on the layer and the step alone, so both guidance branches share them."""
+        return "call" if self.plan_file is None else "layer"
+
+    @property
+    def refresh(self) -> tuple[float, ...]:
+        """A plan file's masks change at the shares of the run that it names."""
+        return () if self.plan_file is None else PlanFile.open(self.plan_file).header.changes
 
     @property
     def uses_lse(self) -> bool:
@@ -74,78 +84,63 @@ class Paro:
     def plan(self, q: Tensor, k: Tensor, v: Tensor, site: Site, previous: Previous | None) -> AttentionPlan:
         """Plan from the plan file, or from a calibration on `q, k` `[B, H, N, D]`."""
         if self.plan_file is not None:
-            return PlanFile.open(self.plan_file).plan(site.grid, site.layer, q.shape[1], q.device)
+            return _plan_from(PlanFile.open(self.plan_file), site, q)
         lse = None if previous is None else previous.lse
         if lse is None:
             lse = dense_attention(q, k, v, return_lse=True)[1]
-        axes = self._best_axes(q, k, lse, site.grid)
+        candidates = distinct_axis_orders(site.grid)
+        best = best_orders(self.metrics(q, k, lse, site.grid), self.alpha)
+        axes = [candidates[number] for number in best.tolist()]
         order = axis_orders_per_head(site.grid, axes, self.block, device=q.device)
-        mass = block_mass(
-            order.permute(q),
-            order.permute(k),
-            order.permute(lse),
-            order.offsets,
-            order.offsets,
-            scale=q.shape[-1] ** -0.5,
+        mass = mass_under(order, q, k, lse)
+        return AttentionPlan.from_kept(order, heaviest_blocks(mass, self.density, order.offsets, site.grid))
+
+    def metrics(self, q: Tensor, k: Tensor, lse: Tensor, grid: TokenGrid) -> Tensor:
+        """M_sparse and M_quant of each head under each of `distinct_axis_orders`, `[H, O, 2]` float64."""
+        return metrics_by_order(
+            q,
+            k,
+            lse,
+            grid,
+            distinct_axis_orders(grid),
+            block=self.block,
+            sigma=self.sigma,
+            epsilon=self.epsilon,
+            sample_blocks=self.sample_blocks,
         )
-        return AttentionPlan.from_kept(
-            order, heaviest_blocks(mass.sum(0, keepdim=True), self.density, order, site.grid)
-        )
-
-    def _best_axes(self, q: Tensor, k: Tensor, lse: Tensor, grid: TokenGrid) -> list[str]:
-        """The name of the best order of each head."""
-        cost = []
-        for axes in AXIS_ORDERS:
-            order = axis_order(grid, axes, self.block, device=q.device)
-            cost.append(self._metrics(order.permute(q), order.permute(k), order.permute(lse), grid))
-        incoherence, dispersion = torch.stack(cost).unbind(-1)
-        weighed = self.alpha * _share(dispersion) + (1 - self.alpha) * _share(incoherence)
-        return [AXIS_ORDERS[best] for best in weighed.argmin(0).tolist()]
-
-    def _metrics(self, q: Tensor, k: Tensor, lse: Tensor, grid: TokenGrid) -> Tensor:
-        """`[H, 2]` float64: M_quant and 1 - M_sparse of the attention map under one order (section 4.1).
-
-        Whole video blocks only: text and the ragged last block stay out.
-        """
-        block, start = self.block, grid.video_start
-        blocks = max(1, grid.video_len // block)
-        size = min(block, grid.video_len)
-        k = k[:, :, start : start + blocks * size]
-        rows = torch.linspace(0, blocks - 1, min(self.sample_blocks, blocks), device=q.device).round().long().unique()
-        sums = torch.zeros(q.shape[1], 2, dtype=torch.float64, device=q.device)
-        for row in rows.tolist():
-            tokens = slice(start + row * size, start + (row + 1) * size)
-            scores = (q[:, :, tokens].float() * q.shape[-1] ** -0.5) @ k.float().transpose(-1, -2)
-            weights = (scores - lse[:, :, tokens, None]).exp_().unflatten(-1, (blocks, size))
-            small = (weights < self.epsilon).float().mean((2, 4)) >= self.sigma
-            peak = weights.amax((2, 4)) / weights.mean((2, 4)).clamp_min(1e-12)
-            sums += torch.stack([peak.mean((0, 2)), 1 - small.float().mean((0, 2))], -1).double()
-        return sums / len(rows)
 
 
-def _share(cost: Tensor) -> Tensor:
-    """`cost` `[6, H]` of each order as a share of the six orders' sum, so that unlike metrics can be added."""
-    return cost / cost.sum(0).clamp_min(1e-12)
-
-
-def heaviest_blocks(mass: Tensor, density: float, order: TokenOrder, grid: TokenGrid) -> Tensor:
-    """The blocks of largest mass per head, whatever their row, up to `density` of all pairs (section 4.2).
-
-    Every row keeps at least its heaviest block, and text blocks are always kept.
+def mass_under(order: TokenOrder, q: Tensor, k: Tensor, lse: Tensor) -> Tensor:
+    """Attention mass of each block under `order`, `[1, H, M, M]` float32, the mean over the batch.
 
     Args:
-        mass: `[1, H, Mq, Mk]` block masses in `order`.
-
-    Returns:
-        `[1, H, Mq, Mk]` bool.
+        q, k: `[B, H, N, D]` in the sequence's own order.
+        lse: `[B, H, N]` row sums of the dense attention.
     """
-    row_best = torch.zeros_like(mass, dtype=torch.bool).scatter_(-1, mass.argmax(-1, keepdim=True), True)
-    forced = keep_text(row_best, grid, order.offsets, order.offsets)
-    sizes = order.block_sizes.double()
-    area = (sizes[..., :, None] * sizes[..., None, :]).expand_as(mass)
-    budget = density * grid.num_tokens**2 - (area * forced).sum((-1, -2))
-    ranked = mass.masked_fill(forced, -1).flatten(2).argsort(dim=-1, descending=True, stable=True)
-    spent = (area * ~forced).flatten(2).gather(-1, ranked).cumsum(-1)
-    within = spent <= budget[..., None]
-    chosen = torch.zeros_like(within).scatter_(-1, ranked, within).view_as(forced)
-    return chosen | forced
+    mass = block_mass(
+        order.permute(q),
+        order.permute(k),
+        order.permute(lse),
+        order.offsets,
+        order.offsets,
+        scale=q.shape[-1] ** -0.5,
+        q_blocks=order.geometry,
+        k_blocks=order.geometry,
+    )
+    return mass.mean(0, keepdim=True)
+
+
+def _plan_from(file: PlanFile, site: Site, q: Tensor) -> AttentionPlan:
+    """The file's plan for `site`.
+
+    Raises:
+        ValueError: it is for another grid or for a model of another shape, or it is damaged.
+    """
+    file.check(site.grid)
+    plans = file.plans_of(site.model)
+    if (plans.layers, plans.heads) != (site.num_layers, q.shape[1]):
+        raise ValueError(
+            f"plan_file {str(file.path)!r} is for {plans.layers} layers of {plans.heads} heads, got {site.num_layers} "
+            f"of {q.shape[1]}; calibrate with this model"
+        )
+    return reader_of(file, q.device).plan(site.model, site.layer, plans.slot(site.step, site.num_steps))

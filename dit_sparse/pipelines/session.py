@@ -108,9 +108,7 @@ class Session:
         """
         if self._forward is None or not self.steps.inside_run:
             return self._dense(Decision("dense", "outside a run"), None, q, k, v, dense, layer)
-        grid, model, branch, order = self._forward
-        at = self.steps
-        site = Site(grid, layer, num_layers, at.step, at.num_steps, at.sigma, branch, model, order is not None)
+        site = self._site(layer, num_layers)
         key = self.schedule.key(site)
         previous = self.previous.get(key)
         decision = self.schedule.decide(site, previous)
@@ -128,6 +126,12 @@ class Session:
             assert previous.plan is not None
             plan = previous.plan.unpack()
         return self._sparse(plan, planning, site, q, k, v)
+
+    def _site(self, layer: int, num_layers: int) -> Site:
+        assert self._forward is not None
+        grid, model, branch, order = self._forward
+        at = self.steps
+        return Site(grid, layer, num_layers, at.step, at.num_steps, at.sigma, branch, model, order is not None)
 
     def _sparse(
         self, plan: AttentionPlan, planning: Stopwatch | None, site: Site, q: Tensor, k: Tensor, v: Tensor

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
+from dit_sparse import __version__
 from dit_sparse.methods import Paro
-from dit_sparse.methods.plan_file import PlanFile
+from dit_sparse.methods.plan_file import axes_of, write_plans
+from dit_sparse.methods.plan_header import ModelPlans, PlanHeader, one_line
 from dit_sparse.pipelines.families import adapter_for, transformers_of
 from dit_sparse.pipelines.hooks import add_site_hook, remove_site_hook
 from dit_sparse.pipelines.session import Session
@@ -45,11 +47,15 @@ def sparsify(pipe: Pipeline, method: Method | Schedule, *, backend: str = "auto"
         ValueError: an unsupported family, a dense layer that the model does not have, a foreign attention processor, or
             context parallelism.
     """
-    adapter, schedule = adapter_for(pipe), Schedule.of(method)
+    return install(pipe, Session(Schedule.of(method), backend))
+
+
+def install(pipe: Pipeline, session: Session) -> Pipeline:
+    """Hand the self-attention of `pipe` to `session`, in place; otherwise as `sparsify`."""
+    adapter = adapter_for(pipe)
     for transformer in transformers_of(pipe).values():
-        schedule.check_layers(adapter.num_layers(transformer))
+        session.schedule.check_layers(adapter.num_layers(transformer))
     unsparsify(pipe)
-    session = Session(schedule, backend)
     for model, transformer in transformers_of(pipe).items():
         try:
             originals = adapter.install(transformer, model, session)
@@ -115,10 +121,18 @@ def check(pipe: Any, method: Method | Schedule, height: int, width: int, frames:
         Schedule.of(method).check(grid, adapter.num_layers(transformer))
 
 
-def save_plan(pipe: Any, path: str | os.PathLike[str], notes: Mapping[str, Any] | None = None) -> None:
+def save_plan(
+    pipe: Any, path: str | os.PathLike[str], *, model: str = "", prompts: Sequence[str] = ()
+) -> None:
     """Write the orders and masks that `Paro()` found in the latest run, for `Paro(plan_file=path)`.
 
-    The plans of the conditional branch are taken. `notes` is stored with them, for people.
+    The plans of the conditional branch are taken. `calibrate` makes a better file: of any number of prompts, with a
+    mask for each of the first steps.
+
+    Args:
+        pipe: a pipeline that is sparsified with Paro and has run.
+        path: the file.
+        model, prompts: stored with the plans, for people.
 
     Raises:
         ValueError: the pipeline is not sparsified with Paro, or has not run yet.
@@ -127,17 +141,29 @@ def save_plan(pipe: Any, path: str | os.PathLike[str], notes: Mapping[str, Any] 
     method = session.schedule.method
     if not isinstance(method, Paro):
         raise ValueError(f"pipeline must be sparsified with Paro to save a plan, got {method.name!r}")
-    found = {
-        (key[2], key[3]): (key[0], previous.plan.unpack())
-        for key, previous in session.previous.items()
-        if previous.plan is not None and key[1] == "transformer"
-    }
+    if method.plan_file is not None:
+        raise ValueError(f"plan_file must be None to save a plan, got {method.plan_file!r}; copy that file")
+    found = {key: previous.plan.unpack() for key, previous in session.previous.items() if previous.plan is not None}
     if not found:
         raise ValueError("pipeline must have run before its plan is saved, got no plan yet; call it first")
-    branch = next(iter(found))[1]
-    plans = {layer: plan for (layer, name), (_, plan) in found.items() if name == branch}
-    grid = next(iter(found.values()))[0]
-    PlanFile.save(path, plans, grid, method.block, {"density": method.density, **(notes or {})})
+    grid, branch = (next(iter(found))[place] for place in (0, 3))
+    plans = {key[1:3]: plan for key, plan in found.items() if key[3] == branch}
+    models = {name: sorted(layer for own, layer in plans if own == name) for name, _ in plans}
+    if any(layers != list(range(len(layers))) for layers in models.values()):
+        raise ValueError(f"a plan needs every layer, got {models}; run without dense_layers")
+    axes = {n: [axes_of(plans[n, layer].q_order, grid, method.block) for layer in own] for n, own in models.items()}
+    bits = {n: [plans[n, layer].block_mask.pack().full_bits.cpu() for layer in own] for n, own in models.items()}
+    header = PlanHeader(
+        grid,
+        method.block,
+        {name: ModelPlans(len(layers), len(layers[0])) for name, layers in axes.items()},
+        method.density,
+        one_line(model),
+        tuple(map(one_line, prompts)),
+        session.steps.num_steps,
+        made_by=__version__,
+    )
+    write_plans(path, header, axes, bits)
 
 
 def _session(pipe: Any) -> Session:

@@ -1,6 +1,6 @@
 """Token orders: raster, the six axis orders, 3-D tiles and a space-filling curve."""
 
-from dit_sparse.reorder.axes import AXIS_ORDERS, axis_order, axis_orders_per_head
+from dit_sparse.reorder.axes import AXIS_ORDERS, axis_order, axis_orders_per_head, distinct_axis_orders
 from dit_sparse.reorder.curve import curve_order
 from dit_sparse.reorder.grid import grid_order, raster_order
 from dit_sparse.reorder.tiles import tile_order
@@ -10,6 +10,7 @@ __all__ = [
     "axis_order",
     "axis_orders_per_head",
     "curve_order",
+    "distinct_axis_orders",
     "grid_order",
     "raster_order",
     "tile_order",

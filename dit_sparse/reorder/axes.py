@@ -14,6 +14,15 @@ AXIS_ORDERS = ("FHW", "FWH", "HFW", "HWF", "WFH", "WHF")
 """The names of the six orders; the first letter is the slowest axis."""
 
 
+def distinct_axis_orders(grid: TokenGrid) -> tuple[str, ...]:
+    """The names of the orders that differ on `grid`: six, or two for an image, whose only frame changes nothing."""
+    seen: dict[str, str] = {}
+    for axes in AXIS_ORDERS:
+        walked = "".join(axis for axis in axes if grid.shape["FHW".index(axis)] > 1)
+        seen.setdefault(walked, axes)
+    return tuple(seen.values())
+
+
 def axis_order(grid: TokenGrid, axes: str, block_size: int, device: torch.device | str | None = None) -> TokenOrder:
     """The video walked with its axes nested as `axes` says, cut in blocks of `block_size`.
 

@@ -1,0 +1,107 @@
+"""Static masks of the heaviest blocks: a budget for each head, or one threshold for any number of them.
+
+Every row keeps at least its heaviest block, and text blocks are always kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from dit_sparse.masks.select import keep_text
+from dit_sparse.types import TokenGrid
+
+_HALF = 1 << 16
+
+
+def heaviest_blocks(mass: Tensor, density: float, offsets: Tensor, grid: TokenGrid) -> Tensor:
+    """The blocks of largest mass per head, whatever their row, up to `density` of all pairs.
+
+    Args:
+        mass: `[1, H, M, M]` float32 block masses.
+        density: share of the query-key pairs of each head, text included.
+        offsets: `[1, 1, M+1]` int32 bounds of the blocks.
+        grid: the layout of the sequence.
+
+    Returns:
+        `[1, H, M, M]` bool.
+
+    Source: PAROAttention (arXiv 2506.16054), section 4.2.
+    """
+    forced = forced_blocks(mass, offsets, grid)
+    area = block_areas(offsets).expand_as(mass)
+    budget = density * grid.num_tokens**2 - (area * forced).sum((-1, -2))
+    ranked = mass.masked_fill(forced, -1).flatten(2).argsort(dim=-1, descending=True, stable=True)
+    spent = (area * ~forced).flatten(2).gather(-1, ranked).cumsum(-1)
+    within = spent <= budget[..., None]
+    return torch.zeros_like(within).scatter_(-1, ranked, within).view_as(forced) | forced
+
+
+def blocks_above(mass: Tensor, threshold: float, offsets: Tensor, grid: TokenGrid) -> Tensor:
+    """The blocks of at least `threshold` mass, `[1, H, M, M]` bool; arguments as in `heaviest_blocks`."""
+    return (mass >= threshold) | forced_blocks(mass, offsets, grid)
+
+
+def mass_threshold(masses: Callable[[], Iterable[Tensor]], density: float, offsets: Tensor, grid: TokenGrid) -> float:
+    """The threshold with which `blocks_above` keeps at most `density` of the pairs of all heads together.
+
+    Exact, and only one of the masses is looked at at a time: a radix search over the bits of float32 in two passes.
+
+    Args:
+        masses: called twice; goes through the masses `[1, H, M, M]` float32, none negative.
+        density, offsets, grid: as in `heaviest_blocks`.
+
+    Returns:
+        The least threshold that keeps within the budget; infinite where text and the heaviest block of each row spend
+        it already.
+    """
+    high, pairs = torch.zeros(_HALF, dtype=torch.float64), 0.0
+    area = block_areas(offsets)
+    for mass in masses():
+        free = ~forced_blocks(mass, offsets, grid)
+        pairs += mass.shape[1] * grid.num_tokens**2 * density - float((area * ~free).sum())
+        high += _histogram(_bits(mass)[free] >> 16, area.expand_as(mass)[free])
+    first, pairs = _crossing(high, pairs)
+    if first < 0:
+        return 0.0
+    low = torch.zeros(_HALF, dtype=torch.float64)
+    for mass in masses():
+        bits = _bits(mass)
+        inside = ~forced_blocks(mass, offsets, grid) & (bits >> 16 == first)
+        low += _histogram(bits[inside] & (_HALF - 1), area.expand_as(mass)[inside])
+    second, _ = _crossing(low, pairs)
+    threshold = torch.tensor((first << 16) + second + 1, dtype=torch.int32).view(torch.float32)
+    return float(threshold) if threshold.isfinite() else float("inf")
+
+
+def forced_blocks(mass: Tensor, offsets: Tensor, grid: TokenGrid) -> Tensor:
+    """Text blocks and the heaviest block of each row, `[1, H, M, M]` bool."""
+    best = torch.zeros_like(mass, dtype=torch.bool).scatter_(-1, mass.argmax(-1, keepdim=True), True)
+    return keep_text(best, grid, offsets, offsets)
+
+
+def block_areas(offsets: Tensor) -> Tensor:
+    """`[1, 1, M, M]` float64 query-key pairs of each block."""
+    sizes = offsets.diff(dim=-1).double()
+    return sizes[..., :, None] * sizes[..., None, :]
+
+
+def _bits(mass: Tensor) -> Tensor:
+    """The bit patterns of floats that are not negative, which rise with them; adding 0 turns -0 into 0."""
+    return (mass + 0.0).view(torch.int32)
+
+
+def _histogram(bins: Tensor, weights: Tensor) -> Tensor:
+    return torch.bincount(bins, weights, minlength=_HALF).cpu()
+
+
+def _crossing(histogram: Tensor, budget: float) -> tuple[int, float]:
+    """The first bin from above that does not fit the budget, -1 if all do, and what is left above it."""
+    from_above = histogram.flip(0).cumsum(0)
+    beyond = (from_above > budget).nonzero()
+    if not len(beyond):
+        return -1, budget
+    place = int(beyond[0, 0])
+    return _HALF - 1 - place, budget - (float(from_above[place - 1]) if place else 0.0)

@@ -1,0 +1,50 @@
+"""Watching the self-attention of a dense pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dit_sparse.kernels import dense_attention
+from dit_sparse.methods import Dense
+from dit_sparse.pipelines.session import DenseAttention, Session
+from dit_sparse.pipelines.sparsify import install, unsparsify
+from dit_sparse.schedule import Schedule
+from dit_sparse.types import Site
+
+Observer = Callable[[Site, Tensor, Tensor, Tensor], None]
+"""Is called with the site, `q, k` `[B, H, N, D]` and the natural-log row sums `[B, H, N]` of their attention."""
+
+
+class _WatchingSession(Session):
+    """Runs every call dense and shows it to an observer."""
+
+    def __init__(self, observer: Observer) -> None:
+        super().__init__(Schedule(Dense()))
+        self._observer = observer
+
+    @torch.compiler.disable
+    def attend(self, layer: int, num_layers: int, q: Tensor, k: Tensor, v: Tensor, dense: DenseAttention) -> Tensor:
+        if self._forward is None or not self.steps.inside_run:
+            return dense()
+        out, lse = dense_attention(q, k, v, return_lse=True)
+        self._observer(self._site(layer, num_layers), q, k, lse)
+        return out
+
+
+@contextmanager
+def observe(pipe: Any, observer: Observer) -> Iterator[None]:
+    """Show every self-attention call of `pipe`, which runs dense meanwhile, to `observer`; `pipe` is dense after it.
+
+    Raises:
+        ValueError: as `sparsify`.
+    """
+    install(pipe, _WatchingSession(observer))
+    try:
+        yield
+    finally:
+        unsparsify(pipe)
