@@ -28,8 +28,9 @@ MAY_IMPORT = {
     "eval": {"types", "pipelines"},
     "bench": {"types", "block_mask", "kernels", "reorder", "masks", "methods", "schedule", "attention"},
     "generate": {"types", "methods", "schedule", "pipelines", "demo", "eval"},
+    "calibrate": {"types", "block_mask", "masks", "reorder", "methods", "pipelines"},
     "doctor": {"kernels", "demo"},
-    "cli": {"bench", "methods", "schedule", "generate", "doctor", "demo", "eval", "pipelines"},
+    "cli": {"bench", "calibrate", "methods", "schedule", "generate", "doctor", "demo", "eval", "pipelines"},
 }
 # Everybody may read the version; nothing else lives in the package's own namespace.
 FREE = {""}

@@ -63,6 +63,8 @@ def mass_threshold(masses: Callable[[], Iterable[Tensor]], density: float, offse
         free = ~forced_blocks(mass, offsets, grid)
         pairs += mass.shape[1] * grid.num_tokens**2 * density - float((area * ~free).sum())
         high += _histogram(_bits(mass)[free] >> 16, area.expand_as(mass)[free])
+    if pairs < 0:
+        return float("inf")
     first, pairs = _crossing(high, pairs)
     if first < 0:
         return 0.0
@@ -72,8 +74,7 @@ def mass_threshold(masses: Callable[[], Iterable[Tensor]], density: float, offse
         inside = ~forced_blocks(mass, offsets, grid) & (bits >> 16 == first)
         low += _histogram(bits[inside] & (_HALF - 1), area.expand_as(mass)[inside])
     second, _ = _crossing(low, pairs)
-    threshold = torch.tensor((first << 16) + second + 1, dtype=torch.int32).view(torch.float32)
-    return float(threshold) if threshold.isfinite() else float("inf")
+    return float(torch.tensor((first << 16) + second + 1, dtype=torch.int32).view(torch.float32))
 
 
 def forced_blocks(mass: Tensor, offsets: Tensor, grid: TokenGrid) -> Tensor:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dit_sparse import Paro, Site, TokenGrid
-from dit_sparse.methods.paro import heaviest_blocks
+from dit_sparse.masks import heaviest_blocks, order_metrics
 from dit_sparse.methods.plan_file import PlanFile
 from dit_sparse.reorder import AXIS_ORDERS, axis_order, raster_order
 

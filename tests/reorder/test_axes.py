@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dit_sparse.reorder import AXIS_ORDERS, axis_order, axis_orders_per_head
+from dit_sparse.reorder import AXIS_ORDERS, axis_order, axis_orders_per_head, distinct_axis_orders
 from dit_sparse.types import TokenGrid
 
 
@@ -54,3 +54,18 @@ def test_unknown_names_are_refused():
         axis_orders_per_head(grid, [], 8)
     with pytest.raises(ValueError, match="axes_per_head must be a list"):
         axis_orders_per_head(grid, "FHW", 8)
+
+
+@pytest.mark.parametrize("sizes", [(3, 2, 5), (1, 4, 5), (3, 1, 5), (3, 2, 1), (1, 1, 5), (1, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize("text_first", [False, True])
+def test_distinct_orders_are_all_that_differ(sizes, text_first):
+    grid = TokenGrid(*sizes, text_len=3, text_first=text_first)
+    names = distinct_axis_orders(grid)
+    walks = {axes: tuple(axis_order(grid, axes, 8).index[0, 0].tolist()) for axes in AXIS_ORDERS}
+    assert len({walks[axes] for axes in names}) == len(names)
+    assert {walks[axes] for axes in names} == set(walks.values())
+    assert names[0] == "FHW"
+
+
+def test_an_image_has_two_orders():
+    assert distinct_axis_orders(TokenGrid(1, 4, 6)) == ("FHW", "FWH")
