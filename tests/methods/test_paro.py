@@ -1,4 +1,4 @@
-"""PAROAttention: the order that gathers attention wins, masks keep the heaviest blocks, plan files come back."""
+"""PAROAttention: the order that gathers attention wins; plan files give each layer and step its mask."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from dit_sparse import Paro, Site, TokenGrid
-from dit_sparse.masks import heaviest_blocks, order_metrics
+from dit_sparse.methods.plan_ahead import PlanReader
 from dit_sparse.methods.plan_file import PlanFile
-from dit_sparse.reorder import AXIS_ORDERS, axis_order, raster_order
+from dit_sparse.reorder import AXIS_ORDERS, axis_order
+from tests.methods import plans
 
 GRID = TokenGrid(4, 8, 8)
 
@@ -43,28 +42,6 @@ def test_heads_choose_for_themselves() -> None:
     assert not torch.equal(plan.q_order.index[0, 0], plan.q_order.index[0, 1])
 
 
-def literal_metrics(weights: Tensor, block: int, sigma: float, epsilon: float) -> tuple[float, float]:
-    """M_quant and 1 - M_sparse of one attention map, entry by entry as the paper states them."""
-    count, sparse, quant = 0, 0, 0.0
-    for row in range(0, weights.shape[0], block):
-        for column in range(0, weights.shape[1], block):
-            entries = [float(weights[i, j]) for i in range(row, row + block) for j in range(column, column + block)]
-            count += 1
-            sparse += sum(entry < epsilon for entry in entries) >= sigma * len(entries)
-            quant += max(abs(entry) for entry in entries) / (sum(abs(entry) for entry in entries) / len(entries))
-    return quant / count, 1 - sparse / count
-
-
-def test_the_metrics_are_the_papers() -> None:
-    torch.manual_seed(0)
-    q, k = 2 * torch.randn(2, 1, 1, 64, 16)
-    lse = (q @ k.transpose(-1, -2) / 4).logsumexp(-1)
-    method = Paro(block=8, sample_blocks=8, sigma=0.5, epsilon=0.01)
-    got = method._metrics(q, k, lse, TokenGrid(1, 8, 8))[0].tolist()
-    weights = (q[0, 0] @ k[0, 0].T / 4).softmax(-1)
-    assert got == pytest.approx(literal_metrics(weights, 8, 0.5, 0.01), rel=1e-4)
-
-
 @pytest.mark.parametrize(
     "grid", [GRID, TokenGrid(3, 5, 7), TokenGrid(2, 4, 4, 9, True), TokenGrid(2, 4, 4, 9)], ids=str
 )
@@ -83,87 +60,88 @@ def test_density_text_and_rows(grid: TokenGrid, density: float) -> None:
     assert float(plan.density.min()) >= min(density, 1) - 0.1
 
 
-def test_the_heaviest_blocks_are_kept() -> None:
-    grid = TokenGrid(1, 8, 8)
-    order = raster_order(grid, 8)
-    mass = torch.rand(1, 2, 8, 8)
-    kept = heaviest_blocks(mass, 0.5, order, grid)
-    assert kept.sum((-1, -2)).tolist() == [[32, 32]]
-    best = torch.zeros_like(kept).scatter_(-1, mass.argmax(-1, keepdim=True), True)
-    assert (kept | best).equal(kept)
-    least_kept = mass.masked_fill(~kept | best, torch.inf).flatten(2).min(-1).values
-    assert (mass.masked_fill(kept, -torch.inf).flatten(2).max(-1).values <= least_kept).all()
+@pytest.mark.parametrize("grid", [TokenGrid(1, 6, 9), TokenGrid(1, 6, 9, 5), TokenGrid(1, 6, 9, 5, True)], ids=str)
+def test_an_image_is_walked_by_rows_or_by_columns(grid: TokenGrid) -> None:
+    """One head attends along columns and one along rows; both find their order, with text and a ragged last block."""
+    row, column = torch.arange(54) // 9, torch.arange(54) % 9
+    heads = []
+    for place in (column, row):
+        video = 30 * torch.nn.functional.one_hot(place, 16).float()
+        text = torch.zeros(grid.text_len, 16)
+        heads.append(torch.cat([text, video] if grid.text_first else [video, text]))
+    q = torch.stack(heads)[None]
+    plan = Paro(density=0.4, block=6, sample_blocks=99).plan(q, q, q, Site(grid), None)
+    for head, axes in enumerate(("FWH", "FHW")):
+        assert torch.equal(plan.q_order.index[0, head], axis_order(grid, axes, 6).index[0, 0])
 
 
 @pytest.fixture
-def saved(tmp_path: Path) -> tuple[Path, list]:
-    torch.manual_seed(0)
-    plans = []
-    for _ in range(2):
-        q, k = torch.randn(2, 1, 3, GRID.num_tokens, 16)
-        plans.append(Paro(block=8).plan(q, k, k, Site(GRID), None))
-    path = tmp_path / "plan.safetensors"
-    PlanFile.save(path, dict(enumerate(plans)), GRID, 8, {"model": "tiny"})
-    return path, plans
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "plan.safetensors"
 
 
-def test_a_plan_file_comes_back(saved) -> None:
-    path, plans = saved
-    q = torch.randn(1, 3, GRID.num_tokens, 16)
+def site(layer: int = 0, step: int = 0, **changes: object) -> Site:
+    return Site(**{"grid": plans.GRID, "layer": layer, "num_layers": 2, "step": step, "num_steps": 4} | changes)
+
+
+@pytest.fixture
+def q() -> Tensor:
+    return torch.randn(1, 2, plans.GRID.num_tokens, 16)
+
+
+def test_a_plan_file_gives_each_step_its_mask(path: Path, q: Tensor) -> None:
+    masks = plans.write(path, starts=(0.0, 0.25, 0.5))
     method = Paro(plan_file=str(path))
-    method.check(GRID)
-    for layer, want in enumerate(plans):
-        got = method.plan(q, q, q, Site(GRID, layer=layer, num_layers=2), None)
-        assert torch.equal(got.token_mask(), want.token_mask())
-    assert PlanFile.open(path).notes == {"model": "tiny"}
-    assert [p.name for p in path.parent.iterdir()] == [path.name]
+    method.check(plans.GRID)
+    assert (method.scope, method.refresh, method.uses_lse) == ("layer", (0.25, 0.5), False)
+    for step, slot in enumerate((0, 1, 2, 2)):
+        for layer in range(2):
+            plan = method.plan(q, q, q, site(layer, step), None)
+            assert torch.equal(plan.block_mask.kept_blocks[0], masks[layer][slot])
+            for head, axes in enumerate(plans.AXES[layer]):
+                assert torch.equal(plan.q_order.index[0, head], axis_order(plans.GRID, axes, 8).index[0, 0])
 
 
-def test_a_plan_for_something_else_is_refused(saved) -> None:
-    method = Paro(plan_file=str(saved[0]))
-    q = torch.randn(1, 3, GRID.num_tokens, 16)
-    with pytest.raises(ValueError, match="is for the grid 4x8x8, got 4x8x4"):
+def test_a_plan_file_of_version_1_still_serves(q: Tensor) -> None:
+    method = Paro(plan_file=str(Path(__file__).parent / "data" / "plan_v1.safetensors"))
+    assert (method.scope, method.refresh) == ("layer", ())
+    assert torch.equal(
+        method.plan(q, q, q, site(1, 0), None).token_mask(), method.plan(q, q, q, site(1, 3), None).token_mask()
+    )
+
+
+def test_the_next_layers_mask_is_read_ahead(path: Path, q: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    masks = plans.write(path)
+    file, read = PlanFile.open(path), []
+    original = PlanFile.bits
+    monkeypatch.setattr(PlanFile, "bits", lambda self, *place: read.append(place[1:]) or original(self, *place))
+    reader = PlanReader(file, torch.device("cpu"))
+    for layer, slot, want in [
+        (0, 0, [(0, 0), (1, 0)]),
+        (1, 0, [(0, 1)]),  # after the last layer, the first one's next mask
+        (0, 1, [(1, 1)]),
+        (1, 1, []),
+        (0, 0, [(0, 0), (1, 0)]),  # the next run
+    ]:
+        read.clear()
+        plan = reader.plan("transformer", layer, slot)
+        assert torch.equal(plan.block_mask.kept_blocks[0], masks[layer][slot])
+        assert read == want
+    assert reader.plan("transformer", 0, 0).q_order is plan.q_order
+
+
+def test_a_plan_for_something_else_is_refused(path: Path, q: Tensor) -> None:
+    plans.write(path)
+    method = Paro(plan_file=str(path))
+    with pytest.raises(ValueError, match="is for the grid 2x3x5 [+] 4 text first, got 4x8x4"):
         method.check(TokenGrid(4, 8, 4))
-    with pytest.raises(ValueError, match="has 2 layers, got layer 2"):
-        method.plan(q, q, q, Site(GRID, layer=2, num_layers=3), None)
-    with pytest.raises(ValueError, match="must have 2 heads"):
-        method.plan(q[:, :2], q[:, :2], q[:, :2], Site(GRID), None)
+    with pytest.raises(ValueError, match="is for the grid"):
+        method.plan(q, q, q, site(grid=TokenGrid(4, 8, 4)), None)
+    with pytest.raises(ValueError, match="is for 2 layers of 2 heads, got 3 of 2"):
+        method.plan(q, q, q, site(num_layers=3), None)
+    with pytest.raises(ValueError, match="is for 2 layers of 2 heads, got 2 of 1"):
+        method.plan(q[:, :1], q[:, :1], q[:, :1], site(), None)
+    with pytest.raises(ValueError, match="has plans of transformer, got 'transformer_2'"):
+        method.plan(q, q, q, site(model="transformer_2"), None)
     with pytest.raises(ValueError, match="existing file"):
-        Paro(plan_file="nowhere.safetensors").check(GRID)
-
-
-@settings(max_examples=200, deadline=None)
-@given(data=st.data())
-def test_a_damaged_plan_file_is_refused_or_read_whole(data: st.DataObject) -> None:
-    """Cut short or with a byte flipped: either a ValueError, or plans of the right shape."""
-    content = bytearray(_plan_bytes())
-    if data.draw(st.booleans()):
-        content = content[: data.draw(st.integers(0, len(content) - 1))]
-    else:
-        content[data.draw(st.integers(0, len(content) - 1))] ^= data.draw(st.integers(1, 255))
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "plan.safetensors"
-        path.write_bytes(content)
-        try:
-            plan = PlanFile.open(path).plan(GRID, 0, 3, torch.device("cpu"))
-        except ValueError:
-            return
-        assert plan.q_order.num_tokens == GRID.num_tokens
-
-
-_CACHE: list[bytes] = []
-
-
-def _plan_bytes() -> bytes:
-    if not _CACHE:
-        import tempfile
-
-        torch.manual_seed(0)
-        q, k = torch.randn(2, 1, 3, GRID.num_tokens, 16)
-        plan = Paro(block=8).plan(q, k, k, Site(GRID), None)
-        with tempfile.TemporaryDirectory() as folder:
-            PlanFile.save(Path(folder) / "p", {0: plan}, GRID, 8, {})
-            _CACHE.append((Path(folder) / "p").read_bytes())
-    return _CACHE[0]
+        Paro(plan_file="nowhere.safetensors").check(plans.GRID)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dit_sparse import AdaSpa, Paro, Schedule, save_plan, sparsify, statistics
+from dit_sparse.methods.plan_file import PlanFile
 from dit_sparse.pipelines import check, session_of
 from dit_sparse.pipelines import session as session_module
 
@@ -15,10 +16,12 @@ PARO = Paro(density=0.5, block=16)
 def test_a_saved_plan_is_the_conditional_branchs(pipe, render, tmp_path) -> None:
     render(sparsify(pipe, PARO))
     found = {key[2]: previous.plan for key, previous in session_of(pipe).previous.items() if key[3] == "cond"}
-    save_plan(pipe, tmp_path / "plan.safetensors", {"prompt": "a red ball"})
+    save_plan(pipe, tmp_path / "plan.safetensors", model="tiny", prompts=["a red ball"])
+    header = PlanFile.open(tmp_path / "plan.safetensors").header
+    assert (header.model, header.prompts, header.steps, header.metrics) == ("tiny", ("a red ball",), 5, {})
     render(sparsify(pipe, Paro(plan_file=str(tmp_path / "plan.safetensors"))))
     used = session_of(pipe).previous
-    assert {key[3] for key in used} == {"cond", "uncond"}
+    assert len(used) == 2  # the branches share a layer's plan
     for key, previous in used.items():
         assert torch.equal(previous.plan.token_mask(), found[key[2]].token_mask())
     assert statistics(pipe).sparse_density == pytest.approx(0.5, abs=0.05)
@@ -50,4 +53,15 @@ def test_only_a_paro_run_has_a_plan_to_save(pipe, render, tmp_path) -> None:
         save_plan(sparsify(pipe, AdaSpa()), tmp_path / "plan")
     with pytest.raises(ValueError, match="must have run"):
         save_plan(sparsify(pipe, PARO), tmp_path / "plan")
+    render(sparsify(pipe, Schedule(PARO, dense_layers=(0,))))
+    with pytest.raises(ValueError, match="needs every layer, got {'transformer': .1.}"):
+        save_plan(pipe, tmp_path / "plan")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_cannot_be_saved_from_a_file(pipe, render, tmp_path) -> None:
+    render(sparsify(pipe, PARO))
+    save_plan(pipe, tmp_path / "plan")
+    render(sparsify(pipe, Paro(plan_file=str(tmp_path / "plan"))))
+    with pytest.raises(ValueError, match="plan_file must be None to save a plan"):
+        save_plan(pipe, tmp_path / "again")
