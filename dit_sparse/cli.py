@@ -33,7 +33,7 @@ app = typer.Typer(
 )
 
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-_SIZE, _SAMPLING, _OUTPUT, _MACHINE = "Size", "Sampling", "Output", "Machine"
+_SIZE, _SAMPLING, _OUTPUT, _MACHINE, _METRICS = "Size", "Sampling", "Output", "Machine", "Choice of orders"
 
 
 @app.callback(invoke_without_command=True)
@@ -132,6 +132,112 @@ def generate(
                 overwrite=overwrite,
             )
         raise typer.Exit(_generate(request, console))
+
+
+@app.command()
+def calibrate(
+    prompts: Annotated[
+        Path | None, typer.Option(help="Text file, UTF-8, one prompt a line; one or two are enough.")
+    ] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt itself, instead of a file.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Folder or hub id of a diffusers model.", show_default="the demo model")
+    ] = None,
+    density: Annotated[float, typer.Option(help="Share of query-key pairs computed.")] = 0.3,
+    threshold: Annotated[
+        str, typer.Option(help="head: each head gets the density; global: one threshold for all heads.")
+    ] = "head",
+    shared_from: Annotated[float, typer.Option(help="Share of the run from which one mask serves all steps.")] = 0.5,
+    out: Annotated[Path, typer.Option(help="The plan file.", rich_help_panel=_OUTPUT)] = Path("plan.safetensors"),
+    scratch: Annotated[
+        Path | None, typer.Option(help="Folder for large files meanwhile.", rich_help_panel=_OUTPUT)
+    ] = None,
+    height: Annotated[int | None, typer.Option(help="In pixels.", rich_help_panel=_SIZE)] = None,
+    width: Annotated[int | None, typer.Option(help="In pixels.", rich_help_panel=_SIZE)] = None,
+    frames: Annotated[int | None, typer.Option(help="Number of frames.", rich_help_panel=_SIZE)] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.", rich_help_panel=_SAMPLING)] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale.", rich_help_panel=_SAMPLING)] = None,
+    seed: Annotated[int, typer.Option(help="Seed of each prompt's noise.", rich_help_panel=_SAMPLING)] = 0,
+    negative_prompt: Annotated[str | None, typer.Option(help="What to avoid.", rich_help_panel=_SAMPLING)] = None,
+    block: Annotated[int, typer.Option(help="Tokens a block.", rich_help_panel=_METRICS)] = 64,
+    sigma: Annotated[
+        float | None, typer.Option(help="A block is sparse when this share of it is small.", rich_help_panel=_METRICS)
+    ] = None,
+    epsilon: Annotated[
+        float | None, typer.Option(help="An attention weight below this is small.", rich_help_panel=_METRICS)
+    ] = None,
+    alpha: Annotated[
+        float | None, typer.Option(help="Sparsity against quantisation incoherence.", rich_help_panel=_METRICS)
+    ] = None,
+    sample_blocks: Annotated[
+        int | None, typer.Option(help="Query blocks a head that orders are compared on.", rich_help_panel=_METRICS)
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.", rich_help_panel=_MACHINE)] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel=_MACHINE)] = "auto",
+    offload: Annotated[
+        str, typer.Option(help="none, model or group: keep weights off the GPU.", rich_help_panel=_MACHINE)
+    ] = "none",
+) -> None:
+    """Choose token orders and masks once, for `generate --method paro --plan-file`.
+
+    The model runs dense over the prompts twice. The plan serves this model and size, and any prompt and steps.
+    """
+    console = Console(stderr=True)
+    with _user_errors():
+        from dit_sparse.calibrate import Calibration, command, summary
+        from dit_sparse.calibrate.describe import describe
+        from dit_sparse.generate import Request, report
+        from dit_sparse.methods import Paro
+
+        given = {"sigma": sigma, "epsilon": epsilon, "alpha": alpha, "sample_blocks": sample_blocks}
+        method = Paro(density, block, **{name: value for name, value in given.items() if value is not None})
+        calibration = Calibration(method, threshold, shared_from, seed)  # type: ignore[arg-type]
+        request = Request(
+            prompts=tuple(_prompts([] if prompts is None else [str(prompts)], prompt)),
+            config={},
+            out=out.absolute().parent,
+            model=model,
+            height=height,
+            width=width,
+            frames=frames,
+            steps=steps,
+            guidance=guidance,
+            seed=seed,
+            negative_prompt=negative_prompt,
+            dtype=dtype,
+            device=device,
+            offload=offload,
+        )
+        with report.warnings_as_lines(console):
+            with report.loading(console, model):
+                pipe, arguments = command.prepare(request, calibration)
+            file = command.calibrate_with_progress(pipe, request, out, calibration, arguments, scratch, console)
+    report.output_console().print(summary(describe(file)))
+
+
+@app.command()
+def inspect(
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan file.")],
+    out: Annotated[Path | None, typer.Option(help="PNG file to draw orders and masks to.")] = None,
+    as_json: _Json = False,
+) -> None:
+    """Show what is in a plan file: orders, densities and masks of every layer and head."""
+    with _user_errors():
+        from dit_sparse.calibrate import describe, draw, layer_table, slot_table, summary
+        from dit_sparse.generate.report import output_console
+        from dit_sparse.methods.plan_file import PlanFile
+
+        file = PlanFile.open(plan)
+        description = describe(file)
+        if out is not None:
+            draw(file, out)
+    if as_json:
+        _print_json(description)
+        return
+    console = output_console()
+    console.print(summary(description))
+    for name, plans in description["models"].items():
+        console.print(slot_table(name, plans), layer_table(name, plans))
 
 
 @app.command()

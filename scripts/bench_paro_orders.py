@@ -76,7 +76,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--stride", type=int, default=4, help="recall is taken at every n-th step")
     parser.add_argument("--block", type=int, default=64)
-    parser.add_argument("--densities", type=lambda text: [float(x) for x in text.split(",")], default=[0.5, 0.25, 0.125])
+    parser.add_argument(
+        "--densities", type=lambda text: [float(x) for x in text.split(",")], default=[0.5, 0.25, 0.125]
+    )
     parser.add_argument("--alphas", type=lambda text: [float(x) for x in text.split(",")], default=[1.0, 0.5, 0.0])
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()

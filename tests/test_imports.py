@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "eval": {"types", "pipelines"},
     "bench": {"types", "block_mask", "kernels", "reorder", "masks", "methods", "schedule", "attention"},
     "generate": {"types", "methods", "schedule", "pipelines", "demo", "eval"},
-    "calibrate": {"types", "block_mask", "masks", "reorder", "methods", "pipelines"},
+    "calibrate": {"types", "block_mask", "masks", "reorder", "methods", "pipelines", "generate"},
     "doctor": {"kernels", "demo"},
     "cli": {"bench", "calibrate", "methods", "schedule", "generate", "doctor", "demo", "eval", "pipelines"},
 }

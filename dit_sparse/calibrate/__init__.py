@@ -1,5 +1,7 @@
-"""Plan files: `calibrate` makes one from prompts."""
+"""Plan files: `calibrate` makes one from prompts, `describe` and `draw` show what is in it."""
 
+from dit_sparse.calibrate.describe import describe, layer_table, slot_table, summary
+from dit_sparse.calibrate.draw import draw
 from dit_sparse.calibrate.run import Calibration, Listener, calibrate
 
-__all__ = ["Calibration", "Listener", "calibrate"]
+__all__ = ["Calibration", "Listener", "calibrate", "describe", "draw", "layer_table", "slot_table", "summary"]

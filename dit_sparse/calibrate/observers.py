@@ -1,4 +1,4 @@
-"""What calibration takes from each attention call: metrics of the orders in the first pass, block masses in the second."""
+"""What calibration takes from attention calls: metrics of the orders in its first pass, block masses in its second."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ from dit_sparse.generate.request import Request
 __all__ = [
     "DEMO",
     "DTYPES",
+    "call_arguments",
     "call_parameters",
     "known_defaults",
     "load_model",
@@ -128,6 +129,13 @@ def pipeline_defaults(request: Request, pipe: Any) -> dict[str, Any]:
 def call_parameters(pipe: Any) -> Mapping[str, inspect.Parameter]:
     """The parameters of the pipeline's `__call__`."""
     return inspect.signature(type(pipe).__call__).parameters
+
+
+def call_arguments(pipe: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values` by the names of the pipeline's `__call__`, as far as it takes them."""
+    takes = call_parameters(pipe)
+    named = {_ARGUMENTS[name]: value for name, value in values.items() if value is not None}
+    return {name: value for name, value in named.items() if name in takes}
 
 
 def _default(pipe: Any, takes: Mapping[str, inspect.Parameter], name: str) -> Any:

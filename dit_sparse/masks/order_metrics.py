@@ -75,7 +75,9 @@ def _of_row(weights: Tensor, sigma: float, epsilon: float) -> Tensor:
     return torch.stack([sparse.double().mean((0, 2)), spread.double().mean((0, 2))], -1)
 
 
-def metrics_by_order(q: Tensor, k: Tensor, lse: Tensor, grid: TokenGrid, orders: Sequence[str], **options: Any) -> Tensor:
+def metrics_by_order(
+    q: Tensor, k: Tensor, lse: Tensor, grid: TokenGrid, orders: Sequence[str], **options: Any
+) -> Tensor:
     """`order_metrics` of `q, k, lse` in the sequence's own order under each of the axis `orders`, `[H, O, 2]`."""
     metrics = []
     for axes in orders:

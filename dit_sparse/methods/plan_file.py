@@ -1,7 +1,7 @@
 """Calibrated plans on disk: safetensors with packed masks and a header that says what they are for.
 
-Each layer has `axes` (which order each head walks), `blocks` (its masks, one bit a block) and perhaps `metrics`. A slice
-is read when it is needed, and checked when it is read.
+Each layer has `axes` (which order each head walks), `blocks` (its masks, one bit a block) and perhaps `metrics`. A
+slice is read when it is needed, and checked when it is read.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
@@ -178,7 +179,7 @@ def _model(name: str, value: Any) -> ModelPlans:
     content = _object(name, value)
     _keys(name, content, ModelPlans)
     starts = _sequence("starts", content["starts"], lambda _, x: _number("starts", x, 0, 1))
-    if not starts or starts[0] != 0 or any(a >= b for a, b in zip(starts, starts[1:], strict=False)):
+    if not starts or starts[0] != 0 or any(a >= b for a, b in pairwise(starts)):
         raise ValueError(f"its starts must rise from 0, got {list(starts[:8])}")
     layers = _whole("layers", content["layers"], 1, _MAX_COUNT)
     checks = _sequence("checks", content["checks"], lambda _, row: _sequence("checks", row, _check))

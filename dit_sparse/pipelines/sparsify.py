@@ -121,9 +121,7 @@ def check(pipe: Any, method: Method | Schedule, height: int, width: int, frames:
         Schedule.of(method).check(grid, adapter.num_layers(transformer))
 
 
-def save_plan(
-    pipe: Any, path: str | os.PathLike[str], *, model: str = "", prompts: Sequence[str] = ()
-) -> None:
+def save_plan(pipe: Any, path: str | os.PathLike[str], *, model: str = "", prompts: Sequence[str] = ()) -> None:
     """Write the orders and masks that `Paro()` found in the latest run, for `Paro(plan_file=path)`.
 
     The plans of the conditional branch are taken. `calibrate` makes a better file: of any number of prompts, with a

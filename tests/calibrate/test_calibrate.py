@@ -169,7 +169,7 @@ def test_bad_settings_are_refused(pipe, path: Path, monkeypatch: pytest.MonkeyPa
         calibrate(pipe, PROMPTS, path.parent / "no" / "plan", **ARGUMENTS)
     usage = store_module.shutil.disk_usage
     monkeypatch.setattr(store_module.shutil, "disk_usage", lambda folder: usage(folder)._replace(free=1000))
-    with pytest.raises(ValueError, match="calibration needs 0.0 GB beside the plan file, got 0.0 GB free"):
+    with pytest.raises(ValueError, match=r"calibration needs 0\.0 GB beside the plan file, got 0\.0 GB free"):
         calibrate(pipe, PROMPTS, path, Calibration(METHOD), **ARGUMENTS)
     assert list(path.parent.iterdir()) == []
     assert session_of(pipe) is None
@@ -196,7 +196,7 @@ class Largest(TorchDispatchMode):
 
 
 def test_nothing_is_ever_tokens_by_tokens(tmp_path: Path) -> None:
-    """8,192 tokens: an attention map of one head has 67 million weights, and the largest tensor a small part of that."""
+    """8,192 tokens: one head's attention map has 67 million weights, and the largest tensor a small part of that."""
     grid = TokenGrid(8, 32, 32)
     n, heads = grid.num_tokens, 2
     torch.manual_seed(0)

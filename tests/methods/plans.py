@@ -54,9 +54,9 @@ def write(path: Path, starts: tuple[float, ...] = (0.0, 0.25), **changes: Any) -
     write_plans(
         path,
         header,
-        {name: AXES for name in every},
+        dict.fromkeys(every, AXES),
         {name: [pack_bits(mask) for mask in masks] for name in every},
-        None if metrics is None else {name: metrics for name in every},
+        None if metrics is None else dict.fromkeys(every, metrics),
     )
     return masks
 
@@ -70,7 +70,8 @@ def forge(
 ) -> PlanFile:
     """Write a changed copy of a plan file whose checksums are all right, as somebody who means harm would; open it."""
     with safe_open(source, framework="pt") as file:
-        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
+        names = file.keys()
+        tensors = {name: file.get_tensor(name).clone() for name in names}
         metadata = file.metadata()
     header = json.loads(metadata["header"])
     change_tensors(tensors)

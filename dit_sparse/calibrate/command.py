@@ -1,0 +1,93 @@
+"""Calibration as the command line asks for it: a model by name, sizes that it fills in, progress on a console."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from dit_sparse.calibrate.run import Calibration, Listener, calibrate
+from dit_sparse.generate import Request, models
+from dit_sparse.generate.run import check_folder
+from dit_sparse.methods.plan_file import PlanFile
+from dit_sparse.pipelines import check
+
+
+def prepare(request: Request, calibration: Calibration) -> tuple[Any, dict[str, Any]]:
+    """The pipeline that `request` means and the arguments of its call, both checked.
+
+    Raises:
+        ValueError, OSError: one line that says what is wrong and what is allowed.
+    """
+    check_folder(request.out)
+    pipe = models.load_model(request)
+    values = models.pipeline_defaults(request, pipe) | (models.known_defaults(request) or {})
+    check(pipe, calibration.method, values["height"], values["width"], values["frames"])
+    arguments = models.call_arguments(pipe, values)
+    if request.negative_prompt is not None:
+        arguments["negative_prompt"] = request.negative_prompt
+    return pipe, arguments
+
+
+def calibrate_with_progress(
+    pipe: Any,
+    request: Request,
+    path: str | os.PathLike[str],
+    calibration: Calibration,
+    arguments: dict[str, Any],
+    scratch: Path | None,
+    console: Console,
+) -> PlanFile:
+    """`calibrate` with a bar on `console`."""
+    name = models.model_name(request.model)
+    # A folder's own path is nobody's business but its owner's.
+    name = Path(name).name if Path(name).is_absolute() else name
+    total = 2 * len(request.prompts) * int(arguments["num_inference_steps"])
+    with ProgressListener(console, total) as listener:
+        return calibrate(
+            pipe,
+            request.prompts,
+            path,
+            calibration,
+            model=name,
+            scratch=scratch,
+            listener=listener,
+            **arguments,
+        )
+
+
+class ProgressListener(Listener):
+    """Shows a calibration of `total` steps on `console`: a bar where it is a terminal, else a line a run."""
+
+    def __init__(self, console: Console, total: int) -> None:
+        self._console = console
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task("", total=total)
+
+    def __enter__(self) -> ProgressListener:
+        self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._progress.stop()
+
+    def began(self, what: str, prompt: str) -> None:
+        text = f"{what}: {prompt[:60]}"
+        self._progress.update(self._task, description=text)
+        if not self._console.is_terminal:
+            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def stepped(self) -> None:
+        self._progress.advance(self._task)
