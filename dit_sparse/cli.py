@@ -189,7 +189,7 @@ def calibrate(
         from dit_sparse.generate import Request, report
         from dit_sparse.methods import Paro
 
-        given = {"sigma": sigma, "epsilon": epsilon, "alpha": alpha, "sample_blocks": sample_blocks}
+        given: dict[str, Any] = {"sigma": sigma, "epsilon": epsilon, "alpha": alpha, "sample_blocks": sample_blocks}
         method = Paro(density, block, **{name: value for name, value in given.items() if value is not None})
         calibration = Calibration(method, threshold, shared_from, seed)  # type: ignore[arg-type]
         request = Request(

@@ -11,6 +11,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dit_sparse import __version__
 from dit_sparse.block_mask import pack_bits
 from dit_sparse.calibrate.observers import MassSums, OrderSearch
 from dit_sparse.calibrate.store import MassStore, Place
@@ -181,7 +181,7 @@ def _header(
         steps=search.num_steps,
         threshold=calibration.threshold,
         metrics={name: getattr(method, name) for name in ("sigma", "epsilon", "alpha", "sample_blocks")},
-        made_by=__version__,
+        made_by=version("dit-sparse"),
     )
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from importlib.metadata import version
 from typing import Any, TypeVar
 
-from dit_sparse import __version__
 from dit_sparse.methods import Paro
 from dit_sparse.methods.plan_file import axes_of, write_plans
 from dit_sparse.methods.plan_header import ModelPlans, PlanHeader, one_line
@@ -159,7 +159,7 @@ def save_plan(pipe: Any, path: str | os.PathLike[str], *, model: str = "", promp
         one_line(model),
         tuple(map(one_line, prompts)),
         session.steps.num_steps,
-        made_by=__version__,
+        made_by=version("dit-sparse"),
     )
     write_plans(path, header, axes, bits)
 
