@@ -161,16 +161,22 @@ def calibrate(
     negative_prompt: Annotated[str | None, typer.Option(help="What to avoid.", rich_help_panel=_SAMPLING)] = None,
     block: Annotated[int, typer.Option(help="Tokens a block.", rich_help_panel=_METRICS)] = 64,
     sigma: Annotated[
-        float | None, typer.Option(help="A block is sparse when this share of it is small.", rich_help_panel=_METRICS)
+        float | None,
+        typer.Option(
+            help="A block is sparse when this share of it is small.", show_default="0.99", rich_help_panel=_METRICS
+        ),
     ] = None,
     epsilon: Annotated[
-        float | None, typer.Option(help="An attention weight below this is small.", rich_help_panel=_METRICS)
+        float | None,
+        typer.Option(help="A weight below this is small.", show_default="the mean weight", rich_help_panel=_METRICS),
     ] = None,
     alpha: Annotated[
-        float | None, typer.Option(help="Sparsity against quantisation incoherence.", rich_help_panel=_METRICS)
+        float | None,
+        typer.Option(help="Sparsity against quantisation incoherence.", show_default="1", rich_help_panel=_METRICS),
     ] = None,
     sample_blocks: Annotated[
-        int | None, typer.Option(help="Query blocks a head that orders are compared on.", rich_help_panel=_METRICS)
+        int | None,
+        typer.Option(help="Query blocks compared a head.", show_default="16", rich_help_panel=_METRICS),
     ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.", rich_help_panel=_MACHINE)] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel=_MACHINE)] = "auto",

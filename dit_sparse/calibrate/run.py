@@ -124,8 +124,7 @@ def calibrate(
     expected = (len(starts) + 1) * max(map(len, axes.values()))
     with tempfile.TemporaryDirectory(prefix=".dit-sparse-", dir=folder) as own, MassStore(Path(own), expected) as store:
         watch("masks", MassSums(store, axes, calibration.method.block, starts))
-        header = _header(calibration, search, store, starts, model, prompts)
-        _write(path, search, store, header, Path(own))
+        write_calibration(path, calibration, search, store, axes, model, prompts)
     return PlanFile.open(path)
 
 
@@ -140,37 +139,49 @@ def _render(pipe: Any, prompt: str, seed: int, listener: Listener, arguments: Ma
     pipe(prompt=prompt, **own, **arguments)
 
 
-def _write(
+def write_calibration(
     path: str | os.PathLike[str],
+    calibration: Calibration,
     search: OrderSearch,
     store: MassStore,
-    header: PlanHeader,
-    folder: Path,
+    axes: Mapping[str, Sequence[tuple[str, ...]]],
+    model: str = "",
+    prompts: Sequence[str] = (),
 ) -> None:
-    """Choose the masks from the mean masses, a layer and slot at a time, and write the plan file."""
+    """Choose the masks from the mean masses, a layer and slot at a time, and write the plan file.
+
+    Args:
+        path, calibration, model, prompts: as in `calibrate`.
+        search, store: what the two passes found.
+        axes: for each transformer and layer the order of each head, under which `store` has its masses.
+    """
+    header = _header(calibration, search, store, axes, model, prompts)
     choose = _chooser(store, header)
-    bits = {}
-    for name, plans in header.models.items():
-        slots = store.slots(name)
-        layers = range(plans.layers)
-        bits[name] = [_packed(folder / f"{name}.{n}", choose, [(name, n, slot) for slot in slots]) for n in layers]
-    write_plans(path, header, search.axes(), bits, search.metrics())
+    with tempfile.TemporaryDirectory(dir=store.folder) as folder:
+        bits = {}
+        for name, plans in header.models.items():
+            slots = store.slots(name)
+            files = [(n, Path(folder) / f"{name}.{n}") for n in range(plans.layers)]
+            bits[name] = [_packed(file, choose, [(name, n, slot) for slot in slots]) for n, file in files]
+        write_plans(path, header, axes, bits, search.metrics())
 
 
 def _header(
     calibration: Calibration,
     search: OrderSearch,
     store: MassStore,
-    starts: tuple[float, ...],
+    axes: Mapping[str, Sequence[tuple[str, ...]]],
     model: str,
     prompts: Sequence[str],
 ) -> PlanHeader:
     method, models = calibration.method, {}
-    for name, axes in search.axes().items():
+    starts = calibration.starts(search.num_steps)
+    for name, layers in axes.items():
         # A transformer that runs in some steps only, as each of Wan 2.2's does, has masks for those alone.
         own = (0.0, *(starts[slot] for slot in store.slots(name)[1:]))
-        models[name] = ModelPlans(len(axes), len(axes[0]), own)
+        models[name] = ModelPlans(len(layers), len(layers[0]), own)
     assert search.grid is not None
+    epsilon = 1 / search.grid.num_tokens if method.epsilon is None else method.epsilon
     return PlanHeader(
         grid=search.grid,
         block=method.block,
@@ -180,7 +191,12 @@ def _header(
         prompts=tuple(map(one_line, prompts)),
         steps=search.num_steps,
         threshold=calibration.threshold,
-        metrics={name: getattr(method, name) for name in ("sigma", "epsilon", "alpha", "sample_blocks")},
+        metrics={
+            "sigma": method.sigma,
+            "epsilon": epsilon,
+            "alpha": method.alpha,
+            "sample_blocks": method.sample_blocks,
+        },
         made_by=version("dit-sparse"),
     )
 

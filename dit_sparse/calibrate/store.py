@@ -20,11 +20,14 @@ class MassStore:
     Args:
         folder: an existing folder with room for all of them.
         expected: how many places there will be, to see in time whether they fit.
+
+    Attributes:
+        folder: where the file is.
     """
 
     def __init__(self, folder: Path, expected: int) -> None:
         self._file = (folder / "masses").open("w+b")
-        self._folder = folder
+        self.folder = folder
         self._expected = expected
         self._where: dict[Place, tuple[int, torch.Size]] = {}
         self._counts: Counter[Place] = Counter()
@@ -72,7 +75,7 @@ class MassStore:
         return torch.from_numpy(np.fromfile(self._file, np.float32, shape.numel())).view(shape)
 
     def _check_room(self, needed: int) -> None:
-        free = shutil.disk_usage(self._folder).free
+        free = shutil.disk_usage(self.folder).free
         if needed > free:
             raise ValueError(
                 f"calibration needs {needed / 1e9:.1f} GB beside the plan file, got {free / 1e9:.1f} GB free; "

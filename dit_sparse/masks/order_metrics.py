@@ -24,8 +24,8 @@ def order_metrics(
     grid: TokenGrid,
     *,
     block: int,
-    sigma: float = 0.9,
-    epsilon: float = 1e-3,
+    sigma: float = 0.99,
+    epsilon: float | None = None,
     sample_blocks: int = 16,
 ) -> Tensor:
     """M_sparse and M_quant of each head's attention map, whose tokens stand in some order already.
@@ -39,15 +39,17 @@ def order_metrics(
         lse: `[B, H, N]` natural-log row sums of the dense attention, in the same positions.
         grid: the layout of the sequence.
         block: tokens a block.
-        sigma, epsilon: as above.
+        sigma, epsilon: as above; by default `epsilon` is the mean weight, 1 / N.
         sample_blocks: query blocks that are looked at, evenly spread; all key blocks are.
 
     Returns:
         `[H, 2]` float64, means over the batch.
 
     Source: PAROAttention (arXiv 2506.16054), section 4.1.
-    Differs from the paper: `sample_blocks` query blocks instead of all.
+    Differs from the paper: `sample_blocks` query blocks instead of all; the paper has 0.9 and 1e-3 for `sigma` and
+    `epsilon`, with which blocks of a few scattered large weights count as sparse (docs/methods/paro.md).
     """
+    epsilon = 1 / grid.num_tokens if epsilon is None else epsilon
     start, size = grid.video_start, min(block, grid.video_len)
     blocks = grid.video_len // size
     rows = torch.linspace(0, blocks - 1, min(sample_blocks, blocks)).round().long().unique().tolist()

@@ -31,7 +31,8 @@ class Paro:
 
     Differs from the paper: calibration may be online, and then belongs to one prompt and serves all steps; the metrics
     are taken on `sample_blocks` query blocks a head; as printed the paper minimises both metrics, here the sparse one
-    is 1 - M_sparse; `alpha` is not reported there, and is 1 here because nothing is quantised.
+    is 1 - M_sparse; `alpha` is not reported there, and is 1 here because nothing is quantised; `sigma` and `epsilon`
+    are 0.9 and 1e-3 there, which chose worse orders than raster where that was measured (docs/methods/paro.md).
 
     Raises:
         ValueError: a share outside its range, a block or a sample below 1.
@@ -40,8 +41,10 @@ class Paro:
     density: float = field(default=0.5, metadata={"help": "share of query-key pairs computed, text included"})
     block: int = field(default=64, metadata={"help": "tokens a block"})
     plan_file: str | None = field(default=None, metadata={"help": "a saved calibration; its density and block win"})
-    sigma: float = field(default=0.9, metadata={"help": "a block is sparse when this share of its entries is small"})
-    epsilon: float = field(default=1e-3, metadata={"help": "an attention weight below this is small"})
+    sigma: float = field(default=0.99, metadata={"help": "a block is sparse when this share of its entries is small"})
+    epsilon: float | None = field(
+        default=None, metadata={"help": "an attention weight below this is small; none: below the mean weight"}
+    )
     alpha: float = field(default=1.0, metadata={"help": "weight of sparsity against quantisation incoherence"})
     sample_blocks: int = field(default=16, metadata={"help": "query blocks a head on which the orders are compared"})
 
@@ -65,7 +68,7 @@ class Paro:
         return self.plan_file is None
 
     def __post_init__(self) -> None:
-        for name in ("density", "sigma", "epsilon"):
+        for name in ("density", "sigma") if self.epsilon is None else ("density", "sigma", "epsilon"):
             check_share(name, getattr(self, name))
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha must be from 0 to 1, got {self.alpha!r}")

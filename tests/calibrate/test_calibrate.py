@@ -17,6 +17,7 @@ from dit_sparse.block_mask import unpack_bits
 from dit_sparse.calibrate import Calibration, Listener, calibrate
 from dit_sparse.calibrate import store as store_module
 from dit_sparse.calibrate.observers import MassSums, OrderSearch
+from dit_sparse.calibrate.run import write_calibration
 from dit_sparse.calibrate.store import MassStore
 from dit_sparse.masks import heaviest_blocks, mass_threshold
 from dit_sparse.methods.plan_file import PlanFile
@@ -33,7 +34,7 @@ ARGUMENTS = {
     "num_inference_steps": 4,
 }
 PROMPTS = ["a red ball", "a blue square"]
-METHOD = Paro(density=0.3, block=BLOCK, sample_blocks=99, epsilon=0.003, alpha=0.5)
+METHOD = Paro(density=0.3, block=BLOCK, sample_blocks=99, sigma=0.9, alpha=0.5)
 
 
 @pytest.fixture
@@ -67,7 +68,7 @@ def blocked(attention: Tensor, axes: str, grid: TokenGrid) -> Tensor:
 def whole_metrics(maps: list[Tensor], head: int, axes: str, grid: TokenGrid) -> list[float]:
     """M_sparse and M_quant, the means over whole maps."""
     blocks = torch.stack([blocked(m[head], axes, grid) for m in maps])
-    sparse = (blocks < METHOD.epsilon).double().mean(-1) >= METHOD.sigma
+    sparse = (blocks < 1 / grid.num_tokens).double().mean(-1) >= METHOD.sigma
     return [float(sparse.double().mean()), float((blocks.amax(-1) / blocks.mean(-1)).mean())]
 
 
@@ -216,8 +217,6 @@ def test_nothing_is_ever_tokens_by_tokens(tmp_path: Path) -> None:
 
 def test_a_plan_for_two_transformers(tmp_path: Path, path: Path) -> None:
     """The second one runs in the last steps only, as Wan 2.2's does: its one mask serves it from the start."""
-    from dit_sparse.calibrate.run import _header, _write
-
     grid = TokenGrid(2, 4, 8)
     search = OrderSearch(Paro(density=0.5, block=8))
     calls = [Site(grid, 0, 1, step, 4, model="transformer" if step < 2 else "transformer_2") for step in range(4)]
@@ -231,7 +230,7 @@ def test_a_plan_for_two_transformers(tmp_path: Path, path: Path) -> None:
         sums = MassSums(store, search.axes(), 8, starts)
         for site in calls:
             sums(site, q, k, lse)
-        _write(path, search, store, _header(Calibration(search.method), search, store, starts, "m", ["p"]), tmp_path)
+        write_calibration(path, Calibration(search.method), search, store, search.axes())
     file = PlanFile.open(path)
     file.verify()
     assert {name: plans.starts for name, plans in file.header.models.items()} == {
