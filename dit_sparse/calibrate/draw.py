@@ -39,14 +39,11 @@ def draw(file: PlanFile, path: str | os.PathLike[str], layers: int = 4, heads: i
         densities = torch.tensor([layer["densities"] for layer in model["layers"]]).mean(1)
         names = [file.axes(name, layer) for layer in range(len(model["layers"]))]
         rows.append(_text(f"{name}: order (colour) and density (number) by layer (down) and head (across)", 13))
-        rows.append(_below([_head_map(names, densities), _legend(file)]))
+        rows.append(below([_head_map(names, densities), _legend(file)]))
         for slot in dict.fromkeys((0, len(model["starts"]) - 1)):
             rows.append(_text(f"{name}: blocks kept from {model['starts'][slot]:.0%} of the run on, query down", 13))
             rows.append(_masks(file, name, slot, layers, heads))
-    picture = _below(rows)
-    framed = Image.new("RGB", (picture.width + 2 * MARGIN, picture.height + 2 * MARGIN), _PAPER)
-    framed.paste(picture, (MARGIN, MARGIN))
-    save_picture(framed, path)
+    save_picture(below(rows), path)
 
 
 def mask_picture(kept: Tensor, size: int = MASK) -> Image.Image:
@@ -58,10 +55,12 @@ def mask_picture(kept: Tensor, size: int = MASK) -> Image.Image:
 
 
 def save_picture(picture: Image.Image, path: str | os.PathLike[str]) -> None:
-    """Write a PNG through a temporary name."""
+    """Write `picture` with a margin as a PNG, through a temporary name."""
+    framed = Image.new("RGB", (picture.width + 2 * MARGIN, picture.height + 2 * MARGIN), _PAPER)
+    framed.paste(picture, (MARGIN, MARGIN))
     temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
     try:
-        picture.save(temporary, format="PNG", optimize=True)
+        framed.save(temporary, format="PNG", optimize=True)
         os.replace(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)
@@ -69,7 +68,7 @@ def save_picture(picture: Image.Image, path: str | os.PathLike[str]) -> None:
 
 def labelled(picture: Image.Image, text: str) -> Image.Image:
     """`picture` with a line of text above it."""
-    return _below([_text(text, 12), picture], gap=2)
+    return below([_text(text, 12), picture], gap=2)
 
 
 def beside(pictures: list[Image.Image], gap: int = MARGIN) -> Image.Image:
@@ -82,7 +81,8 @@ def beside(pictures: list[Image.Image], gap: int = MARGIN) -> Image.Image:
     return joined
 
 
-def _below(pictures: list[Image.Image], gap: int = MARGIN // 2) -> Image.Image:
+def below(pictures: list[Image.Image], gap: int = MARGIN // 2) -> Image.Image:
+    """Pictures under each other."""
     size = max(p.width for p in pictures), sum(p.height + gap for p in pictures) - gap
     joined, y = Image.new("RGB", size, _PAPER), 0
     for picture in pictures:
@@ -129,7 +129,7 @@ def _masks(file: PlanFile, model: str, slot: int, layers: int, heads: int) -> Im
                 ]
             )
         )
-    return _below(rows)
+    return below(rows)
 
 
 def _spread(count: int, wanted: int) -> list[int]:
