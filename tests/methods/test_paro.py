@@ -145,3 +145,16 @@ def test_a_plan_for_something_else_is_refused(path: Path, q: Tensor) -> None:
         method.plan(q, q, q, site(model="transformer_2"), None)
     with pytest.raises(ValueError, match="existing file"):
         Paro(plan_file="nowhere.safetensors").check(plans.GRID)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_on_a_gpu_masks_arrive_on_a_stream_of_their_own(path: Path) -> None:
+    masks = plans.write(path, starts=(0.0, 0.25, 0.5))
+    reader = PlanReader(PlanFile.open(path), torch.device("cuda", 0))
+    for _ in range(3):
+        for slot in range(3):
+            for layer in range(2):
+                plan = reader.plan("transformer", layer, slot)
+                assert torch.equal(plan.block_mask.kept_blocks[0].cpu(), masks[layer][slot])
+                assert all(arriving.done is not None for arriving in reader._ahead.values())
