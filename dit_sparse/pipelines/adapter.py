@@ -33,6 +33,12 @@ class FamilyAdapter(ABC):
             ValueError: a processor that is not the family's own, or context parallelism.
         """
 
+    def fuse(self, transformer: Any) -> None:  # noqa: B027  # a family need not have it
+        """Speed up what stands around attention, where the family has anything for that."""
+
+    def unfuse(self, transformer: Any) -> None:  # noqa: B027
+        """Undo `fuse`."""
+
     @abstractmethod
     def num_layers(self, transformer: Any) -> int:
         """How many transformer blocks take sparse attention."""
@@ -62,3 +68,9 @@ def uses_default_backend(processor: Any) -> bool:
     """Whether nobody has chosen a dense attention kernel, neither for this processor nor for all of diffusers."""
     chosen, _ = _AttentionBackendRegistry.get_active_backend()
     return processor._attention_backend is None and chosen == AttentionBackendName.NATIVE
+
+
+def is_watched(module: torch.nn.Module) -> bool:
+    """Whether hooks of torch, accelerate or diffusers stand around `module`, which only its own call runs."""
+    hooks = module._forward_hooks or module._forward_pre_hooks
+    return bool(hooks) or hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook")

@@ -57,6 +57,7 @@ def sparsify(pipe: Pipeline, method: Method | Schedule, *, backend: str = "auto"
             # An earlier transformer must not stay sparse alone.
             unsparsify(pipe)
             raise
+        adapter.fuse(transformer)
         add_site_hook(transformer, session, adapter, model)
         setattr(transformer, _INSTALLED, _Installed(session, originals, model))
     session.watch(pipe)
@@ -71,6 +72,7 @@ def unsparsify(pipe: Pipeline) -> Pipeline:
             continue
         for path, processor in installed.originals.items():
             transformer.get_submodule(path.removeprefix(f"{installed.model}.")).processor = processor
+        adapter_for(pipe).unfuse(transformer)
         remove_site_hook(transformer)
         installed.session.steps.release()
         delattr(transformer, _INSTALLED)

@@ -11,8 +11,9 @@ from torch.utils.hooks import RemovableHandle
 
 from dit_sparse.kernels import dense_attention, norm_rope
 from dit_sparse.kernels.norm_rope import rotate
-from dit_sparse.pipelines.adapter import FamilyAdapter, uses_default_backend
+from dit_sparse.pipelines.adapter import FamilyAdapter, is_watched, uses_default_backend
 from dit_sparse.pipelines.session import Session
+from dit_sparse.pipelines.wan_block import fuse_block, unfuse_block
 from dit_sparse.types import TokenGrid, TokenOrder
 
 RotaryEmbedding = tuple[torch.Tensor, torch.Tensor]
@@ -80,16 +81,10 @@ def project(
 
 def prepare(x: torch.Tensor, norm: torch.nn.Module, heads: int, rotary_emb: RotaryEmbedding | None) -> torch.Tensor:
     """`x` `[B, N, H * D]` normed, cut into heads and rotated: `[B, N, H, D]`; in one pass if nothing hooks the norm."""
-    if type(norm) is torch.nn.RMSNorm and norm.eps is not None and not _is_watched(norm):
+    if type(norm) is torch.nn.RMSNorm and norm.eps is not None and not is_watched(norm):
         return norm_rope(x.unflatten(2, (heads, -1)), norm.weight, norm.eps, *(rotary_emb or (None, None)))
     x = norm(x).unflatten(2, (heads, -1))
     return x if rotary_emb is None else rotate(x, *rotary_emb)
-
-
-def _is_watched(module: torch.nn.Module) -> bool:
-    """Whether hooks of torch, accelerate or diffusers stand around `module`, which only its own call runs."""
-    hooks = module._forward_hooks or module._forward_pre_hooks
-    return bool(hooks) or hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook")
 
 
 class WanAdapter(FamilyAdapter):
@@ -114,6 +109,14 @@ class WanAdapter(FamilyAdapter):
             original = originals[f"{model}.blocks.{layer}.attn1"]
             block.attn1.processor = SparseWanAttnProcessor(session, layer, self.num_layers(transformer), original)
         return originals
+
+    def fuse(self, transformer: Any) -> None:
+        for block in transformer.blocks:
+            fuse_block(block)
+
+    def unfuse(self, transformer: Any) -> None:
+        for block in transformer.blocks:
+            unfuse_block(block)
 
     def num_layers(self, transformer: Any) -> int:
         return len(transformer.blocks)
