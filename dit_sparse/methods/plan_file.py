@@ -28,7 +28,7 @@ class PlanFile:
 
     Args:
         path: the safetensors file.
-        grid, block: what it was calibrated for.
+        grid, block: what it was calibrated for; text of any length fits.
         num_layers: how many layers it has.
         notes: whatever else was stored, such as the model's name.
     """
@@ -62,8 +62,9 @@ class PlanFile:
             raise ValueError(f"plan_file {str(path)!r} is damaged: {error}; calibrate again") from error
 
     def check(self, grid: TokenGrid) -> None:
-        """Raise ValueError unless this plan is for `grid`."""
-        if grid != self.grid:
+        """Raise ValueError unless this plan is for `grid`; the text may be of another length, as all of it is kept."""
+        same_side = grid.text_first == self.grid.text_first or not (grid.text_len and self.grid.text_len)
+        if grid.shape != self.grid.shape or not same_side:
             raise ValueError(f"plan_file {str(self.path)!r} is for the grid {self.grid}, got {grid}; calibrate for it")
 
     def plan(self, grid: TokenGrid, layer: int, heads: int, device: torch.device) -> AttentionPlan:
@@ -82,12 +83,26 @@ class PlanFile:
             raise ValueError(f"plan_file {str(self.path)!r} is damaged: {error}; calibrate again") from error
         if axes.shape != (heads,) or int(axes.max()) >= len(AXIS_ORDERS):
             raise ValueError(f"plan_file {str(self.path)!r} must have {heads} heads, got axes {tuple(axes.shape)}")
-        order = axis_orders_per_head(grid, [AXIS_ORDERS[i] for i in axes.tolist()], self.block, device=device)
-        want = (heads, order.num_blocks, -(-order.num_blocks // 8))
+        names = [AXIS_ORDERS[i] for i in axes.tolist()]
+        own = axis_orders_per_head(self.grid, names, self.block, device=device)
+        want = (heads, own.num_blocks, -(-own.num_blocks // 8))
         if bits.shape != want:
             raise ValueError(f"plan_file {str(self.path)!r} must have blocks {want}, got {tuple(bits.shape)}")
-        packed = PackedBlockMask(bits[None].to(device), None, order.offsets, order.offsets)
-        return AttentionPlan(order, order, packed.unpack())
+        mask = PackedBlockMask(bits[None].to(device), None, own.offsets, own.offsets).unpack()
+        if grid == self.grid:
+            return AttentionPlan(own, own, mask)
+        order = axis_orders_per_head(grid, names, self.block, device=device)
+        return AttentionPlan.from_kept(order, self._with_other_text(mask.kept_blocks, grid))
+
+    def _with_other_text(self, kept: Tensor, grid: TokenGrid) -> Tensor:
+        """The video's blocks of `kept` `[1, H, M, M]` with as many text blocks, all kept, as `grid` has."""
+        video = -(-grid.video_len // self.block)
+        old, new = (-(-g.text_len // self.block) if g.text_first else 0 for g in (self.grid, grid))
+        blocks = video + -(-grid.text_len // self.block)
+        result = torch.ones(*kept.shape[:2], blocks, blocks, dtype=torch.bool, device=kept.device)
+        inside = slice(old, old + video)
+        result[..., new : new + video, new : new + video] = kept[..., inside, inside]
+        return result
 
     @staticmethod
     def save(

@@ -13,7 +13,7 @@ from dit_sparse.pipelines.hooks import add_site_hook, remove_site_hook
 from dit_sparse.pipelines.session import Session
 from dit_sparse.pipelines.statistics import RunStatistics
 from dit_sparse.schedule import Schedule
-from dit_sparse.types import Method, TokenGrid
+from dit_sparse.types import AttentionPlan, Method, TokenGrid
 
 Pipeline = TypeVar("Pipeline")
 _INSTALLED = "_dit_sparse"
@@ -22,10 +22,9 @@ _INSTALLED = "_dit_sparse"
 class _Installed:
     """What `sparsify` left on a transformer: its session, and how to take it off."""
 
-    def __init__(self, session: Session, originals: dict[str, Any], model: str) -> None:
+    def __init__(self, session: Session, originals: dict[str, Any]) -> None:
         self.session = session
         self.originals = originals
-        self.model = model
 
 
 def sparsify(pipe: Pipeline, method: Method | Schedule, *, backend: str = "auto") -> Pipeline:
@@ -59,7 +58,7 @@ def sparsify(pipe: Pipeline, method: Method | Schedule, *, backend: str = "auto"
             raise
         adapter.fuse(transformer)
         add_site_hook(transformer, session, adapter, model)
-        setattr(transformer, _INSTALLED, _Installed(session, originals, model))
+        setattr(transformer, _INSTALLED, _Installed(session, originals))
     session.watch(pipe)
     return pipe
 
@@ -71,7 +70,7 @@ def unsparsify(pipe: Pipeline) -> Pipeline:
         if installed is None:
             continue
         for path, processor in installed.originals.items():
-            transformer.get_submodule(path.removeprefix(f"{installed.model}.")).processor = processor
+            transformer.get_submodule(path).processor = processor
         adapter_for(pipe).unfuse(transformer)
         remove_site_hook(transformer)
         installed.session.steps.release()
@@ -120,7 +119,8 @@ def check(pipe: Any, method: Method | Schedule, height: int, width: int, frames:
 def save_plan(pipe: Any, path: str | os.PathLike[str], notes: Mapping[str, Any] | None = None) -> None:
     """Write the orders and masks that `Paro()` found in the latest run, for `Paro(plan_file=path)`.
 
-    The plans of the conditional branch are taken. `notes` is stored with them, for people.
+    The plans of the conditional branch are taken, of one prompt where prompts of unlike length were given together.
+    `notes` is stored with them, for people.
 
     Raises:
         ValueError: the pipeline is not sparsified with Paro, or has not run yet.
@@ -129,16 +129,13 @@ def save_plan(pipe: Any, path: str | os.PathLike[str], notes: Mapping[str, Any] 
     method = session.schedule.method
     if not isinstance(method, Paro):
         raise ValueError(f"pipeline must be sparsified with Paro to save a plan, got {method.name!r}")
-    found = {
-        (key[2], key[3]): (key[0], previous.plan.unpack())
-        for key, previous in session.previous.items()
-        if previous.plan is not None and key[1] == "transformer"
-    }
+    found: dict[tuple[TokenGrid, str], dict[int, AttentionPlan]] = {}
+    for (grid, model, layer, branch), previous in session.previous.items():
+        if previous.plan is not None and model == "transformer":
+            found.setdefault((grid, branch), {})[layer] = previous.plan.unpack()
     if not found:
         raise ValueError("pipeline must have run before its plan is saved, got no plan yet; call it first")
-    branch = next(iter(found))[1]
-    plans = {layer: plan for (layer, name), (_, plan) in found.items() if name == branch}
-    grid = next(iter(found.values()))[0]
+    (grid, _), plans = next(iter(found.items()))
     PlanFile.save(path, plans, grid, method.block, {"density": method.density, **(notes or {})})
 
 

@@ -10,7 +10,7 @@ from diffusers.models.normalization import FP32LayerNorm
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 
 from dit_sparse.kernels import add_gated, layer_norm
-from dit_sparse.pipelines.adapter import is_watched
+from dit_sparse.pipelines.norm_rotate import is_watched
 
 _OFF = "_dit_sparse_unfused"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -167,3 +168,25 @@ def _plan_bytes() -> bytes:
             PlanFile.save(Path(folder) / "p", {0: plan}, GRID, 8, {})
             _CACHE.append((Path(folder) / "p").read_bytes())
     return _CACHE[0]
+
+
+@pytest.mark.parametrize("text_first", [False, True])
+def test_a_plan_file_fits_text_of_any_length(tmp_path, text_first: bool) -> None:
+    """The video's blocks stay, and all text is kept."""
+    calibrated = replace(GRID, text_len=11, text_first=text_first)
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 3, calibrated.num_tokens, 8)
+    plan = Paro(density=0.4, block=8).plan(q, k, v, Site(calibrated), None)
+    PlanFile.save(tmp_path / "p", {0: plan}, calibrated, 8, {})
+    known = plan.token_mask()
+    for text_len in (0, 5, 11, 30):
+        grid = replace(GRID, text_len=text_len, text_first=text_first)
+        mask = PlanFile.open(tmp_path / "p").plan(grid, 0, 3, torch.device("cpu")).token_mask()
+        inside, was = (slice(g.video_start, g.video_start + g.video_len) for g in (grid, calibrated))
+        assert torch.equal(mask[..., inside, inside], known[..., was, was])
+        is_video = torch.zeros(grid.num_tokens, dtype=torch.bool)
+        is_video[inside] = True
+        assert mask[..., ~is_video, :].all()
+        assert mask[..., ~is_video].all()
+    with pytest.raises(ValueError, match="is for the grid"):
+        PlanFile.open(tmp_path / "p").check(replace(calibrated, text_first=not text_first))
