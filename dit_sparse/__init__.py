@@ -10,7 +10,17 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from dit_sparse.attention import sparse_attention
     from dit_sparse.methods import AdaSpa, Dense, Neighborhood, Paro
-    from dit_sparse.pipelines import SparseWanPipeline, load_pipeline, save_plan, sparsify, statistics, unsparsify
+    from dit_sparse.pipelines import (
+        SparseCogVideoXPipeline,
+        SparseFluxPipeline,
+        SparseHunyuanVideoPipeline,
+        SparseWanPipeline,
+        load_pipeline,
+        save_plan,
+        sparsify,
+        statistics,
+        unsparsify,
+    )
     from dit_sparse.schedule import Schedule
     from dit_sparse.types import AttentionPlan, BlockMask, Site, TokenGrid, TokenOrder
 
@@ -18,7 +28,17 @@ if TYPE_CHECKING:
 _HOMES = {
     "attention": ("sparse_attention",),
     "methods": ("AdaSpa", "Dense", "Neighborhood", "Paro"),
-    "pipelines": ("SparseWanPipeline", "load_pipeline", "save_plan", "sparsify", "statistics", "unsparsify"),
+    "pipelines": (
+        "SparseCogVideoXPipeline",
+        "SparseFluxPipeline",
+        "SparseHunyuanVideoPipeline",
+        "SparseWanPipeline",
+        "load_pipeline",
+        "save_plan",
+        "sparsify",
+        "statistics",
+        "unsparsify",
+    ),
     "schedule": ("Schedule",),
     "types": ("AttentionPlan", "BlockMask", "Site", "TokenGrid", "TokenOrder"),
 }
@@ -33,6 +53,9 @@ __all__ = [
     "Paro",
     "Schedule",
     "Site",
+    "SparseCogVideoXPipeline",
+    "SparseFluxPipeline",
+    "SparseHunyuanVideoPipeline",
     "SparseWanPipeline",
     "TokenGrid",
     "TokenOrder",

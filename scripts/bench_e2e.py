@@ -58,11 +58,11 @@ def dense_kernel(name: str) -> Iterator[None]:
     plain = F.scaled_dot_product_attention
 
     @torch.compiler.disable
-    def attend(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **options: Any) -> Tensor:
-        mask = rest[0] if rest else options.get("attn_mask")
-        if mask is not None or fa3_refuses(q, k, v) is not None:
-            raise RuntimeError("FlashAttention-3 takes no mask")
-        return fa3_attention(q, k, v, scale=options.get("scale") or q.shape[-1] ** -0.5)[0]
+    def attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
+        refused = fa3_refuses(query, key, value) if attn_mask is None else "it takes no mask"
+        if refused is not None:
+            raise RuntimeError(f"FlashAttention-3: {refused}")
+        return fa3_attention(query, key, value, scale=options.get("scale") or query.shape[-1] ** -0.5)[0]
 
     F.scaled_dot_product_attention = attend  # type: ignore[assignment]
     try:

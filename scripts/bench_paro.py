@@ -129,7 +129,7 @@ def bench_fidelity(pipe: Any, arguments: dict[str, Any], search: OrderSearch) ->
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         stores = {name: MassStore(_made(Path(folder) / name), 1) for name in axes}
-        sums = [MassSums(stores[name], axes[name], 64, starts) for name in axes]
+        sums = [MassSums(stores[name], axes[name], 64, starts, search.grid) for name in axes]
         with observe(pipe, every(1, *sums)):
             pipe(PROMPTS[0], generator=torch.Generator().manual_seed(0), **arguments, output_type="latent")
         dense = render(pipe, arguments)

@@ -39,6 +39,7 @@ LATE = {
     "compact_kernel.py",
     "hopper_kernels.py",
     "hopper_tiles.py",
+    "modulate_kernel.py",
     "norm_rope_kernel.py",
     "permute_kernel.py",
     "score_kernels.py",

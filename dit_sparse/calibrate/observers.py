@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dit_sparse.calibrate.store import MassStore
-from dit_sparse.masks import best_orders
+from dit_sparse.masks import best_orders, with_other_text
 from dit_sparse.methods import Paro
 from dit_sparse.methods.paro import mass_under
 from dit_sparse.methods.plan_header import ModelPlans
@@ -20,7 +20,7 @@ class OrderSearch:
     """Means of the metrics of every layer, head and candidate order over all calls it is shown.
 
     Attributes:
-        grid, num_steps: of the runs it has seen.
+        grid, num_steps: of the first call; the text of others may be of another length.
     """
 
     def __init__(self, method: Paro) -> None:
@@ -31,9 +31,9 @@ class OrderSearch:
         self._counts: dict[tuple[str, int], int] = {}
 
     def __call__(self, site: Site, q: Tensor, k: Tensor, lse: Tensor) -> None:
-        if self.grid not in (None, site.grid):
+        self.grid, self.num_steps = self.grid or site.grid, site.num_steps
+        if self.grid.shape != site.grid.shape:
             raise ValueError(f"prompts must all give one token grid, got {self.grid} and {site.grid}; fix the size")
-        self.grid, self.num_steps = site.grid, site.num_steps
         layer = site.model, site.layer
         metrics = self.method.metrics(q, k, lse, site.grid)
         self._sums[layer] = metrics + self._sums.get(layer, 0)
@@ -65,23 +65,33 @@ class MassSums:
         axes: for each transformer and layer, the order of each head.
         block: tokens a block.
         starts: shares of the run at which a new slot begins.
+        grid: the layout that the sums are of; calls may have text of another length, whose mass does not matter.
     """
 
     def __init__(
-        self, store: MassStore, axes: Mapping[str, Sequence[tuple[str, ...]]], block: int, starts: tuple[float, ...]
+        self,
+        store: MassStore,
+        axes: Mapping[str, Sequence[tuple[str, ...]]],
+        block: int,
+        starts: tuple[float, ...],
+        grid: TokenGrid,
     ) -> None:
         self._store = store
         self._axes = axes
         self._block = block
         self._slots = ModelPlans(1, 1, starts)
-        self._orders: dict[tuple[str, ...], TokenOrder] = {}
+        self._grid = grid
+        self._orders: dict[tuple[TokenGrid, tuple[str, ...]], TokenOrder] = {}
 
     def __call__(self, site: Site, q: Tensor, k: Tensor, lse: Tensor) -> None:
         slot = self._slots.slot(site.step, site.num_steps)
         order = self._order(self._axes[site.model][site.layer], site.grid, q.device)
-        self._store.add((site.model, site.layer, slot), mass_under(order, q, k, lse))
+        mass = mass_under(order, q, k, lse)
+        if site.grid != self._grid:
+            mass = with_other_text(mass, site.grid, self._grid, self._block, 0.0)
+        self._store.add((site.model, site.layer, slot), mass)
 
     def _order(self, axes: tuple[str, ...], grid: TokenGrid, device: torch.device) -> TokenOrder:
-        if axes not in self._orders:
-            self._orders[axes] = axis_orders_per_head(grid, axes, self._block, device=device)
-        return self._orders[axes]
+        if (grid, axes) not in self._orders:
+            self._orders[grid, axes] = axis_orders_per_head(grid, axes, self._block, device=device)
+        return self._orders[grid, axes]

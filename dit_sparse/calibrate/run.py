@@ -122,8 +122,9 @@ def calibrate(
     watch("orders", search)
     starts, axes = calibration.starts(search.num_steps), search.axes()
     expected = (len(starts) + 1) * max(map(len, axes.values()))
+    assert search.grid is not None
     with tempfile.TemporaryDirectory(prefix=".dit-sparse-", dir=folder) as own, MassStore(Path(own), expected) as store:
-        watch("masks", MassSums(store, axes, calibration.method.block, starts))
+        watch("masks", MassSums(store, axes, calibration.method.block, starts, search.grid))
         write_calibration(path, calibration, search, store, axes, model, prompts)
     return PlanFile.open(path)
 

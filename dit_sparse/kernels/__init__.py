@@ -17,6 +17,7 @@ from dit_sparse.kernels.flex import FlexBackend
 from dit_sparse.kernels.gather import GatherBackend
 from dit_sparse.kernels.hopper_backend import HopperBackend
 from dit_sparse.kernels.keep_best import keep_best
+from dit_sparse.kernels.modulate import add_gated, layer_norm
 from dit_sparse.kernels.norm_rope import norm_rope
 from dit_sparse.kernels.permute import permute, restore
 from dit_sparse.kernels.pooled import pooled_blocks
@@ -27,11 +28,13 @@ __all__ = [
     "BACKENDS",
     "Backend",
     "BackendUnavailableError",
+    "add_gated",
     "antidiagonal_scores",
     "block_mass",
     "dense_attention",
     "get_backend",
     "keep_best",
+    "layer_norm",
     "norm_rope",
     "permute",
     "pooled_blocks",

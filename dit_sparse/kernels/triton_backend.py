@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import math
 import os
 from dataclasses import dataclass
@@ -92,7 +93,8 @@ def _launch(call: Call) -> None:
         *broadcast_strides(call.indices), call.indices.stride(2),
         *broadcast_strides(call.partial_counts), *broadcast_strides(call.partial_indices),
         call.partial_indices.stride(2), *broadcast_strides(packed), *packed.stride()[2:4],
-        packed.shape[-1], call.q_blocks.largest, run_start, run_end, call.scale * math.log2(math.e),
+        packed.shape[-1], call.q_blocks.largest, run_start, run_end, call.k_blocks.largest,
+        call.scale * math.log2(math.e),
         D=q.shape[-1], DV=v.shape[-1], BLOCK_D=padded(q.shape[-1]), BLOCK_DV=padded(v.shape[-1]),
         BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, Q_TILES=q_tiles, K_TILES=k_tiles,
         PARTIAL=bits is not None, RETURN_LSE=call.lse is not None, UPCAST=interpreted(),
@@ -119,13 +121,14 @@ def _configuration(call: Call) -> _Launch:
     device = torch.cuda.get_device_properties(call.q.device)
     sizes = call.q_blocks.largest, call.k_blocks.largest, call.q.shape[-1], call.v.shape[-1]
     shared_memory: int = getattr(device, "shared_memory_per_block_optin", device.shared_memory_per_block)
-    return configuration(*sizes, call.q.element_size(), device.major, shared_memory)
+    return configuration(*sizes, call.q.element_size(), device.major, shared_memory, call.bits is not None)
 
 
 def configuration(
-    q_block: int, k_block: int, dim: int, v_dim: int, itemsize: int, major: int, shared_memory: int
+    q_block: int, k_block: int, dim: int, v_dim: int, itemsize: int, major: int, shared_memory: int, partial: bool
 ) -> _Launch:
-    """The largest tiles and most stages that fit; those for 64 and 128 channels were measured on an H200.
+    """The largest tiles that fit with at least two stages, and most stages; those for 64 and 128 channels were measured
+    on an H200.
 
     Args:
         q_block, k_block: tokens of the largest query and key block.
@@ -133,6 +136,7 @@ def configuration(
         itemsize: bytes of an element.
         major: of the GPU's compute capability.
         shared_memory: bytes that one thread block may have.
+        partial: whether there are partial blocks, whose bits take shared memory too.
     """
     block_m = 128 if q_block > 64 else 64 if q_block > 32 else 32
     block_n = 128 if k_block > 64 else 64 if k_block > 32 else 32
@@ -142,17 +146,18 @@ def configuration(
         block_m, block_n = min(block_m, 64), min(block_n, 32 if itemsize == 4 else 64)
     if wide <= 64 and block_m == 128:
         block_n = min(block_n, 64)
-    stages = (4, 3, 2, 1) if wide <= 64 else (3, 2, 1) if major >= 9 else (2, 1)
-    for tile_n in (n for n in (128, 64, 32, 16) if n <= block_n):
-        for num_stages in stages:
-            if _shared_memory(block_m, tile_n, num_stages, dim, v_dim, itemsize) <= shared_memory:
-                return _Launch(block_m, tile_n, 8 if block_m == 128 else 4, num_stages)
+    tiles = [n for n in (128, 64, 32, 16) if n <= block_n]
+    stages = (4, 3, 2) if wide <= 64 else (3, 2) if major >= 9 else (2,)
+    for tile_n, num_stages in [*itertools.product(tiles, stages), *((n, 1) for n in tiles)]:
+        if _shared_memory(block_m, tile_n, num_stages, dim, v_dim, itemsize, partial) <= shared_memory:
+            return _Launch(block_m, tile_n, 8 if block_m == 128 else 4, num_stages)
     return _Launch(32, 16, 4, 1)
 
 
-def _shared_memory(block_m: int, block_n: int, stages: int, dim: int, v_dim: int, itemsize: int) -> int:
+def _shared_memory(block_m: int, block_n: int, stages: int, dim: int, v_dim: int, itemsize: int, partial: bool) -> int:
     """Upper bound of the bytes that a launch takes: queries, keys and values of all stages, and a little for sums.
 
     Where the weights pass through shared memory too, before compute capability 9.0, a stage fewer is held there.
     """
-    return itemsize * (block_m * dim + stages * block_n * (dim + v_dim)) + 1024
+    bits = stages * block_m * block_n // 8 if partial else 0
+    return itemsize * (block_m * dim + stages * block_n * (dim + v_dim)) + bits + 1024

@@ -82,6 +82,7 @@ def allowed_pairs(bits, rows, tile, q_block, words, BLOCK_M: tl.constexpr, BLOCK
 PLAIN_NUMBERS = [
     "lse_sb", "lse_sh", "qo_sb", "qo_sh", "ko_sb", "ko_sh", "c_sb", "c_sh", "i_sb", "i_sh", "i_sm", "pc_sb", "pc_sh",
     "pi_sb", "pi_sh", "pi_sm", "bits_sb", "bits_sh", "bits_sm", "bits_sl", "words", "q_block", "run_start", "run_end",
+    "k_size",
 ]  # fmt: skip
 
 
@@ -91,7 +92,7 @@ def forward_kernel(
     q_offsets, k_offsets, counts, indices, partial_counts, partial_indices, bits,
     q_sb, q_sh, q_sn, k_sb, k_sh, k_sn, v_sb, v_sh, v_sn, o_sb, o_sh, o_sn, lse_sb, lse_sh,
     qo_sb, qo_sh, ko_sb, ko_sh, c_sb, c_sh, i_sb, i_sh, i_sm, pc_sb, pc_sh, pi_sb, pi_sh, pi_sm,
-    bits_sb, bits_sh, bits_sm, bits_sl, words, q_block, run_start, run_end, scale,
+    bits_sb, bits_sh, bits_sm, bits_sl, words, q_block, run_start, run_end, k_size, scale,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, Q_TILES: tl.constexpr, K_TILES: tl.constexpr,
     PARTIAL: tl.constexpr, RETURN_LSE: tl.constexpr, UPCAST: tl.constexpr,
@@ -121,12 +122,18 @@ def forward_kernel(
     plain_end = count
     while (plain_end > plain_start) & (tl.load(indices + tl.maximum(plain_end - 1, 0)) >= run_end):
         plain_end -= 1
-    for i in tl.range(plain_start * K_TILES, plain_end * K_TILES):
-        first = tl.load(k_offsets + tl.load(indices + i // K_TILES)) + (i % K_TILES) * BLOCK_N
+    origin = tl.load(k_offsets + run_start) - run_start * k_size
+    last = tl.maximum(count - 1, 0)
+    first = origin + tl.load(indices + tl.minimum(plain_start, last)) * k_size
+    for i in tl.range(0, (plain_end - plain_start) * K_TILES):
+        # Where the next tile lies is read a step ahead: copies that wait for another load are not pipelined.
+        entry = tl.minimum(plain_start + (i + 1) // K_TILES, last)
+        following = origin + tl.load(indices + entry) * k_size + ((i + 1) % K_TILES) * BLOCK_N
         m, total, acc = attend_tile(
             queries, m, total, acc, k, v, first, 0, k_sn, v_sn, scale, None,
             D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, False, False, UPCAST,
         )  # fmt: skip
+        first = following
     masked = (plain_start + count - plain_end) * K_TILES
     for i in tl.range(0, masked):
         # Those before the run, then those after it.
@@ -140,16 +147,21 @@ def forward_kernel(
         partial = tl.load(partial_counts + b * pc_sb + h * pc_sh + block)
         partial_indices += b * pi_sb + h * pi_sh + block * pi_sm
         bits += b * bits_sb + h * bits_sh + block * bits_sm
+        last = tl.maximum(partial - 1, 0)
+        bound = k_offsets + tl.load(partial_indices)
+        k_start, k_end = tl.load(bound), tl.load(bound + 1)
         for i in tl.range(0, partial * K_TILES):
-            entry, tile = i // K_TILES, i % K_TILES
-            bound = k_offsets + tl.load(partial_indices + entry)
+            bound = k_offsets + tl.load(partial_indices + tl.minimum((i + 1) // K_TILES, last))
+            start_next, end_next = tl.load(bound) + ((i + 1) % K_TILES) * BLOCK_N, tl.load(bound + 1)
             allowed = allowed_pairs(
-                bits + entry * bits_sl, part * BLOCK_M + tl.arange(0, BLOCK_M), tile, q_block, words, BLOCK_M, BLOCK_N
-            )
-            m, total, acc = attend_tile(
-                queries, m, total, acc, k, v, tl.load(bound) + tile * BLOCK_N, tl.load(bound + 1), k_sn, v_sn, scale,
-                allowed, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, True, True, UPCAST,
+                bits + (i // K_TILES) * bits_sl, part * BLOCK_M + tl.arange(0, BLOCK_M), i % K_TILES, q_block, words,
+                BLOCK_M, BLOCK_N,
             )  # fmt: skip
+            m, total, acc = attend_tile(
+                queries, m, total, acc, k, v, k_start, k_end, k_sn, v_sn, scale, allowed,
+                D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, True, True, UPCAST,
+            )  # fmt: skip
+            k_start, k_end = start_next, end_next
 
     empty = total == 0.0
     acc = acc / tl.where(empty, 1.0, total)[:, None]

@@ -1,6 +1,6 @@
 """Building blocks of masks: block scores, selections, and neighborhoods on the grid."""
 
-from dit_sparse.masks.heaviest import blocks_above, heaviest_blocks, mass_threshold
+from dit_sparse.masks.heaviest import blocks_above, heaviest_blocks, mass_threshold, with_other_text
 from dit_sparse.masks.neighborhood import (
     NeighborhoodPredicate,
     neighborhood_blocks,
@@ -28,4 +28,5 @@ __all__ = [
     "threshold",
     "top_k",
     "top_p",
+    "with_other_text",
 ]

@@ -89,6 +89,24 @@ def block_areas(offsets: Tensor) -> Tensor:
     return sizes[..., :, None] * sizes[..., None, :]
 
 
+def with_other_text(blocks: Tensor, old: TokenGrid, new: TokenGrid, block: int, fill: bool | float) -> Tensor:
+    """The video's part of a block map of grid `old`, with as many text blocks as grid `new` has.
+
+    Args:
+        blocks: `[1, H, M, M]` of any type, in blocks of `block` tokens.
+        old, new: grids that differ in the text alone.
+        block: tokens a block.
+        fill: the value of all text blocks.
+    """
+    video = -(-old.video_len // block)
+    was, place = (-(-grid.text_len // block) if grid.text_first else 0 for grid in (old, new))
+    size = video + -(-new.text_len // block)
+    result = torch.full((*blocks.shape[:2], size, size), fill, dtype=blocks.dtype, device=blocks.device)
+    inside = slice(was, was + video)
+    result[..., place : place + video, place : place + video] = blocks[..., inside, inside]
+    return result
+
+
 def _bits(mass: Tensor) -> Tensor:
     """The bit patterns of floats that are not negative, which rise with them; adding 0 turns -0 into 0."""
     return (mass + 0.0).view(torch.int32)

@@ -146,4 +146,4 @@ def _plan_from(file: PlanFile, site: Site, q: Tensor) -> AttentionPlan:
             f"plan_file {str(file.path)!r} is for {plans.layers} layers of {plans.heads} heads, got {site.num_layers} "
             f"of {q.shape[1]}; calibrate with this model"
         )
-    return reader_of(file, q.device).plan(site.model, site.layer, plans.slot(site.step, site.num_steps))
+    return reader_of(file, q.device).plan(site.model, site.layer, plans.slot(site.step, site.num_steps), site.grid)

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from dit_sparse.block_mask import PackedBlockMask
+from dit_sparse.masks import with_other_text
 from dit_sparse.methods.plan_file import PlanFile
 from dit_sparse.reorder import axis_orders_per_head
-from dit_sparse.types import AttentionPlan, TokenOrder
+from dit_sparse.types import AttentionPlan, TokenGrid, TokenOrder
 
 Place = tuple[str, int, int]
 """Transformer, layer and slot of a mask."""
@@ -43,25 +44,33 @@ class PlanReader:
     def __init__(self, file: PlanFile, device: torch.device) -> None:
         self.file = file
         self.device = device
-        self._orders: dict[tuple[str, ...], TokenOrder] = {}
+        self._orders: dict[tuple[TokenGrid, tuple[str, ...]], TokenOrder] = {}
         self._axes: dict[tuple[str, int], tuple[str, ...]] = {}
         self._ahead: dict[Place, _Arriving] = {}
         self._lock = Lock()
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def plan(self, model: str, layer: int, slot: int) -> AttentionPlan:
+    def plan(self, model: str, layer: int, slot: int, grid: TokenGrid | None = None) -> AttentionPlan:
         """The plan of one layer; the mask that is wanted next begins to arrive.
+
+        Args:
+            model, layer, slot: whose, and which of its masks.
+            grid: the file's, but for the length of the text; `None` is the file's own.
 
         Raises:
             ValueError: the layer's data are damaged.
         """
-        order = self._order(model, layer)
+        own, grid = self.file.header.grid, grid or self.file.header.grid
+        order = self._order(model, layer, own)
         with self._lock:
             arriving = self._ahead.pop((model, layer, slot), None) or self._fetch((model, layer, slot))
             following = self._following(model, layer, slot)
             self._ahead = {} if following is None else {following: self._fetch(following)}
         packed = PackedBlockMask(self._arrived(arriving)[None], None, order.offsets, order.offsets)
-        return AttentionPlan(order, order, packed.unpack())
+        if grid == own:
+            return AttentionPlan(order, order, packed.unpack())
+        kept = with_other_text(packed.unpack().kept_blocks, own, grid, self.file.header.block, True)
+        return AttentionPlan.from_kept(self._order(model, layer, grid), kept)
 
     def _following(self, model: str, layer: int, slot: int) -> Place | None:
         """The next layer with the same slot, or the first layer with the next slot."""
@@ -87,16 +96,20 @@ class PlanReader:
             arriving.bits.record_stream(current)
         return arriving.bits
 
-    def _order(self, model: str, layer: int) -> TokenOrder:
+    def _order(self, model: str, layer: int, grid: TokenGrid) -> TokenOrder:
         if (model, layer) not in self._axes:
             self._axes[model, layer] = self.file.axes(model, layer)
         axes = self._axes[model, layer]
-        if axes not in self._orders:
-            header = self.file.header
+        if (grid, axes) not in self._orders:
+            if grid != self.file.header.grid:
+                # Prompts come in many lengths, and the orders of each take room.
+                self._orders = {
+                    key: order for key, order in self._orders.items() if key[0] in (self.file.header.grid, grid)
+                }
             # Tensors made in inference mode could not be used where gradients are recorded.
             with torch.inference_mode(False):
-                self._orders[axes] = axis_orders_per_head(header.grid, axes, header.block, device=self.device)
-        return self._orders[axes]
+                self._orders[grid, axes] = axis_orders_per_head(grid, axes, self.file.header.block, device=self.device)
+        return self._orders[grid, axes]
 
 
 @lru_cache(maxsize=2)

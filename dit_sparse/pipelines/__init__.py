@@ -1,15 +1,27 @@
 """Where diffusers' pipelines and the toolkit meet; the only package beside `demo` that imports diffusers."""
 
+from typing import TYPE_CHECKING, Any
+
 from dit_sparse.pipelines.loading import ModelError, load_pipeline
 from dit_sparse.pipelines.observe import Observer, observe
-from dit_sparse.pipelines.sparse_pipelines import SparseWanPipeline
 from dit_sparse.pipelines.sparsify import check, save_plan, session_of, sparsify, statistics, token_grid, unsparsify
 from dit_sparse.pipelines.statistics import RunStatistics
+
+if TYPE_CHECKING:
+    from dit_sparse.pipelines.sparse_pipelines import (
+        SparseCogVideoXPipeline,
+        SparseFluxPipeline,
+        SparseHunyuanVideoPipeline,
+        SparseWanPipeline,
+    )
 
 __all__ = [
     "ModelError",
     "Observer",
     "RunStatistics",
+    "SparseCogVideoXPipeline",
+    "SparseFluxPipeline",
+    "SparseHunyuanVideoPipeline",
     "SparseWanPipeline",
     "check",
     "load_pipeline",
@@ -21,3 +33,12 @@ __all__ = [
     "token_grid",
     "unsparsify",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Their diffusers classes bring the text and image encoders of all families along, which `sparsify` does not need.
+    if not (name.startswith("Sparse") and name in __all__):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from dit_sparse.pipelines import sparse_pipelines
+
+    return getattr(sparse_pipelines, name)

@@ -8,10 +8,41 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from dit_sparse.pipelines.layout import Layout
 from dit_sparse.pipelines.session import Session
 from dit_sparse.types import TokenGrid, TokenOrder
+
+Inputs = Mapping[str, Any]
+"""The arguments of a transformer's forward, by name."""
+
+
+class SparseProcessor:
+    """Put before a family's diffusers processor in the bases: hands self-attention to a session.
+
+    Args:
+        session: runs the attention.
+        layer, num_layers: which transformer block of how many.
+        original: the processor this one replaces; its settings are kept.
+    """
+
+    session: Session
+    layer: int
+    num_layers: int
+
+    def __init__(self, session: Session, layer: int, num_layers: int, original: Any) -> None:
+        super().__init__()
+        vars(self).update(vars(original))
+        self.session = session
+        self.layer = layer
+        self.num_layers = num_layers
+
+    def refuse_parallel(self) -> None:
+        """Raise ValueError under context parallelism, which cuts the sequence before it comes here."""
+        if getattr(self, "_parallel_config", None) is not None:
+            raise ValueError("context parallelism must be off with sparse attention, got a parallel config; unsparsify")
 
 
 class FamilyAdapter(ABC):
@@ -20,45 +51,124 @@ class FamilyAdapter(ABC):
     Attributes:
         family: its name in messages.
         transformer_class: name of the diffusers class of its transformers.
+        processors: our processor for each of the family's own.
     """
 
     family: ClassVar[str]
     transformer_class: ClassVar[str]
+    processors: ClassVar[Mapping[type, type[SparseProcessor]]]
 
     @abstractmethod
+    def attention_modules(self, transformer: Any) -> dict[str, Any]:
+        """The self-attention modules that take sparse attention, in the order they run, by path."""
+
+    @abstractmethod
+    def layout(self, transformer: Any, inputs: Inputs) -> Layout:
+        """How the sequences of a forward with `inputs` are laid out.
+
+        Raises:
+            ValueError: inputs that are no grid of tokens.
+        """
+
+    @abstractmethod
+    def token_grid(self, pipe: Any, height: int, width: int, frames: int) -> TokenGrid:
+        """The layout for a video of `height` x `width` pixels and `frames` frames, text at its longest.
+
+        Raises:
+            ValueError: a size that the VAE or the patches cannot take.
+        """
+
+    def takes_order(self, transformer: Any, inputs: Inputs) -> bool:
+        """Whether `put_in_order` knows all in this forward that depends on a token's place; by default not."""
+        return False
+
+    def put_in_order(
+        self, transformer: Any, order: TokenOrder, inputs: Inputs
+    ) -> tuple[list[RemovableHandle], dict[str, Any]]:
+        """Hooks that move tokens into `order` before the first block and back after the last, for one forward.
+
+        Returns:
+            The hooks, and the inputs that must be others than those given.
+        """
+        raise TypeError(f"{type(self).__name__} takes no order; ask takes_order first")
+
+    def num_layers(self, transformer: Any) -> int:
+        """How many transformer blocks take sparse attention."""
+        return len(self.attention_modules(transformer))
+
     def install(self, transformer: Any, model: str, session: Session) -> dict[str, Any]:
         """Put sparse processors into the self-attention modules and return the replaced ones by module path.
 
         Raises:
             ValueError: a processor that is not the family's own, or context parallelism.
         """
+        modules = self.attention_modules(transformer)
+        for path, module in modules.items():
+            self._check_processor(f"{model}.{path}", module.processor)
+        originals = {path: module.processor for path, module in modules.items()}
+        for layer, (path, module) in enumerate(modules.items()):
+            sparse = self.processors[type(originals[path])]
+            module.processor = sparse(session, layer, len(modules), originals[path])
+        return originals
 
-    @abstractmethod
-    def num_layers(self, transformer: Any) -> int:
-        """How many transformer blocks take sparse attention."""
+    def fuse(self, transformer: Any) -> None:  # noqa: B027  # a family need not have it
+        """Speed up what stands around attention, where the family has anything for that."""
 
-    @abstractmethod
-    def grid_of_latents(self, transformer: Any, hidden_states: torch.Tensor) -> TokenGrid:
-        """The layout of the sequence made of `hidden_states`, the transformer's first argument."""
+    def unfuse(self, transformer: Any) -> None:  # noqa: B027
+        """Undo `fuse`."""
 
-    @abstractmethod
-    def token_grid(self, pipe: Any, height: int, width: int, frames: int) -> TokenGrid:
-        """The layout for a video of `height` x `width` pixels and `frames` frames.
+    def check_installed(self, transformer: Any, model: str) -> None:
+        """Raise ValueError where something has replaced a sparse processor: that layer would run dense unseen."""
+        for path, module in self.attention_modules(transformer).items():
+            if not isinstance(module.processor, SparseProcessor):
+                raise ValueError(
+                    f"{model}.{path}.processor was replaced after sparsify, got {type(module.processor).__name__}; "
+                    "unsparsify, make the change, then sparsify"
+                )
 
-        Raises:
-            ValueError: a size that the VAE or the patches cannot take.
-        """
-
-    def takes_order(self, transformer: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-        """Whether `put_in_order` knows all in this forward that depends on a token's place; by default not."""
-        return False
-
-    def put_in_order(self, transformer: Any, order: TokenOrder) -> list[RemovableHandle]:
-        """Hooks that move tokens into `order` before the first block and back after the last, for one forward."""
-        raise TypeError(f"{type(self).__name__} takes no order; ask takes_order first")
+    def _check_processor(self, path: str, processor: Any) -> None:
+        if type(processor) not in self.processors:
+            expected = " or ".join(cls.__name__ for cls in self.processors)
+            raise ValueError(
+                f"{path}.processor must be diffusers' {expected}, got {type(processor).__name__}; "
+                "sparsify before installing another processor"
+            )
+        if getattr(processor, "_parallel_config", None) is not None:
+            raise ValueError("context parallelism must be off with sparse attention, got a parallel config")
 
 
 def uses_default_backend(processor: Any) -> bool:
     """Whether nobody has chosen a dense attention kernel, neither for this processor nor for all of diffusers."""
     chosen, _ = _AttentionBackendRegistry.get_active_backend()
     return processor._attention_backend is None and chosen == AttentionBackendName.NATIVE
+
+
+def moves(modules: Mapping[torch.nn.Module, tuple[int, Tensor]]) -> list[RemovableHandle]:
+    """Hooks that move the tokens of modules' outputs: for each the dimension and the int64 index to take."""
+
+    def hook(dim: int, index: Tensor) -> Any:
+        def take(_: Any, __: Any, out: Any) -> Any:
+            return tuple(take(_, __, part) for part in out) if isinstance(out, tuple) else out.index_select(dim, index)
+
+        return take
+
+    return [module.register_forward_hook(hook(dim, index)) for module, (dim, index) in modules.items()]
+
+
+def check_size(name: str, got: int, multiple: int) -> None:
+    """Raise ValueError unless `got` pixels are a multiple of `multiple`."""
+    if got < multiple or got % multiple:
+        near = max(multiple, got // multiple * multiple)
+        raise ValueError(f"{name} must be a multiple of {multiple}, got {got}; try {near}")
+
+
+def latent_frames(frames: int, temporal: int) -> int:
+    """Latent frames of a video of `frames` frames under a VAE that takes `temporal` frames at a time after the first.
+
+    Raises:
+        ValueError: not one more than a multiple of `temporal`.
+    """
+    if frames < 1 or (frames - 1) % temporal:
+        near = max(0, (frames - 1) // temporal) * temporal + 1
+        raise ValueError(f"frames must be 1 more than a multiple of {temporal}, got {frames}; try {near}")
+    return (frames - 1) // temporal + 1

@@ -7,9 +7,13 @@ from typing import Any
 import torch
 
 from dit_sparse.pipelines.adapter import FamilyAdapter
+from dit_sparse.pipelines.cogvideox import CogVideoXAdapter
+from dit_sparse.pipelines.flux import FluxAdapter
+from dit_sparse.pipelines.hunyuan_video import HunyuanVideoAdapter
 from dit_sparse.pipelines.wan import WanAdapter
 
-FAMILIES: dict[str, FamilyAdapter] = {adapter.transformer_class: adapter for adapter in (WanAdapter(),)}
+_ADAPTERS: tuple[FamilyAdapter, ...] = (WanAdapter(), CogVideoXAdapter(), HunyuanVideoAdapter(), FluxAdapter())
+FAMILIES = {adapter.transformer_class: adapter for adapter in _ADAPTERS}
 
 
 def transformers_of(pipe: Any) -> dict[str, torch.nn.Module]:

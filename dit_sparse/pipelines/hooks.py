@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -40,17 +41,20 @@ class SiteHook(ModelHook):
         self._moves: list[RemovableHandle] = []
 
     def pre_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        hidden_states = args[0] if args else kwargs["hidden_states"]
+        self._stop_moving()  # a forward before this one may have failed
+        self.adapter.check_installed(module, self.model)
+        inputs = _by_name(module, args, kwargs)
         context = self.context._context
         branch = None if context is None else context.name
-        grid = self.adapter.grid_of_latents(module, hidden_states)
-        movable = self.adapter.takes_order(module, args, kwargs)
-        order = self.session.begin_forward(grid, self.model, branch, hidden_states.device if movable else None)
-        self._stop_moving()  # a forward before this one may have failed
-        if order is not None:
-            # Hooks of this forward alone: modules may be replaced between two, by LoRA for one.
-            self._moves = self.adapter.put_in_order(module, order)
-        return args, kwargs
+        layout = self.adapter.layout(module, inputs)
+        movable = self.adapter.takes_order(module, inputs)
+        device = inputs["hidden_states"].device if movable else None
+        order = self.session.begin_forward(layout, self.model, branch, device)
+        if order is None:
+            return args, kwargs
+        # Hooks of this forward alone: modules may be replaced between two, by LoRA for one.
+        self._moves, moved = self.adapter.put_in_order(module, order, inputs)
+        return (args, kwargs) if not moved else ((), inputs | moved)
 
     def post_forward(self, module: torch.nn.Module, output: Any) -> Any:
         self._stop_moving()
@@ -69,6 +73,12 @@ class SiteHook(ModelHook):
     def reset_state(self, module: torch.nn.Module) -> torch.nn.Module:
         self.context.reset()
         return module
+
+
+def _by_name(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of the forward by name; the class's signature, because hooks replace the instance's."""
+    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    return dict(zip(names, args, strict=False)) | kwargs
 
 
 def add_site_hook(transformer: torch.nn.Module, session: Session, adapter: FamilyAdapter, model: str) -> None:

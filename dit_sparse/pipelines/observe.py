@@ -21,7 +21,7 @@ Observer = Callable[[Site, Tensor, Tensor, Tensor], None]
 
 
 class _WatchingSession(Session):
-    """Runs every call dense and shows it to an observer."""
+    """Runs every call dense and shows it to an observer, without the padding of prompts."""
 
     def __init__(self, observer: Observer) -> None:
         super().__init__(Schedule(Dense()))
@@ -31,8 +31,12 @@ class _WatchingSession(Session):
     def attend(self, layer: int, num_layers: int, q: Tensor, k: Tensor, v: Tensor, dense: DenseAttention) -> Tensor:
         if self._forward is None or not self.steps.inside_run:
             return dense()
-        out, lse = dense_attention(q, k, v, return_lse=True)
-        self._observer(self._site(layer, num_layers), q, k, lse)
+        out = torch.zeros_like(q)
+        for rows, grid in self._forward.layout.groups:
+            own_q, own_k, own_v = (x[rows, :, : grid.num_tokens] for x in (q, k, v))
+            result, lse = dense_attention(own_q, own_k, own_v, return_lse=True)
+            self._observer(self._site(layer, num_layers, grid), own_q, own_k, lse)
+            out[rows, :, : grid.num_tokens] = result
         return out
 
 

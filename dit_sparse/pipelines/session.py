@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from dit_sparse.attention import sparse_attention
 from dit_sparse.kernels import dense_attention, select
+from dit_sparse.pipelines.layout import Group, Layout
 from dit_sparse.pipelines.statistics import CallRecord, RunStatistics, Stopwatch
 from dit_sparse.pipelines.steps import StepCounter
 from dit_sparse.schedule import Decision, Schedule
@@ -18,14 +20,25 @@ from dit_sparse.types import AttentionPlan, PackedPlan, Previous, Site, TokenGri
 
 DenseAttention = Callable[[], Tensor]
 
+_REMEMBERED_GRIDS = 8
+
 
 class _Forward(NamedTuple):
     """The forward under way; `order` is the one its tokens stand in, `None` for the sequence's own."""
 
-    grid: TokenGrid
+    layout: Layout
     model: str
     branch: str
     order: TokenOrder | None
+
+
+class _Part(NamedTuple):
+    """What a call does for one group of the batch."""
+
+    site: Site
+    key: tuple[Any, ...]
+    previous: Previous | None
+    decision: Decision
 
 
 class Session:
@@ -53,12 +66,12 @@ class Session:
         self.steps.watch(pipe.scheduler)
 
     def begin_forward(
-        self, grid: TokenGrid, model: str, branch: str | None, device: torch.device | None = None
+        self, layout: Layout, model: str, branch: str | None, device: torch.device | None = None
     ) -> TokenOrder | None:
         """Called before each forward of a transformer.
 
         Args:
-            grid, model: layout of its sequence, and which transformer of the pipeline it is.
+            layout, model: layout of its sequences, and which transformer of the pipeline it is.
             branch: guidance branch, `None` where the pipeline does not name it.
             device: where the tokens lie, if the caller can put them into another order.
 
@@ -72,10 +85,11 @@ class Session:
         if self.steps.run != self._run:
             self._begin_run()
         order = None
-        if device is not None and self.steps.inside_run:
-            order = self.schedule.method.shared_order(grid, device)
+        # Samples with prompts of several lengths have no order in common.
+        if device is not None and self.steps.inside_run and len(layout.groups) == 1:
+            order = self.schedule.method.shared_order(layout.groups[0].grid, device)
             order = None if order is None or order.is_identity else order
-        self._forward = _Forward(grid, model, branch or self._numbered_branch(), order)
+        self._forward = _Forward(layout, model, branch or self._numbered_branch(), order)
         return order
 
     def end_forward(self) -> None:
@@ -87,7 +101,8 @@ class Session:
         self.statistics = RunStatistics()
         self._unnamed_forwards = (-1, 0)
         # A plan of the grid alone stays right; everything else belongs to the run that made it.
-        if self.schedule.method.scope != "grid":
+        # Grids differ by the prompt's length in some families, so their number has a limit.
+        if self.schedule.method.scope != "grid" or len(self.previous) > _REMEMBERED_GRIDS:
             self.previous.clear()
 
     def _numbered_branch(self) -> str:
@@ -108,12 +123,48 @@ class Session:
         """
         if self._forward is None or not self.steps.inside_run:
             return self._dense(Decision("dense", "outside a run"), None, q, k, v, dense, layer)
-        site = self._site(layer, num_layers)
+        layout = self._forward.layout
+        parts = [self._part(layer, num_layers, group) for group in layout.groups]
+        if all(part.decision.action == "dense" and not part.decision.keep_lse for part in parts):
+            return self._dense(parts[0].decision, None, q, k, v, dense, layer)
+        if not layout.is_padded:
+            return self._run_part(parts[0], q, k, v, dense)
+        out = torch.zeros_like(q)
+        for group, part in zip(layout.groups, parts, strict=True):
+            own_q, own_k, own_v = (x[group.rows, :, : group.grid.num_tokens] for x in (q, k, v))
+            own_dense = functools.partial(dense_attention, own_q, own_k, own_v)
+            out[group.rows, :, : group.grid.num_tokens] = self._run_part(part, own_q, own_k, own_v, own_dense)
+        return out
+
+    @property
+    def knows_padding(self) -> bool:
+        """Whether a forward is under way, so that its prompts' lengths are known."""
+        return self._forward is not None
+
+    def attend_densely(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Dense attention of the forward under way by the fastest kernel; padding is not seen, and gives zeros.
+
+        Args:
+            q, k, v: `[B, H, N, D]`, any strides.
+        """
+        layout = None if self._forward is None else self._forward.layout
+        if layout is None or not layout.is_padded:
+            return dense_attention(q, k, v)
+        out = torch.zeros_like(q)
+        for rows, grid in layout.groups:
+            out[rows, :, : grid.num_tokens] = dense_attention(*(x[rows, :, : grid.num_tokens] for x in (q, k, v)))
+        return out
+
+    def _part(self, layer: int, num_layers: int, group: Group) -> _Part:
+        site = self._site(layer, num_layers, group.grid)
         key = self.schedule.key(site)
         previous = self.previous.get(key)
-        decision = self.schedule.decide(site, previous)
+        return _Part(site, key, previous, self.schedule.decide(site, previous))
+
+    def _run_part(self, part: _Part, q: Tensor, k: Tensor, v: Tensor, dense: DenseAttention) -> Tensor:
+        site, key, previous, decision = part
         if decision.action == "dense":
-            return self._dense(decision, key, q, k, v, dense, layer)
+            return self._dense(decision, key, q, k, v, dense, site.layer)
         planning = None
         if decision.action == "plan":
             planning = Stopwatch(q.device)
@@ -127,9 +178,9 @@ class Session:
             plan = previous.plan.unpack()
         return self._sparse(plan, planning, site, q, k, v)
 
-    def _site(self, layer: int, num_layers: int) -> Site:
+    def _site(self, layer: int, num_layers: int, grid: TokenGrid) -> Site:
         assert self._forward is not None
-        grid, model, branch, order = self._forward
+        _, model, branch, order = self._forward
         at = self.steps
         return Site(grid, layer, num_layers, at.step, at.num_steps, at.sigma, branch, model, order is not None)
 

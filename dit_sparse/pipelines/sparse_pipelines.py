@@ -8,10 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
-from diffusers.configuration_utils import register_to_config
-from diffusers.schedulers import FlowMatchEulerDiscreteScheduler
-from transformers import AutoTokenizer, UMT5EncoderModel
+from diffusers import CogVideoXPipeline, FluxPipeline, HunyuanVideoPipeline, WanPipeline
 
 from dit_sparse.methods import AdaSpa
 from dit_sparse.pipelines.sparsify import session_of, sparsify
@@ -83,28 +80,17 @@ class SparseWanPipeline(SparsePipelineMixin, WanPipeline):
         pipe = SparseWanPipeline.from_pretrained("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", sparse=AdaSpa(density=0.25))
     """
 
-    @register_to_config
-    def __init__(
-        self,
-        tokenizer: AutoTokenizer,
-        text_encoder: UMT5EncoderModel,
-        vae: AutoencoderKLWan,
-        scheduler: FlowMatchEulerDiscreteScheduler,
-        transformer: WanTransformer3DModel | None = None,
-        transformer_2: WanTransformer3DModel | None = None,
-        boundary_ratio: float | None = None,
-        expand_timesteps: bool = False,
-    ) -> None:
-        super().__init__(
-            tokenizer=tokenizer,
-            text_encoder=text_encoder,
-            vae=vae,
-            scheduler=scheduler,
-            transformer=transformer,
-            transformer_2=transformer_2,
-            boundary_ratio=boundary_ratio,
-            expand_timesteps=expand_timesteps,
-        )
+
+class SparseCogVideoXPipeline(SparsePipelineMixin, CogVideoXPipeline):
+    """`CogVideoXPipeline` with sparse attention switched on."""
+
+
+class SparseHunyuanVideoPipeline(SparsePipelineMixin, HunyuanVideoPipeline):
+    """`HunyuanVideoPipeline` with sparse attention switched on."""
+
+
+class SparseFluxPipeline(SparsePipelineMixin, FluxPipeline):
+    """`FluxPipeline` with sparse attention switched on."""
 
 
 def _dense_class(cls: type) -> type:

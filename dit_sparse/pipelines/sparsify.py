@@ -24,10 +24,9 @@ _INSTALLED = "_dit_sparse"
 class _Installed:
     """What `sparsify` left on a transformer: its session, and how to take it off."""
 
-    def __init__(self, session: Session, originals: dict[str, Any], model: str) -> None:
+    def __init__(self, session: Session, originals: dict[str, Any]) -> None:
         self.session = session
         self.originals = originals
-        self.model = model
 
 
 def sparsify(pipe: Pipeline, method: Method | Schedule, *, backend: str = "auto") -> Pipeline:
@@ -63,8 +62,9 @@ def install(pipe: Pipeline, session: Session) -> Pipeline:
             # An earlier transformer must not stay sparse alone.
             unsparsify(pipe)
             raise
+        adapter.fuse(transformer)
         add_site_hook(transformer, session, adapter, model)
-        setattr(transformer, _INSTALLED, _Installed(session, originals, model))
+        setattr(transformer, _INSTALLED, _Installed(session, originals))
     session.watch(pipe)
     return pipe
 
@@ -76,7 +76,8 @@ def unsparsify(pipe: Pipeline) -> Pipeline:
         if installed is None:
             continue
         for path, processor in installed.originals.items():
-            transformer.get_submodule(path.removeprefix(f"{installed.model}.")).processor = processor
+            transformer.get_submodule(path).processor = processor
+        adapter_for(pipe).unfuse(transformer)
         remove_site_hook(transformer)
         installed.session.steps.release()
         delattr(transformer, _INSTALLED)
@@ -124,8 +125,8 @@ def check(pipe: Any, method: Method | Schedule, height: int, width: int, frames:
 def save_plan(pipe: Any, path: str | os.PathLike[str], *, model: str = "", prompts: Sequence[str] = ()) -> None:
     """Write the orders and masks that `Paro()` found in the latest run, for `Paro(plan_file=path)`.
 
-    The plans of the conditional branch are taken. `calibrate` makes a better file: of any number of prompts, with a
-    mask for each of the first steps.
+    The plans of the conditional branch are taken, of one prompt where prompts of unlike length were given together.
+    `calibrate` makes a better file: of any number of prompts, with a mask for each of the first steps.
 
     Args:
         pipe: a pipeline that is sparsified with Paro and has run.
@@ -145,7 +146,7 @@ def save_plan(pipe: Any, path: str | os.PathLike[str], *, model: str = "", promp
     if not found:
         raise ValueError("pipeline must have run before its plan is saved, got no plan yet; call it first")
     grid, branch = (next(iter(found))[place] for place in (0, 3))
-    plans = {key[1:3]: plan for key, plan in found.items() if key[3] == branch}
+    plans = {key[1:3]: plan for key, plan in found.items() if (key[0], key[3]) == (grid, branch)}
     models = {name: sorted(layer for own, layer in plans if own == name) for name, _ in plans}
     if any(layers != list(range(len(layers))) for layers in models.values()):
         raise ValueError(f"a plan needs every layer, got {models}; run without dense_layers")

@@ -1,8 +1,7 @@
 """Wan 2.1 and 2.2: where its attention lets the toolkit in."""
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
@@ -11,29 +10,23 @@ from torch.utils.hooks import RemovableHandle
 
 from dit_sparse.kernels import dense_attention, norm_rope
 from dit_sparse.kernels.norm_rope import rotate
-from dit_sparse.pipelines.adapter import FamilyAdapter, uses_default_backend
-from dit_sparse.pipelines.session import Session
+from dit_sparse.pipelines.adapter import (
+    FamilyAdapter,
+    Inputs,
+    SparseProcessor,
+    check_size,
+    latent_frames,
+    moves,
+    uses_default_backend,
+)
+from dit_sparse.pipelines.layout import Layout
+from dit_sparse.pipelines.norm_rotate import RotaryEmbedding, is_watched
+from dit_sparse.pipelines.wan_block import fuse_block, unfuse_block
 from dit_sparse.types import TokenGrid, TokenOrder
 
-RotaryEmbedding = tuple[torch.Tensor, torch.Tensor]
 
-
-class SparseWanAttnProcessor(WanAttnProcessor):
-    """Wan's processor with its self-attention handed to a session; cross-attention stays upstream's.
-
-    Args:
-        session: runs the attention.
-        layer, num_layers: which transformer block of how many.
-        original: the processor this one replaces; its backend setting is kept.
-    """
-
-    def __init__(self, session: Session, layer: int, num_layers: int, original: WanAttnProcessor) -> None:
-        super().__init__()
-        self.session = session
-        self.layer = layer
-        self.num_layers = num_layers
-        self._attention_backend = original._attention_backend
-        self._parallel_config = original._parallel_config
+class SparseWanAttnProcessor(SparseProcessor, WanAttnProcessor):
+    """Wan's processor with its self-attention handed to a session; cross-attention stays upstream's."""
 
     def __call__(
         self,
@@ -43,8 +36,7 @@ class SparseWanAttnProcessor(WanAttnProcessor):
         attention_mask: torch.Tensor | None = None,
         rotary_emb: RotaryEmbedding | None = None,
     ) -> torch.Tensor:
-        if self._parallel_config is not None:
-            raise ValueError("context parallelism must be off with sparse attention, got a parallel config; unsparsify")
+        self.refuse_parallel()
         if encoder_hidden_states is not None:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
         if attention_mask is not None:
@@ -80,16 +72,10 @@ def project(
 
 def prepare(x: torch.Tensor, norm: torch.nn.Module, heads: int, rotary_emb: RotaryEmbedding | None) -> torch.Tensor:
     """`x` `[B, N, H * D]` normed, cut into heads and rotated: `[B, N, H, D]`; in one pass if nothing hooks the norm."""
-    if type(norm) is torch.nn.RMSNorm and norm.eps is not None and not _is_watched(norm):
+    if type(norm) is torch.nn.RMSNorm and norm.eps is not None and not is_watched(norm):
         return norm_rope(x.unflatten(2, (heads, -1)), norm.weight, norm.eps, *(rotary_emb or (None, None)))
     x = norm(x).unflatten(2, (heads, -1))
     return x if rotary_emb is None else rotate(x, *rotary_emb)
-
-
-def _is_watched(module: torch.nn.Module) -> bool:
-    """Whether hooks of torch, accelerate or diffusers stand around `module`, which only its own call runs."""
-    hooks = module._forward_hooks or module._forward_pre_hooks
-    return bool(hooks) or hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook")
 
 
 class WanAdapter(FamilyAdapter):
@@ -97,55 +83,41 @@ class WanAdapter(FamilyAdapter):
 
     family = "Wan"
     transformer_class = "WanTransformer3DModel"
+    processors: ClassVar = {WanAttnProcessor: SparseWanAttnProcessor}
 
-    def install(self, transformer: Any, model: str, session: Session) -> dict[str, Any]:
-        originals = {}
-        for layer, block in enumerate(transformer.blocks):
-            path, processor = f"{model}.blocks.{layer}.attn1", block.attn1.processor
-            if type(processor) is not WanAttnProcessor:
-                raise ValueError(
-                    f"{path}.processor must be diffusers' WanAttnProcessor, got {type(processor).__name__}; "
-                    "sparsify before installing another processor"
-                )
-            if processor._parallel_config is not None:
-                raise ValueError("context parallelism must be off with sparse attention, got a parallel config")
-            originals[path] = processor
-        for layer, block in enumerate(transformer.blocks):
-            original = originals[f"{model}.blocks.{layer}.attn1"]
-            block.attn1.processor = SparseWanAttnProcessor(session, layer, self.num_layers(transformer), original)
-        return originals
+    def attention_modules(self, transformer: Any) -> dict[str, Any]:
+        return {f"blocks.{i}.attn1": block.attn1 for i, block in enumerate(transformer.blocks)}
 
-    def num_layers(self, transformer: Any) -> int:
-        return len(transformer.blocks)
+    def fuse(self, transformer: Any) -> None:
+        for block in transformer.blocks:
+            fuse_block(block)
 
-    def grid_of_latents(self, transformer: Any, hidden_states: torch.Tensor) -> TokenGrid:
+    def unfuse(self, transformer: Any) -> None:
+        for block in transformer.blocks:
+            unfuse_block(block)
+
+    def layout(self, transformer: Any, inputs: Inputs) -> Layout:
         """`hidden_states` is `[B, C, F, H, W]`."""
-        sizes = (
-            size // patch for size, patch in zip(hidden_states.shape[2:], transformer.config.patch_size, strict=True)
+        sizes = inputs["hidden_states"].shape[2:]
+        return Layout(
+            TokenGrid(*(size // patch for size, patch in zip(sizes, transformer.config.patch_size, strict=True)))
         )
-        return TokenGrid(*sizes)
 
-    def takes_order(self, transformer: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    def takes_order(self, transformer: Any, inputs: Inputs) -> bool:
         """Not for subclasses, which may add what depends on places, nor for a timestep a token (Wan 2.2 TI2V)."""
-        timestep = args[1] if len(args) > 1 else kwargs["timestep"]
-        return type(transformer).__name__ == self.transformer_class and timestep.ndim == 1
+        return type(transformer).__name__ == self.transformer_class and inputs["timestep"].ndim == 1
 
-    def put_in_order(self, transformer: Any, order: TokenOrder) -> list[RemovableHandle]:
+    def put_in_order(
+        self, transformer: Any, order: TokenOrder, inputs: Inputs
+    ) -> tuple[list[RemovableHandle], dict[str, Any]]:
         """Moves the patches and their rotary tables, and the output's few channels back."""
         index, inverse = order.index[0, 0], order.inverse[0, 0]
 
         def patches(_: Any, __: Any, out: torch.Tensor) -> torch.Tensor:
             return out.flatten(2).index_select(2, index).view(out.shape)
 
-        def tables(_: Any, __: Any, out: RotaryEmbedding) -> RotaryEmbedding:
-            cos, sin = (table.index_select(1, index) for table in out)
-            return cos, sin
-
-        def output(_: Any, __: Any, out: torch.Tensor) -> torch.Tensor:
-            return out.index_select(1, inverse)
-
-        modules = ((transformer.patch_embedding, patches), (transformer.rope, tables), (transformer.proj_out, output))
-        return [module.register_forward_hook(hook) for module, hook in modules]
+        handles = moves({transformer.rope: (1, index), transformer.proj_out: (1, inverse)})
+        return [*handles, transformer.patch_embedding.register_forward_hook(patches)], {}
 
     def token_grid(self, pipe: Any, height: int, width: int, frames: int) -> TokenGrid:
         transformer = pipe.transformer if pipe.transformer is not None else pipe.transformer_2
@@ -153,19 +125,8 @@ class WanAdapter(FamilyAdapter):
         temporal, spatial = pipe.vae_scale_factor_temporal, pipe.vae_scale_factor_spatial
         for name, got, patch in (("height", height, patch_h), ("width", width, patch_w)):
             # WanPipeline.check_inputs asks for 16 whatever the model's own factor is.
-            multiple = math.lcm(16, spatial * patch)
-            if got < multiple or got % multiple:
-                raise ValueError(f"{name} must be a multiple of {multiple}, got {got}; try {_near(got, multiple)}")
-        if frames < 1 or (frames - 1) % temporal:
-            raise ValueError(
-                f"frames must be 1 more than a multiple of {temporal}, got {frames}; "
-                f"try {max(0, (frames - 1) // temporal) * temporal + 1}"
-            )
-        latent_frames = (frames - 1) // temporal + 1
-        if latent_frames % patch_f:
+            check_size(name, got, math.lcm(16, spatial * patch))
+        latents = latent_frames(frames, temporal)
+        if latents % patch_f:
             raise ValueError(f"frames must give latent frames that divide by {patch_f}, got {frames} frames")
-        return TokenGrid(latent_frames // patch_f, height // (spatial * patch_h), width // (spatial * patch_w))
-
-
-def _near(value: int, multiple: int) -> int:
-    return max(multiple, value // multiple * multiple)
+        return TokenGrid(latents // patch_f, height // (spatial * patch_h), width // (spatial * patch_w))

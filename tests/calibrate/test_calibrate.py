@@ -207,7 +207,7 @@ def test_nothing_is_ever_tokens_by_tokens(tmp_path: Path) -> None:
     with Largest() as largest, MassStore(tmp_path, 1) as store:
         search = OrderSearch(method)
         search(Site(grid), q, k, lse)
-        MassSums(store, search.axes(), method.block, (0.0,))(Site(grid), q, k, lse)
+        MassSums(store, search.axes(), method.block, (0.0,), grid)(Site(grid), q, k, lse)
         mass = store.mean(("transformer", 0, 0))
         heaviest_blocks(mass, 0.3, raster_order(grid, 64).offsets, grid)
         mass_threshold(lambda: iter([mass]), 0.3, raster_order(grid, 64).offsets, grid)
@@ -227,7 +227,7 @@ def test_a_plan_for_two_transformers(tmp_path: Path, path: Path) -> None:
     with MassStore(tmp_path, 4) as store:
         for site in calls:
             search(site, q, k, lse)
-        sums = MassSums(store, search.axes(), 8, starts)
+        sums = MassSums(store, search.axes(), 8, starts, grid)
         for site in calls:
             sums(site, q, k, lse)
         write_calibration(path, Calibration(search.method), search, store, search.axes())

@@ -15,6 +15,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from dit_sparse.kernels import hopper_kernels, triton_kernels
 
+ROW_STRIDES = [f"{name}_{dim}" for name in "qkvo" for dim in ("sb", "sh", "sn")]
 LISTS = ("counts", "indices", "partial_counts", "partial_indices", "bits", "q_offsets", "k_offsets", "pace")
 
 
@@ -41,7 +42,11 @@ def portable(job: dict):
         BLOCK_N=job["block_n"], Q_TILES=1, K_TILES=1, PARTIAL=job["partial"], RETURN_LSE=True, UPCAST=False,
     )  # fmt: skip
     kernel = triton_kernels.forward_kernel
-    source = ASTSource(kernel, signature(kernel, constants, {}, job["dtype"]), constexprs=constants)
+    types = signature(kernel, constants, {}, job["dtype"])
+    # What a launch finds out of its arguments: tensors and their rows begin at multiples of 16.
+    aligned = [i for i, name in enumerate(kernel.arg_names) if types[name][0] == "*" or name in ROW_STRIDES]
+    attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
+    source = ASTSource(kernel, types, constexprs=constants, attrs=attributes)
     return source, dict(num_warps=job["warps"], num_stages=job["stages"])
 
 

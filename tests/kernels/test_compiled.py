@@ -48,7 +48,7 @@ def test_the_portable_kernel_fits() -> None:
     jobs = []
     for target, block, dim, dtype, partial in PORTABLE:
         itemsize = 4 if dtype == "fp32" else 2
-        launch = configuration(block, block, dim, dim, itemsize, target // 10, LIMITS[target])
+        launch = configuration(block, block, dim, dim, itemsize, target // 10, LIMITS[target], partial)
         jobs.append(
             dict(
                 kernel="triton",
@@ -81,7 +81,7 @@ def test_the_hopper_kernel_fits_and_keeps_its_products_asynchronous() -> None:
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_some_tiles_fit_every_gpu(limit: int, dim: int, itemsize: int) -> None:
     for block in (16, 32, 64, 128, 256):
-        launch = configuration(block, block, dim, dim, itemsize, 9, limit)
+        launch = configuration(block, block, dim, dim, itemsize, 9, limit, True)
         need = itemsize * (launch.block_m * dim + launch.num_stages * launch.block_n * 2 * dim)
         assert need <= limit
         assert launch.block_m <= max(32, padded(block))

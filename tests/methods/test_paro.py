@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -158,3 +159,24 @@ def test_on_a_gpu_masks_arrive_on_a_stream_of_their_own(path: Path) -> None:
                 plan = reader.plan("transformer", layer, slot)
                 assert torch.equal(plan.block_mask.kept_blocks[0].cpu(), masks[layer][slot])
                 assert all(arriving.done is not None for arriving in reader._ahead.values())
+
+
+@pytest.mark.parametrize("text_first", [False, True])
+def test_a_plan_file_fits_text_of_any_length(path: Path, text_first: bool) -> None:
+    """The video's blocks stay, and all text is kept."""
+    calibrated = replace(plans.GRID, text_len=11, text_first=text_first)
+    plans.write(path, grid=calibrated)
+    reader = PlanReader(PlanFile.open(path), torch.device("cpu"))
+    known = reader.plan("transformer", 0, 0, calibrated).token_mask()
+    for text_len in (0, 5, 11, 30):
+        grid = replace(calibrated, text_len=text_len)
+        mask = reader.plan("transformer", 0, 0, grid).token_mask()
+        inside, was = (slice(g.video_start, g.video_start + g.video_len) for g in (grid, calibrated))
+        assert torch.equal(mask[..., inside, inside], known[..., was, was])
+        is_video = torch.zeros(grid.num_tokens, dtype=torch.bool)
+        is_video[inside] = True
+        if text_len != 11:
+            assert mask[..., ~is_video, :].all()
+            assert mask[..., ~is_video].all()
+    with pytest.raises(ValueError, match="is for the grid"):
+        PlanFile.open(path).check(replace(calibrated, text_first=not text_first))

@@ -8,8 +8,20 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, WanPipeline
 
-from dit_sparse import AdaSpa, Neighborhood, Schedule, SparseWanPipeline, sparsify, statistics, unsparsify
+from dit_sparse import (
+    AdaSpa,
+    Neighborhood,
+    Schedule,
+    SparseCogVideoXPipeline,
+    SparseFluxPipeline,
+    SparseHunyuanVideoPipeline,
+    SparseWanPipeline,
+    sparsify,
+    statistics,
+    unsparsify,
+)
 from dit_sparse.pipelines import session_of
+from tests.pipelines.families import FAMILIES
 
 SCHEDULE = Schedule(AdaSpa(density=0.5, block=16), warmup=0.4, dense_layers=(1,))
 
@@ -81,3 +93,36 @@ def test_a_config_is_not_pushed_before_it_is_right(tiny_folder, tmp_path) -> Non
     with pytest.raises(ValueError, match="use save_pretrained"):
         SparseWanPipeline.from_pretrained(tiny_folder).save_config(tmp_path / "saved", push_to_hub=True)
     assert not (tmp_path / "saved").exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "sparse_class"),
+    [
+        ("cogvideox", SparseCogVideoXPipeline),
+        ("hunyuan_video", SparseHunyuanVideoPipeline),
+        ("flux", SparseFluxPipeline),
+    ],
+)
+def test_the_other_families_load_save_and_share_too(family: str, sparse_class, tmp_path) -> None:
+    case = next(case for case in FAMILIES if case.name == family)
+    case.make().save_pretrained(tmp_path / "dense")
+    dense = DiffusionPipeline.from_pretrained(tmp_path / "dense")
+    dense.set_progress_bar_config(disable=True)
+    want = case.run(dense)
+    pipe = sparse_class.from_pretrained(tmp_path / "dense", sparse=SCHEDULE)
+    pipe.set_progress_bar_config(disable=True)
+    sparse = case.run(pipe)
+    assert not torch.equal(sparse, want)
+    pipe.save_pretrained(tmp_path / "saved")
+    again = sparse_class.from_pretrained(tmp_path / "saved")
+    again.set_progress_bar_config(disable=True)
+    assert session_of(again).schedule == SCHEDULE
+    assert torch.equal(case.run(again), sparse)
+    plain = DiffusionPipeline.from_pretrained(tmp_path / "saved")
+    plain.set_progress_bar_config(disable=True)
+    assert type(plain) is type(dense)
+    assert torch.equal(case.run(plain), want)
+    shared = sparse_class.from_pipe(dense, sparse=SCHEDULE)
+    shared.set_progress_bar_config(disable=True)
+    assert shared.transformer is dense.transformer
+    assert torch.equal(case.run(shared), sparse)

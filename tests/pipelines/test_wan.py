@@ -15,6 +15,7 @@ from dit_sparse import AdaSpa, Dense, Neighborhood, Paro, Schedule, TokenGrid, s
 from dit_sparse.pipelines import check, session_of, token_grid
 from dit_sparse.pipelines import session as session_module
 from dit_sparse.pipelines.adapter import uses_default_backend
+from dit_sparse.pipelines.layout import Layout
 from dit_sparse.pipelines.session import Session
 from dit_sparse.pipelines.wan import SparseWanAttnProcessor, WanAdapter
 from dit_sparse.reorder import tile_order
@@ -138,8 +139,8 @@ def test_a_forward_that_fails_leaves_no_hook_behind(pipe, render, monkeypatch) -
 def test_a_timestep_a_token_leaves_the_order_alone(pipe) -> None:
     """Wan 2.2 TI2V: the modulation depends on the token's place as well."""
     adapter = WanAdapter()
-    assert adapter.takes_order(pipe.transformer, (None, torch.zeros(1)), {})
-    assert not adapter.takes_order(pipe.transformer, (), {"timestep": torch.zeros(1, 288)})
+    assert adapter.takes_order(pipe.transformer, {"timestep": torch.zeros(1)})
+    assert not adapter.takes_order(pipe.transformer, {"timestep": torch.zeros(1, 288)})
 
 
 def test_a_plan_of_another_order_than_the_tokens_is_refused(pipe, render, monkeypatch) -> None:
@@ -205,8 +206,8 @@ def test_forwards_without_a_name_are_told_apart_by_their_number(pipe) -> None:
             session.steps.step = step
             names = []
             for _ in range(2):
-                session.begin_forward(TokenGrid(3, 8, 12), "transformer", None)
-                names.append(session._forward[2])
+                session.begin_forward(Layout(TokenGrid(3, 8, 12)), "transformer", None)
+                names.append(session._forward.branch)
             assert names == ["forward 0", "forward 1"]
 
 

@@ -35,7 +35,7 @@ def tiny_wan(*, fine: bool = False, num_layers: int = 2, seed: int = 0) -> WanPi
         torch.manual_seed(seed)
         vae = _vae(fine)
         transformer = _transformer(vae.config.z_dim, patch=1 if fine else 2, num_layers=num_layers)
-        tokenizer = _tokenizer()
+        tokenizer = tiny_tokenizer()
         text_encoder = _text_encoder(len(tokenizer))
     pipe = WanPipeline(
         tokenizer=tokenizer,
@@ -92,11 +92,12 @@ def _text_encoder(vocabulary_size: int) -> UMT5EncoderModel:
     return UMT5EncoderModel(config).eval()
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
+def tiny_tokenizer(max_length: int = 512) -> PreTrainedTokenizerFast:
+    """Words to numbers; id 0 pads and 1 ends a prompt."""
     vocabulary = {word: i for i, word in enumerate((*_SPECIAL, *_WORDS))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=max_length
     )

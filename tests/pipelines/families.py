@@ -1,0 +1,90 @@
+"""The families as the tests see them: a tiny pipeline, and how it is called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dit_sparse import AdaSpa, Neighborhood, Paro, TokenGrid
+from tests.pipelines.tiny import tiny_wan
+from tests.pipelines.tiny_families import COGVIDEOX_TEXT, tiny_cogvideox, tiny_flux, tiny_hunyuan_video
+
+METHODS = [
+    Neighborhood(density=0.5, tile=(1, 4, 4)),
+    AdaSpa(density=0.5, block=16),
+    Paro(density=0.5, block=16),
+]
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family.
+
+    Args:
+        name: in test ids.
+        make: its tiny pipeline.
+        grid: the layout of a run with `arguments`; real text only where prompts are padded.
+        arguments: of a call, beside prompt and steps.
+        branches: the names that its guidance branches have.
+        guided: arguments that bring a second branch, in families that need not have one.
+    """
+
+    name: str
+    make: Callable[[], Any]
+    grid: TokenGrid
+    arguments: dict[str, Any]
+    branches: set[str] = field(default_factory=lambda: {"cond", "uncond"})
+    guided: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return self.name
+
+    def run(
+        self, pipe: Any, prompt: str | list[str] = "a red ball", steps: int = 4, seed: int = 0, **options: Any
+    ) -> Tensor:
+        """Latents of one run."""
+        result = pipe(
+            prompt,
+            num_inference_steps=steps,
+            generator=torch.Generator().manual_seed(seed),
+            output_type="latent",
+            **{**self.arguments, **options},
+        )
+        return result.images if hasattr(result, "images") else result.frames
+
+
+_TEMPLATE = {"template": "{}", "crop_start": 0}
+
+FAMILIES = [
+    Family(
+        "wan",
+        lambda: tiny_wan(fine=True),
+        TokenGrid(3, 8, 12),
+        {"height": 32, "width": 48, "num_frames": 9, "guidance_scale": 3.0, "max_sequence_length": 16},
+    ),
+    Family(
+        "cogvideox",
+        tiny_cogvideox,
+        TokenGrid(3, 8, 12, COGVIDEOX_TEXT, text_first=True),
+        {"height": 32, "width": 48, "num_frames": 9, "guidance_scale": 3.0, "max_sequence_length": COGVIDEOX_TEXT},
+        {"cond_uncond"},
+    ),
+    Family(
+        "hunyuan_video",
+        tiny_hunyuan_video,
+        TokenGrid(3, 8, 12, 4),
+        {"height": 64, "width": 96, "num_frames": 9, "max_sequence_length": 16, "prompt_template": _TEMPLATE},
+        guided={"true_cfg_scale": 3.0, "negative_prompt": "a big blue square moving left"},
+    ),
+    Family(
+        "flux",
+        tiny_flux,
+        TokenGrid(1, 16, 24, 16, text_first=True),
+        {"height": 32, "width": 48, "max_sequence_length": 16},
+        guided={"true_cfg_scale": 3.0, "negative_prompt": "a big blue square"},
+    ),
+]
