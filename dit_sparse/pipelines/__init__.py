@@ -8,18 +8,24 @@ from dit_sparse.pipelines.statistics import RunStatistics
 
 if TYPE_CHECKING:
     from dit_sparse.pipelines.sparse_pipelines import (
+        SparseCogVideoXImageToVideoPipeline,
         SparseCogVideoXPipeline,
         SparseFluxPipeline,
+        SparseHunyuanVideoImageToVideoPipeline,
         SparseHunyuanVideoPipeline,
+        SparseWanImageToVideoPipeline,
         SparseWanPipeline,
     )
 
 __all__ = [
     "ModelError",
     "RunStatistics",
+    "SparseCogVideoXImageToVideoPipeline",
     "SparseCogVideoXPipeline",
     "SparseFluxPipeline",
+    "SparseHunyuanVideoImageToVideoPipeline",
     "SparseHunyuanVideoPipeline",
+    "SparseWanImageToVideoPipeline",
     "SparseWanPipeline",
     "check",
     "load_pipeline",

@@ -45,7 +45,7 @@ def tiny_cogvideox(*, patch_size_t: int | None = None, rotary: bool = True, **op
         transformer = CogVideoXTransformer3DModel(
             num_attention_heads=2,
             attention_head_dim=16,
-            in_channels=4,
+            in_channels=options.pop("in_channels", 4),
             out_channels=4,
             time_embed_dim=8,
             text_embed_dim=TEXT_DIM,
