@@ -11,9 +11,12 @@ if TYPE_CHECKING:
     from dit_sparse.attention import sparse_attention
     from dit_sparse.methods import AdaSpa, Dense, Neighborhood, Paro
     from dit_sparse.pipelines import (
+        SparseCogVideoXImageToVideoPipeline,
         SparseCogVideoXPipeline,
         SparseFluxPipeline,
+        SparseHunyuanVideoImageToVideoPipeline,
         SparseHunyuanVideoPipeline,
+        SparseWanImageToVideoPipeline,
         SparseWanPipeline,
         load_pipeline,
         save_plan,
@@ -29,9 +32,12 @@ _HOMES = {
     "attention": ("sparse_attention",),
     "methods": ("AdaSpa", "Dense", "Neighborhood", "Paro"),
     "pipelines": (
+        "SparseCogVideoXImageToVideoPipeline",
         "SparseCogVideoXPipeline",
         "SparseFluxPipeline",
+        "SparseHunyuanVideoImageToVideoPipeline",
         "SparseHunyuanVideoPipeline",
+        "SparseWanImageToVideoPipeline",
         "SparseWanPipeline",
         "load_pipeline",
         "save_plan",
@@ -53,9 +59,12 @@ __all__ = [
     "Paro",
     "Schedule",
     "Site",
+    "SparseCogVideoXImageToVideoPipeline",
     "SparseCogVideoXPipeline",
     "SparseFluxPipeline",
+    "SparseHunyuanVideoImageToVideoPipeline",
     "SparseHunyuanVideoPipeline",
+    "SparseWanImageToVideoPipeline",
     "SparseWanPipeline",
     "TokenGrid",
     "TokenOrder",

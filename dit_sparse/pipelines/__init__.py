@@ -9,9 +9,12 @@ from dit_sparse.pipelines.statistics import RunStatistics
 
 if TYPE_CHECKING:
     from dit_sparse.pipelines.sparse_pipelines import (
+        SparseCogVideoXImageToVideoPipeline,
         SparseCogVideoXPipeline,
         SparseFluxPipeline,
+        SparseHunyuanVideoImageToVideoPipeline,
         SparseHunyuanVideoPipeline,
+        SparseWanImageToVideoPipeline,
         SparseWanPipeline,
     )
 
@@ -19,9 +22,12 @@ __all__ = [
     "ModelError",
     "Observer",
     "RunStatistics",
+    "SparseCogVideoXImageToVideoPipeline",
     "SparseCogVideoXPipeline",
     "SparseFluxPipeline",
+    "SparseHunyuanVideoImageToVideoPipeline",
     "SparseHunyuanVideoPipeline",
+    "SparseWanImageToVideoPipeline",
     "SparseWanPipeline",
     "check",
     "load_pipeline",

@@ -10,9 +10,16 @@ from dit_sparse.pipelines.adapter import FamilyAdapter
 from dit_sparse.pipelines.cogvideox import CogVideoXAdapter
 from dit_sparse.pipelines.flux import FluxAdapter
 from dit_sparse.pipelines.hunyuan_video import HunyuanVideoAdapter
+from dit_sparse.pipelines.ltx_video import LTXVideoAdapter
 from dit_sparse.pipelines.wan import WanAdapter
 
-_ADAPTERS: tuple[FamilyAdapter, ...] = (WanAdapter(), CogVideoXAdapter(), HunyuanVideoAdapter(), FluxAdapter())
+_ADAPTERS: tuple[FamilyAdapter, ...] = (
+    WanAdapter(),
+    CogVideoXAdapter(),
+    HunyuanVideoAdapter(),
+    FluxAdapter(),
+    LTXVideoAdapter(),
+)
 FAMILIES = {adapter.transformer_class: adapter for adapter in _ADAPTERS}
 
 

@@ -8,7 +8,15 @@ import os
 from pathlib import Path
 from typing import Any
 
-from diffusers import CogVideoXPipeline, FluxPipeline, HunyuanVideoPipeline, WanPipeline
+from diffusers import (
+    CogVideoXImageToVideoPipeline,
+    CogVideoXPipeline,
+    FluxPipeline,
+    HunyuanVideoImageToVideoPipeline,
+    HunyuanVideoPipeline,
+    WanImageToVideoPipeline,
+    WanPipeline,
+)
 
 from dit_sparse.methods import AdaSpa
 from dit_sparse.pipelines.sparsify import session_of, sparsify
@@ -81,12 +89,24 @@ class SparseWanPipeline(SparsePipelineMixin, WanPipeline):
     """
 
 
+class SparseWanImageToVideoPipeline(SparsePipelineMixin, WanImageToVideoPipeline):
+    """`WanImageToVideoPipeline` with sparse attention switched on."""
+
+
 class SparseCogVideoXPipeline(SparsePipelineMixin, CogVideoXPipeline):
     """`CogVideoXPipeline` with sparse attention switched on."""
 
 
+class SparseCogVideoXImageToVideoPipeline(SparsePipelineMixin, CogVideoXImageToVideoPipeline):
+    """`CogVideoXImageToVideoPipeline` with sparse attention switched on."""
+
+
 class SparseHunyuanVideoPipeline(SparsePipelineMixin, HunyuanVideoPipeline):
     """`HunyuanVideoPipeline` with sparse attention switched on."""
+
+
+class SparseHunyuanVideoImageToVideoPipeline(SparsePipelineMixin, HunyuanVideoImageToVideoPipeline):
+    """`HunyuanVideoImageToVideoPipeline` with sparse attention switched on."""
 
 
 class SparseFluxPipeline(SparsePipelineMixin, FluxPipeline):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dit_sparse import AdaSpa, Neighborhood, Paro, TokenGrid
 from tests.pipelines.tiny import tiny_wan
-from tests.pipelines.tiny_families import COGVIDEOX_TEXT, tiny_cogvideox, tiny_flux, tiny_hunyuan_video
+from tests.pipelines.tiny_families import COGVIDEOX_TEXT, tiny_cogvideox, tiny_flux, tiny_hunyuan_video, tiny_ltx_video
 
 METHODS = [
     Neighborhood(density=0.5, tile=(1, 4, 4)),
@@ -86,5 +86,12 @@ FAMILIES = [
         TokenGrid(1, 16, 24, 16, text_first=True),
         {"height": 32, "width": 48, "max_sequence_length": 16},
         guided={"true_cfg_scale": 3.0, "negative_prompt": "a big blue square"},
+    ),
+    Family(
+        "ltx_video",
+        tiny_ltx_video,
+        TokenGrid(3, 8, 12),
+        {"height": 64, "width": 96, "num_frames": 9, "guidance_scale": 3.0, "max_sequence_length": 16},
+        {"cond_uncond"},
     ),
 ]

@@ -10,6 +10,7 @@ from dit_sparse import AdaSpa, Schedule, TokenGrid, sparsify, statistics
 from dit_sparse.pipelines import session_of, token_grid
 from dit_sparse.pipelines.flux import FluxAdapter, _grid_of_ids
 from dit_sparse.pipelines.hunyuan_video import HunyuanVideoAdapter
+from dit_sparse.pipelines.ltx_video import LTXVideoAdapter
 from tests.pipelines.families import FAMILIES, METHODS
 from tests.pipelines.tiny_families import tiny_cogvideox, tiny_flux, tiny_hunyuan_video
 
@@ -119,3 +120,11 @@ def test_flux_refuses_ip_adapters_before_and_after_sparsify() -> None:
 def test_sizes_that_do_not_fit(family, size, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         token_grid(family.make(), *size)
+
+
+def test_ltx_video_refuses_tokens_that_are_no_grid() -> None:
+    adapter, hidden = LTXVideoAdapter(), torch.zeros(1, 300, 8)
+    for sizes in ((3, 8, 12), (None, 8, 12)):
+        inputs = {"hidden_states": hidden, **dict(zip(("num_frames", "height", "width"), sizes, strict=True))}
+        with pytest.raises(ValueError, match="must multiply to the 300 tokens"):
+            adapter.layout(None, inputs)

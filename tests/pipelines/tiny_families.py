@@ -1,4 +1,4 @@
-"""Tiny CogVideoX, HunyuanVideo and FLUX pipelines with random weights, made without any download."""
+"""Tiny CogVideoX, HunyuanVideo, FLUX and LTX-Video pipelines with random weights, made without any download."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLCogVideoX,
     AutoencoderKLHunyuanVideo,
+    AutoencoderKLLTXVideo,
     CogVideoXDDIMScheduler,
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
@@ -17,6 +18,8 @@ from diffusers import (
     FluxTransformer2DModel,
     HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
+    LTXPipeline,
+    LTXVideoTransformer3DModel,
 )
 from transformers import CLIPTextConfig, CLIPTextModel, LlamaConfig, LlamaModel, T5Config, T5EncoderModel
 
@@ -45,7 +48,7 @@ def tiny_cogvideox(*, patch_size_t: int | None = None, rotary: bool = True, **op
         transformer = CogVideoXTransformer3DModel(
             num_attention_heads=2,
             attention_head_dim=16,
-            in_channels=4,
+            in_channels=options.pop("in_channels", 4),
             out_channels=4,
             time_embed_dim=8,
             text_embed_dim=TEXT_DIM,
@@ -151,6 +154,48 @@ def tiny_flux(**options: Any) -> FluxPipeline:
     pipe = FluxPipeline(
         FlowMatchEulerDiscreteScheduler(), vae.eval(), clip, tokenizer, t5, tiny_tokenizer(), widened(transformer)
     )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def tiny_ltx_video(**options: Any) -> LTXPipeline:
+    """64x96 pixels and 9 frames give 3x8x12 tokens."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        vae = AutoencoderKLLTXVideo(
+            in_channels=3,
+            out_channels=3,
+            latent_channels=8,
+            block_out_channels=(8, 8, 8, 8),
+            decoder_block_out_channels=(8, 8, 8, 8),
+            layers_per_block=(1, 1, 1, 1, 1),
+            decoder_layers_per_block=(1, 1, 1, 1, 1),
+            spatio_temporal_scaling=(True, True, False, False),
+            decoder_spatio_temporal_scaling=(True, True, False, False),
+            decoder_inject_noise=(False,) * 5,
+            upsample_residual=(False,) * 4,
+            upsample_factor=(1,) * 4,
+            patch_size=2,
+            patch_size_t=1,
+            encoder_causal=True,
+            decoder_causal=False,
+        )
+        vae.use_framewise_encoding = False
+        vae.use_framewise_decoding = False
+        transformer = LTXVideoTransformer3DModel(
+            in_channels=8,
+            out_channels=8,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            cross_attention_dim=32,
+            num_layers=2,
+            caption_channels=TEXT_DIM,
+            **options,
+        )
+        tokenizer = tiny_tokenizer()
+        t5 = _t5(len(tokenizer))
+    scheduler = FlowMatchEulerDiscreteScheduler()
+    pipe = LTXPipeline(scheduler, vae.eval(), t5, tokenizer, widened(transformer))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
