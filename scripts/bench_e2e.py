@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import statistics
@@ -147,7 +148,7 @@ def kinds_of_steps(schedule: Schedule, steps: int, uses_lse: bool) -> list[str]:
     if uses_lse and warmup:
         kinds[-1] = "keeps LSE"
     for step in range(warmup, steps):
-        anew = step == warmup or (step in refresh and schedule.method.scope == "call")
+        anew = step == warmup or (step in refresh and schedule.method.scope != "grid")
         kinds.append("search" if anew else "cached")
     return kinds
 
@@ -213,7 +214,8 @@ def compare(found: dict[str, Any], dense: dict[str, Any], steps: int) -> None:
         }
 
 
-def describe(name: str, found: dict[str, Any]) -> str:
+def describe(method: Method, found: dict[str, Any]) -> str:
+    name = f"{method.name}, blocks of {method.block}" if isinstance(method, AdaSpa) else method.name
     kinds = ", ".join(
         f"{kind} {times['step']:.3f} s" + (f" ({times['attention']:.3f} attention)" if "attention" in times else "")
         for kind, times in found["kinds"].items()
@@ -230,6 +232,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="fewer transformer blocks than the model has")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--densities", type=float, nargs="*", default=[0.2], help="of AdaSpa; none leaves it out")
+    parser.add_argument("--blocks", type=int, nargs="+", default=[64, 128], help="of AdaSpa, tokens each")
     parser.add_argument("--no-neighborhood", action="store_true")
     parser.add_argument("--dense", nargs="+", choices=(*_TORCH, "fa3"), help="dense kernels; all by default")
     parser.add_argument("--rounds", type=int, default=3)
@@ -255,12 +258,13 @@ def main() -> None:
         print(f"{name}, {runner.layers} layers, dense step: "
               + ", ".join(f"{k} {times['step']:.3f} s" for k, times in dense["kernels"].items())
               + "".join(f"; {k} cannot: {why}" for k, why in dense.get("cannot", {}).items()), flush=True)  # fmt: skip
-        methods: list[Method] = [AdaSpa(density=density) for density in options.densities]
+        pairs = itertools.product(options.blocks, options.densities)
+        methods: list[Method] = [AdaSpa(density=density, block=block) for block, density in pairs]
         for method in methods + ([] if options.no_neighborhood else [model.neighborhood]):
             found = measure(runner, method, options.rounds, options.complete)
             compare(found, dense, options.steps)
             entry["methods"].append(found)
-            print(f"  {describe(method.name, found)}", flush=True)
+            print(f"  {describe(method, found)}", flush=True)
             if options.out is not None:
                 _write(options.out, report)
         del runner

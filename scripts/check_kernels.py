@@ -14,6 +14,7 @@ import argparse
 import json
 import random
 import sys
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -151,6 +152,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=2000)
     parser.add_argument("--first", type=int, default=0, help="seed of the first case")
+    parser.add_argument("--seconds", type=float, help="draw no more cases of a backend after so long")
     parser.add_argument("--tokens", type=int, default=1500, help="at most so many video tokens")
     parser.add_argument("--backends", nargs="+", default=["hopper", "triton"])
     parser.add_argument("--out", type=Path, help="write the result to this JSON file")
@@ -164,8 +166,11 @@ def main() -> None:
         missing = BACKENDS[backend].unavailable(device)
         if missing is not None:
             parser.error(f"backend {backend!r} is not available here: {missing}")
+        started = time.monotonic()
         counts = {"passed": 0, "refused": 0, "failed": [], "worst_error": {}}
         for seed in range(options.first, options.first + options.cases):
+            if options.seconds is not None and time.monotonic() - started > options.seconds:
+                break
             case = draw(seed, options.tokens)
             wrong, error = check(case, backend)
             if wrong == "refused":

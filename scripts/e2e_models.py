@@ -30,7 +30,7 @@ class Model:
         config: what its public configuration says beyond the class's defaults.
         layers: names of the entries of `config` that count transformer blocks, with their public values.
         inputs: the transformer's arguments but the timestep, drawn by the function it is given.
-        neighborhood: one whose blocks are all full there, at a density near 0.2.
+        neighborhood: one whose blocks are all full there: every window is an odd number of tiles.
     """
 
     transformer: type[torch.nn.Module]
@@ -132,7 +132,7 @@ MODELS = {
         {"num_attention_heads": 48, "use_rotary_positional_embeddings": True},
         {"num_layers": 42},
         _cogvideox,
-        Neighborhood(window=(5, 20, 27), stride=(1, 10, 9), tile=(1, 10, 9)),
+        Neighborhood(window=(5, 30, 27), stride=(1, 10, 9), tile=(1, 10, 9)),
     ),
     "hunyuan": Model(
         HunyuanVideoTransformer3DModel,
@@ -141,7 +141,7 @@ MODELS = {
         _hunyuan,
         Neighborhood(window=(21, 25, 40), stride=(3, 5, 8), tile=(3, 5, 8)),
     ),
-    "flux": _flux(64, (1, 8, 16), (1, 24, 32)),
-    "flux-2k": _flux(128, (1, 8, 16), (1, 56, 64)),
+    "flux": _flux(64, (1, 8, 16), (1, 24, 48)),
+    "flux-2k": _flux(128, (1, 8, 16), (1, 56, 48)),
     "tiny": _wan(2, 64, 2, (3, 16, 16), (1, 4, 4), (3, 4, 4), dim=16),
 }
