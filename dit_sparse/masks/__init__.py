@@ -1,23 +1,24 @@
-"""Building blocks of masks: block scores, selections, and neighborhoods on the grid."""
+"""Building blocks of masks: block scores, selections, and neighborhoods on the grid and on its tiles."""
 
-from dit_sparse.masks.neighborhood import (
-    NeighborhoodPredicate,
-    neighborhood_blocks,
-    neighborhood_predicate,
-)
+from dit_sparse.masks.neighborhood import NeighborhoodPredicate, neighborhood_predicate
 from dit_sparse.masks.score import pooled_scores
 from dit_sparse.masks.select import Ranking, density_to_blocks, keep_text, select_density, threshold, top_k, top_p
+from dit_sparse.masks.tiling import TileCost, TileCounts, best_tile, count_tiles, tile_pairs
 
 __all__ = [
     "NeighborhoodPredicate",
     "Ranking",
+    "TileCost",
+    "TileCounts",
+    "best_tile",
+    "count_tiles",
     "density_to_blocks",
     "keep_text",
-    "neighborhood_blocks",
     "neighborhood_predicate",
     "pooled_scores",
     "select_density",
     "threshold",
+    "tile_pairs",
     "top_k",
     "top_p",
 ]
