@@ -3,11 +3,13 @@
 from dit_sparse.masks.neighborhood import NeighborhoodPredicate, neighborhood_predicate
 from dit_sparse.masks.score import pooled_scores
 from dit_sparse.masks.select import Ranking, density_to_blocks, keep_text, select_density, threshold, top_k, top_p
+from dit_sparse.masks.suggest import Setting, suggest_settings
 from dit_sparse.masks.tiling import TileCost, TileCounts, best_tile, count_tiles, tile_pairs
 
 __all__ = [
     "NeighborhoodPredicate",
     "Ranking",
+    "Setting",
     "TileCost",
     "TileCounts",
     "best_tile",
@@ -17,6 +19,7 @@ __all__ = [
     "neighborhood_predicate",
     "pooled_scores",
     "select_density",
+    "suggest_settings",
     "threshold",
     "tile_pairs",
     "top_k",

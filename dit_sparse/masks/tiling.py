@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,16 +27,20 @@ _BLOCKS = (64, 128)
 class TileCost:
     """Time of a visited tile, in units of the same area of the fastest dense attention.
 
-    Measured with the `hopper` kernel on one H200 (`docs/benchmarks.md`), kernel alone.
-
     Args:
-        block_128, block_64: of a tile of up to 128 and up to 64 tokens; smaller tiles are padded to these.
-        cut: factor for a tile of which the window cuts a part.
+        block_128, block_64: of a tile of up to 128 and up to 64 tokens; smaller tiles are padded to these. Measured
+            with the `hopper` kernel on one H200 (`docs/benchmarks.md`), kernel alone.
+        cut: factor for a tile of which the window cuts a part. An estimate: it has not been timed.
     """
 
     block_128: float = 1.1
     block_64: float = 1.25
     cut: float = 1.2
+
+    def of(self, tile: Axes) -> float:
+        """Time of one visited pair of tiles, in query-key pairs of dense attention; tiles are padded to blocks."""
+        block, factor = (_BLOCKS[0], self.block_64) if prod(tile) <= _BLOCKS[0] else (_BLOCKS[1], self.block_128)
+        return factor * (block * -(-prod(tile) // block)) ** 2
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,7 @@ class TileCounts:
         visited: pairs of which at least one query sees one key.
         cut: visited pairs of which not every query sees every key.
         pairs: query-key token pairs that are seen, text included.
+        computed: query-key token pairs in visited tiles.
         tokens: of the sequence.
     """
 
@@ -56,12 +62,18 @@ class TileCounts:
     visited: int
     cut: int
     pairs: int
+    computed: int
     tokens: int
 
     @property
     def density(self) -> float:
         """Share of the query-key pairs that are seen."""
         return self.pairs / self.tokens**2
+
+    @property
+    def computed_density(self) -> float:
+        """Share of the query-key pairs in visited tiles: what a mask rounded to blocks keeps."""
+        return self.computed / self.tokens**2
 
     @property
     def ideal_speedup(self) -> float:
@@ -76,26 +88,25 @@ class TileCounts:
     def expected_speedup(self, cost: TileCost | None = None, exact: bool = True) -> float:
         """Over the fastest dense attention, permutation not counted; `exact` masks cut tiles, else they run whole."""
         cost = TileCost() if cost is None else cost
-        block, factor = (_BLOCKS[0], cost.block_64) if prod(self.tile) <= _BLOCKS[0] else (_BLOCKS[1], cost.block_128)
-        # Dense kernels do not pad within the sequence; a sparse one pads every tile.
-        side = block * -(-prod(self.tile) // block)
         extra = self.cut * (cost.cut - 1) if exact else 0.0
-        return self.tokens**2 / ((self.visited + extra) * side**2 * factor)
+        return self.tokens**2 / ((self.visited + extra) * cost.of(self.tile))
 
 
 def count_tiles(mask: NeighborhoodPredicate, tile: Axes) -> TileCounts:
     """Counts of the neighborhood `mask` on tiles of `tile` tokens along frames, height and width."""
-    axes = [_axis_counts(axis, size) for axis, size in zip(mask.axes, tile, strict=True)]
-    tiles, visited, whole, pairs = (prod(count) for count in zip(*axes, strict=True))
+    axes = [axis_counts(axis, size) for axis, size in zip(mask.axes, tile, strict=True)]
+    tiles, visited, whole, pairs, computed = (prod(count) for count in zip(*axes, strict=True))
     grid = mask.grid
-    text = -(-grid.text_len // prod(tile))
-    with_text = text * (2 * tiles + text)
+    text_tiles = -(-grid.text_len // prod(tile))
+    with_text = text_tiles * (2 * tiles + text_tiles)
+    text_pairs = grid.num_tokens**2 - grid.video_len**2
     return TileCounts(
         tile,
         total=tiles**2 + with_text,
         visited=visited + with_text,
         cut=visited - whole,
-        pairs=pairs + grid.num_tokens**2 - grid.video_len**2,
+        pairs=pairs + text_pairs,
+        computed=computed + text_pairs,
         tokens=grid.num_tokens,
     )
 
@@ -148,13 +159,24 @@ def tiles_for(shape: Axes) -> list[Axes]:
     return full or [shape]
 
 
-@lru_cache(maxsize=4096)
-def _axis_counts(axis: AxisWindow, tile: int) -> tuple[int, int, int, int]:
-    """Tiles along an axis, pairs of tiles visited, pairs of tiles seen whole, pairs of coordinates seen."""
+class AxisCounts(NamedTuple):
+    """Along one axis: tiles, pairs of them visited and seen whole, pairs of coordinates seen and in visited tiles."""
+
+    tiles: int
+    visited: int
+    whole: int
+    pairs: int
+    computed: int
+
+
+@lru_cache(maxsize=1 << 14)
+def axis_counts(axis: AxisWindow, tile: int) -> AxisCounts:
+    """Counts along one `axis` cut in tiles of `tile` tokens; those of a grid are their products."""
     pairs = _axis_pairs(axis, tile)
     sizes = _bounds(axis.length, tile).diff()
-    whole = pairs == sizes[:, None] * sizes[None, :]
-    return len(sizes), int((pairs > 0).sum()), int(whole.sum()), int(pairs.sum())
+    areas = sizes[:, None] * sizes[None, :]
+    counts = (pairs > 0), (pairs == areas), pairs, areas * (pairs > 0)
+    return AxisCounts(len(sizes), *(int(count.sum()) for count in counts))
 
 
 def _axis_pairs(axis: AxisWindow, tile: int) -> Tensor:

@@ -73,7 +73,8 @@ class Session:
             self._begin_run()
         order = None
         if device is not None and self.steps.inside_run:
-            order = self.schedule.method.shared_order(grid, device)
+            method = self.schedule.method_at(self.steps.step, self.steps.num_steps)
+            order = method.shared_order(grid, device)
             order = None if order is None or order.is_identity else order
         self._forward = _Forward(grid, model, branch or self._numbered_branch(), order)
         return order
@@ -119,7 +120,7 @@ class Session:
         planning = None
         if decision.action == "plan":
             planning = Stopwatch(q.device)
-            plan = self.schedule.method.plan(q, k, v, site, previous)
+            plan = self.schedule.method_at(site.step, site.num_steps).plan(q, k, v, site, previous)
             planning.stop()
             at_rest = plan if self.schedule.method.scope == "grid" else _at_rest(plan)  # one plan may lie about
             self.previous[key] = Previous(at_rest, None if previous is None else previous.lse, site.step)
