@@ -33,6 +33,7 @@ app = typer.Typer(
 )
 
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+_AXES = ("frames", "height", "width")
 _SIZE, _SAMPLING, _OUTPUT, _MACHINE, _METRICS = "Size", "Sampling", "Output", "Machine", "Choice of orders"
 
 
@@ -269,6 +270,44 @@ def methods(as_json: _Json = False) -> None:
 
 
 @app.command()
+def neighborhood(
+    grid: Annotated[str, typer.Option(help="Tokens along frames, height, width: 30x48x80; 256x256 is one frame.")],
+    window: Annotated[str | None, typer.Option(help="Keys a query sees.", show_default="from the density")] = None,
+    stride: Annotated[str, typer.Option(help="Queries that share a window.")] = "1",
+    dilation: Annotated[str, typer.Option(help="Distance between the keys of a window.")] = "1",
+    causal: Annotated[str, typer.Option(help="true, false, or one an axis: true,false,false.")] = "false",
+    tile: Annotated[str | None, typer.Option(help="Tokens of a tile.", show_default="the best")] = None,
+    exact: Annotated[bool, typer.Option(help="Compute tiles that a window cuts to the token, or whole.")] = True,
+    text: Annotated[int, typer.Option(min=0, help="Text tokens in the sequence.")] = 0,
+    density: Annotated[
+        float | None, typer.Option(help="List the best settings near this share of the query-key pairs.")
+    ] = None,
+    as_json: _Json = False,
+) -> None:
+    """Say what a neighborhood would cost, and which settings suit a grid; counts tiles and needs no GPU."""
+    with _user_errors():
+        from dit_sparse.methods import Neighborhood, parse_parameter
+        from dit_sparse.methods.neighborhood_report import neighborhood_report
+        from dit_sparse.types import TokenGrid
+
+        given = {"window": window, "stride": stride, "dilation": dilation, "causal": causal, "tile": tile}
+        options: dict[str, Any] = {
+            name: parse_parameter(Neighborhood, name, _three_axes(value)) for name, value in given.items() if value
+        }
+        if density is not None:
+            options["density"] = density
+        sizes = parse_parameter(Neighborhood, "window", _three_axes(grid))
+        if not isinstance(sizes, tuple):
+            raise ValueError(f"--grid must be two or three sizes such as 30x48x80, got {grid!r}")
+        method = Neighborhood(exact=exact, **options)
+        report = neighborhood_report(method, TokenGrid(sizes[0], sizes[1], sizes[2], text_len=text), density)
+    if as_json:
+        _print_json(report)
+    else:
+        _print_neighborhood(report, Console())
+
+
+@app.command()
 def doctor(as_json: _Json = False) -> None:
     """Say what works on this machine, what is missing and how to get it."""
     from dit_sparse.doctor import diagnose
@@ -398,6 +437,43 @@ def _interruptible(console: Console, out: Path) -> Iterator[None]:
 
 def _error(message: str) -> None:
     sys.stderr.write(f"error: {' '.join(message.split())}\n")
+
+
+def _three_axes(sizes: str) -> str:
+    """`sizes` such as 24x24 with one frame put before them."""
+    return f"1x{sizes}" if sizes.count("x") == 1 else sizes
+
+
+def _print_neighborhood(report: dict[str, Any], console: Console) -> None:
+    window, stride, dilation = ("x".join(map(str, report[name])) for name in ("window", "stride", "dilation"))
+    parts = ["x".join(map(str, report["grid"])) + " tokens"]
+    parts += [f"{report['text']} of text"] if report["text"] else []
+    parts += [f"window {window}", f"stride {stride}", f"dilation {dilation}"]
+    parts += [f"causal in {axis}" for axis, on in zip(_AXES, report["causal"], strict=True) if on]
+    parts += [f"density {report['density']:.4f}", f"ideal speed-up {report['ideal_speedup']:.2f}x"]
+    console.print(", ".join(parts), highlight=False, soft_wrap=True)
+    _print_tiles([{"": "this tile"} | report["tile"], {"": "best tile"} | report["best_tile"]], console)
+    if report["suggestions"]:
+        console.print("\nbest settings near that density, exact to the token", highlight=False)
+        of_setting = ("window", "stride", "density", "tile", "visited", "expected_speedup")
+        _print_tiles([{name: row[name] for name in of_setting} for row in report["suggestions"]], console)
+
+
+def _print_tiles(rows: list[dict[str, Any]], console: Console) -> None:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in rows[0]:
+        table.add_column(name.replace("_", " ").replace("speedup", "speed-up"), justify="right" if name else "left")
+    for row in rows:
+        table.add_row(*(_cell(name, value) for name, value in row.items()))
+    console.print(table, highlight=False)
+
+
+def _cell(name: str, value: Any) -> str:
+    if isinstance(value, list):
+        return "x".join(map(str, value))
+    if isinstance(value, float):
+        return f"{value:.2f}x" if "speedup" in name else f"{value:.4f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _print_json(value: Any) -> None:

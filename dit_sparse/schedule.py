@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any, Literal
 
 from dit_sparse.methods import find_method, nearest, read_parameter
+from dit_sparse.methods.parameters import check_share, takes_density, with_density
 from dit_sparse.types import Method, Previous, Site, TokenGrid
 
 Action = Literal["dense", "reuse", "plan"]
@@ -35,26 +37,42 @@ class Schedule:
         method: any method.
         warmup: share of the steps that run dense at the start; rounded up to whole steps.
         dense_layers: transformer blocks that always run dense; negative ones count from the end.
-        refresh: shares of the run at which a plan that depends on the data is made anew, beside the first one;
-            `None` takes the method's own.
+        refresh: where in the run a plan that depends on the data is made anew, beside the first one: a number below 1
+            is a share of the run, a whole number from 1 on is a step; `None` takes the method's own.
+        ramp: densities that replace the method's own: the sparse steps are cut into as many equal parts, and each
+            part has its density. Where a part begins, a plan is made anew. (0.5, 0.4, 0.3, 0.2) goes from 0.5 to 0.2.
 
     Raises:
-        ValueError: a share outside [0, 1].
+        ValueError: a share outside its range, or a ramp for a method that has no density to change.
     """
 
     method: Method
     warmup: float = field(default=0.2, metadata={"help": "share of the steps that run dense at the start"})
     dense_layers: tuple[int, ...] = field(default=(), metadata={"help": "transformer blocks that always run dense"})
     refresh: tuple[float, ...] | None = field(
-        default=None, metadata={"help": "shares of the run at which a plan is made anew; none: the method's own"}
+        default=None,
+        metadata={"help": "shares of the run, or steps from 1 on, where a plan is made anew; none: the method's own"},
+    )
+    ramp: tuple[float, ...] | None = field(
+        default=None, metadata={"help": "densities of equal parts of the sparse steps, such as 0.5,0.35,0.2"}
     )
 
     def __post_init__(self) -> None:
         if not _is_share(self.warmup):
             raise ValueError(f"warmup must be from 0 to 1, got {self.warmup!r}")
-        for share in self.refresh or ():
-            if not _is_share(share):
-                raise ValueError(f"refresh must be shares from 0 to 1, got {share!r}")
+        for at in self.refresh or ():
+            if not _is_share(at) and not (_is_number(at) and at >= 1 and at == int(at)):
+                raise ValueError(f"refresh must be shares from 0 to 1, or whole steps from 1 on, got {at!r}")
+        if self.ramp is not None:
+            if not self.ramp:
+                raise ValueError("ramp must hold at least one density, got none: leave it out for the method's own")
+            for density in self.ramp:
+                check_share("ramp", density)
+            if not takes_density(self.method):
+                raise ValueError(
+                    f"ramp must have a density to change, but {self.method.name!r} as it is set uses none: "
+                    "leave the ramp out, or what overrides the density"
+                )
 
     @classmethod
     def of(cls, method: Method | Schedule) -> Schedule:
@@ -67,7 +85,8 @@ class Schedule:
         Raises:
             ValueError: a parameter that does not fit `grid`, or a dense layer that the model does not have.
         """
-        self.method.check(grid)
+        for method in self._methods:
+            method.check(grid)
         self.check_layers(num_layers)
 
     def check_layers(self, num_layers: int) -> None:
@@ -83,14 +102,27 @@ class Schedule:
 
     def refresh_steps(self, num_steps: int) -> frozenset[int]:
         """Steps at which a plan is made anew, beside the first sparse one."""
-        shares = self.method.refresh if self.refresh is None else self.refresh
-        return frozenset(round(share * num_steps) for share in shares)
+        places = self.method.refresh if self.refresh is None else self.refresh
+        return frozenset(int(at) if at >= 1 else round(at * num_steps) for at in places)
+
+    @cached_property
+    def _methods(self) -> tuple[Method, ...]:
+        """The method of each part of the sparse steps."""
+        return (self.method,) if self.ramp is None else tuple(with_density(self.method, d) for d in self.ramp)
+
+    def _part(self, step: int, num_steps: int) -> int:
+        warmup, parts = self.warmup_steps(num_steps), len(self._methods)
+        return min(parts - 1, max(0, step - warmup) * parts // max(1, num_steps - warmup))
+
+    def method_at(self, step: int, num_steps: int) -> Method:
+        """The method with the density of `step`; always the same object in the same part of the ramp."""
+        return self._methods[self._part(step, num_steps)]
 
     def key(self, site: Site) -> tuple[Any, ...]:
         """What shares a plan with this site: branches, layers and models never mix unless the method is static."""
         scope = self.method.scope
         if scope == "grid":
-            return (site.grid,)
+            return (site.grid, *([] if self.ramp is None else [self.ramp[self._part(site.step, site.num_steps)]]))
         return (site.grid, site.model, site.layer) + ((site.branch,) if scope == "call" else ())
 
     def decide(self, site: Site, previous: Previous | None) -> Decision:
@@ -104,8 +136,13 @@ class Schedule:
             return Decision("dense", "search", keep_lse=True)
         if previous is None or previous.plan is None:
             return Decision("plan")
+        if self.method.scope != "grid" and self._new_part(previous.step, site):
+            return Decision("plan")
         due = site.step in self.refresh_steps(site.num_steps) and previous.step != site.step
         return Decision("plan" if due and self.method.scope != "grid" else "reuse")
+
+    def _new_part(self, planned_at: int, site: Site) -> bool:
+        return self._part(planned_at, site.num_steps) != self._part(site.step, site.num_steps)
 
     def to_config(self) -> dict[str, Any]:
         """A flat JSON-ready dict with the method's name, version and parameters and this schedule's."""
@@ -119,7 +156,7 @@ class Schedule:
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Schedule:
-        """The schedule that `to_config` wrote; missing parameters take their defaults.
+        """The schedule that `to_config` wrote, here or in an earlier version; missing parameters take their defaults.
 
         Raises:
             ValueError: no dict, an unknown method, key or version, or a value that is not allowed.
@@ -128,8 +165,11 @@ class Schedule:
             raise ValueError(f'a config must be an object with a "method", got {config!r:.80}')
         method_class = find_method(config["method"])
         version = config.get("version", method_class.version)
-        if version != method_class.version:
-            raise ValueError(f"{method_class.name} has version {method_class.version} here, got version {version!r}")
+        if isinstance(version, bool) or not isinstance(version, int) or not 1 <= version <= method_class.version:
+            raise ValueError(
+                f"{method_class.name} has version {method_class.version} here and reads those from 1 on, "
+                f"got version {version!r}"
+            )
         own = {f.name for f in fields(cls)} - {"method"}
         of_method = {f.name for f in fields(method_class)}  # type: ignore[arg-type]
         for key in config.keys() - {"method", "version"} - own - of_method:
@@ -139,5 +179,9 @@ class Schedule:
         return cls(method_class(**parameters), **options)
 
 
+def _is_number(value: float) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _is_share(value: float) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
+    return _is_number(value) and 0 <= value <= 1

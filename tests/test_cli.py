@@ -339,6 +339,27 @@ def test_calibrates_inspects_and_generates_from_the_plan(model, capsys):
     assert sorted(p.name for p in Path().iterdir()) == ["out", "plan.png", "plan.safetensors", "prompts.txt"]
 
 
+def test_neighborhood_prints_nattens_case(capsys):
+    setting = ("--grid", "30x48x80", "--window", "18x24x24", "--stride", "16x8x8", "--tile", "2x8x8")
+    assert _main("neighborhood", *setting) == 0
+    out = capsys.readouterr().out
+    assert "density 0.0900, ideal speed-up 11.11x" in out
+    assert "72,900" in out
+    assert _main("neighborhood", *setting, "--json") == 0
+    tile = json.loads(capsys.readouterr().out)["tile"]
+    assert (tile["tiles"], tile["visited"], tile["partial"]) == (810_000, 72_900, 0)
+
+
+def test_neighborhood_lists_settings_near_a_density(capsys):
+    assert _main("neighborhood", "--grid", "24x32", "--density", "0.25", "--causal", "false,true,false", "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["grid"] == [1, 24, 32]
+    assert report["causal"] == [False, True, False]
+    assert all(abs(s["density"] / 0.25 - 1) < 0.11 for s in report["suggestions"])
+    assert _main("neighborhood", "--grid", "8x24x32", "--density", "0.25") == 0
+    assert "best settings" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -358,3 +379,17 @@ def test_calibrate_and_inspect_refuse_in_one_line(model, capsys, arguments, mess
     assert message in error
     assert error.count("\n") == 1
     assert list(Path().iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--grid", "12"), "--grid must be two or three sizes"),
+        (("--grid", "4x8x8", "--window", "9x8x8"), "must be at most the grid's 4"),
+        (("--grid", "4x8x8", "--stride", "much"), "--stride must be"),
+        (("--grid", "4x8x8", "--density", "2"), "density must be above 0 and at most 1"),
+    ],
+)
+def test_neighborhood_refuses_what_does_not_fit(arguments, message, capsys):
+    assert _main("neighborhood", *arguments) == 2
+    assert message in capsys.readouterr().err

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dit_sparse.methods import METHODS, AdaSpa, Dense, Neighborhood, Paro
 from dit_sparse.schedule import Schedule
-from dit_sparse.types import AttentionPlan, Previous, Site, TokenGrid
+from dit_sparse.types import AttentionPlan, Previous, Site, TokenGrid, TokenOrder
 
 GRID = TokenGrid(2, 4, 4)
 
@@ -118,7 +118,7 @@ def test_config_round_trip_of_any_schedule(
         ({"method": "adaspa", "density": True}, "density must be a number"),
         ({"method": "adaspa", "version": 99}, "version 99"),
         ({"method": "adaspa", "warmup": 2}, "warmup must be from 0 to 1"),
-        ({"method": "adaspa", "refresh": [3]}, "refresh must be shares"),
+        ({"method": "adaspa", "refresh": [1.5]}, "refresh must be shares"),
         ({"method": "adaspa", "block": 0}, "block must be a whole number"),
         ({"method": "neighborhood", "window": [1, 2]}, "window must be"),
     ],
@@ -135,3 +135,47 @@ def test_every_method_is_hashable_and_has_the_protocols_attributes() -> None:
         assert method.name == name
         assert method.scope in ("grid", "layer", "call")
         assert "arXiv" in method.paper
+
+
+def test_a_ramp_gives_equal_parts_of_the_sparse_steps_their_densities() -> None:
+    schedule = Schedule(AdaSpa(), warmup=0.2, ramp=(0.5, 0.3, 0.2))
+    densities = [schedule.method_at(step, 10).density for step in range(2, 10)]
+    assert densities == [0.5, 0.5, 0.5, 0.3, 0.3, 0.3, 0.2, 0.2]
+    assert schedule.method_at(3, 10) is schedule.method_at(2, 10)
+    assert Schedule.from_config(schedule.to_config()) == schedule
+
+
+def test_a_part_of_a_ramp_begins_with_a_new_plan() -> None:
+    schedule = Schedule(Paro(), warmup=0, ramp=(0.5, 0.2))
+    grid = TokenGrid(2, 4, 4)
+    lse = torch.zeros(1, 1, 32)
+    order = TokenOrder.from_index(torch.arange(32), torch.tensor([0, 16, 32]))
+    plan = AttentionPlan.from_kept(order, torch.ones(1, 1, 2, 2, dtype=torch.bool))
+    actions = [
+        schedule.decide(Site(grid, step=step, num_steps=4), Previous(plan, lse, step - 1)).action for step in (1, 2, 3)
+    ]
+    assert actions == ["reuse", "plan", "reuse"]
+
+
+def test_a_grid_method_has_a_plan_a_part() -> None:
+    schedule = Schedule(Neighborhood(density=0.5), warmup=0, ramp=(0.5, 0.25))
+    keys = [schedule.key(Site(TokenGrid(2, 4, 4), step=step, num_steps=4)) for step in range(4)]
+    assert keys[0] == keys[1] != keys[2] == keys[3]
+
+
+@pytest.mark.parametrize(
+    ("ramp", "message"), [((), "at least one density"), ((0.5, 0), "ramp must be"), ((2,), "ramp")]
+)
+def test_bad_ramps_are_refused(ramp, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        Schedule(AdaSpa(), ramp=ramp)
+
+
+@pytest.mark.parametrize("method", [Dense(), Neighborhood(window=(1, 3, 3))], ids=str)
+def test_a_ramp_needs_a_density_to_change(method) -> None:
+    with pytest.raises(ValueError, match="density to change"):
+        Schedule(method, ramp=(0.5, 0.2))
+
+
+def test_refresh_takes_steps_and_shares() -> None:
+    assert Schedule(AdaSpa(), refresh=(10, 0.5)).refresh_steps(50) == {10, 25}

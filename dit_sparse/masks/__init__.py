@@ -1,31 +1,35 @@
-"""Building blocks of masks: block scores, selections, and neighborhoods on the grid."""
+"""Building blocks of masks: block scores, selections, and neighborhoods on the grid and on its tiles."""
 
 from dit_sparse.masks.heaviest import blocks_above, heaviest_blocks, mass_threshold, with_other_text
-from dit_sparse.masks.neighborhood import (
-    NeighborhoodPredicate,
-    neighborhood_blocks,
-    neighborhood_predicate,
-)
+from dit_sparse.masks.neighborhood import NeighborhoodPredicate, neighborhood_predicate
 from dit_sparse.masks.order_metrics import best_orders, metrics_by_order, order_metrics
 from dit_sparse.masks.score import pooled_scores
 from dit_sparse.masks.select import Ranking, density_to_blocks, keep_text, select_density, threshold, top_k, top_p
+from dit_sparse.masks.suggest import Setting, suggest_settings
+from dit_sparse.masks.tiling import TileCost, TileCounts, best_tile, count_tiles, tile_pairs
 
 __all__ = [
     "NeighborhoodPredicate",
     "Ranking",
+    "Setting",
+    "TileCost",
+    "TileCounts",
     "best_orders",
+    "best_tile",
     "blocks_above",
+    "count_tiles",
     "density_to_blocks",
     "heaviest_blocks",
     "keep_text",
     "mass_threshold",
     "metrics_by_order",
-    "neighborhood_blocks",
     "neighborhood_predicate",
     "order_metrics",
     "pooled_scores",
     "select_density",
+    "suggest_settings",
     "threshold",
+    "tile_pairs",
     "top_k",
     "top_p",
     "with_other_text",

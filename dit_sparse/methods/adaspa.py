@@ -27,11 +27,13 @@ class AdaSpa:
     search then sums exp(q k^T / sqrt(d) - LSE) over every block. Later searches reuse that LSE, which barely moves.
     Text blocks are kept as queries and as keys.
 
-    Differs from the paper: the search reads every `row_stride`-th query of a block instead of all, and searches come at
-    shares of the run (after the dense warm-up of 20% and at 60%: the paper's steps 10 and 30 of 50).
+    Differs from the paper: the density is 0.25 by default, 0.2 there; the search reads every `row_stride`-th query of a
+    block instead of all (1 there); searches come at shares of the run (after the dense warm-up of 20% and at 60%: the
+    paper's steps 10 and 30 of 50); and the first search takes the LSE of the dense step before it, where the paper's
+    makes a dense pass at its own step. `cache_lse=False` makes one at every search, the paper's ablation.
 
     Raises:
-        ValueError: a density or recall outside (0, 1], or a block or row stride below 1.
+        ValueError: a density, recall or head shift outside (0, 1], or a block or row stride below 1.
     """
 
     density: float = field(default=0.25, metadata={"help": "share of query-key pairs computed, text included"})
@@ -40,22 +42,30 @@ class AdaSpa:
     recall: float = field(
         default=0.8, metadata={"help": "a head that keeps more of its mass than this can give blocks"}
     )
-
+    head_shift: float = field(default=0.5, metadata={"help": "share of its density that such a head gives away"})
     row_stride: int = field(default=4, metadata={"help": "the search reads every n-th query of a block; 1 reads all"})
+    cache_lse: bool = field(
+        default=True, metadata={"help": "searches reuse the row LSE of the last dense step; false makes it anew"}
+    )
 
     name: ClassVar[str] = "adaspa"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     paper: ClassVar[str] = "AdaSpa (arXiv 2502.21079), algorithm 1"
     scope: ClassVar[Scope] = "call"
-    uses_lse: ClassVar[bool] = True
     refresh: ClassVar[tuple[float, ...]] = (0.6,)
 
     def __post_init__(self) -> None:
         check_share("density", self.density)
         check_share("recall", self.recall)
+        check_share("head_shift", self.head_shift)
         check_block("block", self.block)
         if isinstance(self.row_stride, bool) or not isinstance(self.row_stride, int) or self.row_stride < 1:
             raise ValueError(f"row_stride must be a whole number, at least 1, got {self.row_stride!r}")
+
+    @property
+    def uses_lse(self) -> bool:
+        """Whether a dense step should hand its LSE over."""
+        return self.cache_lse
 
     def check(self, grid: TokenGrid) -> None:
         """Fits every grid."""
@@ -66,14 +76,14 @@ class AdaSpa:
     def plan(self, q: Tensor, k: Tensor, v: Tensor, site: Site, previous: Previous | None) -> AttentionPlan:
         """Plan from one search over `q, k, v` `[B, H, N, D]`, with `previous.lse` where there is one."""
         order = _raster(site.grid, self.block, q.device)
-        lse = None if previous is None else previous.lse
+        lse = None if previous is None or not self.cache_lse else previous.lse
         if lse is None:
             lse = dense_attention(q, k, v, return_lse=True)[1]
         mass = sampled_block_mass(q, k, lse, order, order, stride=self.row_stride, scale=q.shape[-1] ** -0.5)
         ranking = Ranking(mass, order, order, site.grid)
         kept = ranking.select(self.density)
         if self.head_adaptive and self.density < 1:
-            kept = ranking.select(head_densities(mass, kept, self.density, self.recall))
+            kept = ranking.select(head_densities(mass, kept, self.density, self.recall, self.head_shift))
         return AttentionPlan.from_kept(order, kept)
 
 
@@ -85,20 +95,20 @@ def _raster(grid: TokenGrid, block: int, device: torch.device) -> TokenOrder:
         return raster_order(grid, block, device=device)
 
 
-def head_densities(mass: Tensor, kept: Tensor, density: float, recall: float) -> Tensor:
+def head_densities(mass: Tensor, kept: Tensor, density: float, recall: float, shift: float = 0.5) -> Tensor:
     """Densities `[B, H]` float64 that move blocks from the heads of highest recall to those of lowest (section 4.3).
 
     With `n` heads above `recall`, at most half of all, the `n` best get sparsity (1 + s) / 2 and the `n` worst
-    (3 s - 1) / 2, clamped at 0, where s = 1 - `density`.
+    (3 s - 1) / 2, clamped at 0, where s = 1 - `density`: half of the density is moved, or `shift` of it.
 
     Args:
         mass, kept: `[B, H, Mq, Mk]` block masses and the blocks kept at equal density.
     """
-    sparsity = 1 - density
     head_recall = (mass * kept).sum((-1, -2)) / mass.sum((-1, -2)).clamp_min(torch.finfo(mass.dtype).tiny)
     heads = mass.shape[1]
     moved = (head_recall > recall).sum(1, keepdim=True).clamp_max(heads // 2)
     rank = head_recall.argsort(dim=1, descending=True, stable=True).argsort(dim=1, stable=True)
-    result = torch.full(head_recall.shape, sparsity, dtype=torch.float64, device=mass.device)
-    result = result.masked_fill(rank < moved, (1 + sparsity) / 2)
-    return 1 - result.masked_fill(rank >= heads - moved, max(0.0, (3 * sparsity - 1) / 2))
+    result = torch.full(head_recall.shape, density, dtype=torch.float64, device=mass.device)
+    # A head that gives all its density away still keeps one block a row.
+    result = result.masked_fill(rank < moved, density * (1 - shift))
+    return result.masked_fill(rank >= heads - moved, min(1.0, density * (1 + shift)))

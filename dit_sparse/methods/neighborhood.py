@@ -11,37 +11,46 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dit_sparse.masks.neighborhood import blocks_of_pairs, neighborhood_pairs, neighborhood_predicate, per_axis
+from dit_sparse.masks import NeighborhoodPredicate, best_tile, neighborhood_predicate, tile_pairs
+from dit_sparse.masks.neighborhood import flag_per_axis, per_axis
 from dit_sparse.reorder.tiles import tile_order
 from dit_sparse.types import AttentionPlan, Previous, Scope, Site, TokenGrid, TokenOrder
 
 Axes = tuple[int, int, int]
 
 
+# No window made from a density is smaller, and no axis of this length or less is cut: the frames of a 2x8x8 tile.
+_LEAST_WINDOW = (2, 8, 8)
+
+
 @dataclass(frozen=True)
 class Neighborhood:
-    """A fixed window per axis, with a stride and a dilation, on tokens ordered by 3-D tiles.
+    """A fixed window per axis, with a stride, a dilation and causal axes, on tokens ordered by 3-D tiles.
 
-    Every size is given for frames, height and width; one number stands for all three.
+    Every setting is given for frames, height and width; one value stands for all three. Axes of one token take no
+    part, so that an image is a grid of one frame. Text sees everything and is seen by everything.
 
     Args:
         window: video keys that a query sees; by default made from `density` and the grid.
         stride: queries that share a window: 1 slides, `window` gives blocked attention. Where stride, window and
             grid are multiples of `tile`, no block is partial and the kernel is fastest.
         dilation: distance between the keys of a window.
-        tile: tokens of a tile; one tile is one block.
-        density: share of the video keys that a query sees; only used where `window` is not given.
+        causal: whether a query sees nothing after itself along an axis.
+        tile: tokens of a tile; one tile is one block. By default the one that the cost model finds fastest.
+        exact: whether blocks that a window cuts are computed in part, exact to the token, or whole.
+        density: share of the video keys that a query sees; only used where `window` is not given. On causal axes
+            queries near the start see fewer.
 
     Raises:
         ValueError: a size below 1, or a `density` outside (0, 1].
 
     Source: Generalized Neighborhood Attention (arXiv 2504.16922), the definition of NATTEN.
-    Differs from the paper: no causal axes; video tokens are not padded to whole tiles; text is always kept; the
-    default window is ours.
+    Differs from the paper: video tokens are not padded to whole tiles; queries and keys share one tile; the default
+    window is ours.
     """
 
     name: ClassVar[str] = "neighborhood"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     paper: ClassVar[str] = "Generalized Neighborhood Attention (arXiv 2504.16922)"
     scope: ClassVar[Scope] = "grid"
     uses_lse: ClassVar[bool] = False
@@ -57,8 +66,15 @@ class Neighborhood:
     dilation: int | tuple[int, int, int] = field(
         default=(1, 1, 1), metadata={"help": "distance between the keys of a window along frames, height, width"}
     )
-    tile: int | tuple[int, int, int] = field(
-        default=(2, 8, 8), metadata={"help": "tokens of a tile along frames, height, width; one tile is one block"}
+    causal: bool | tuple[bool, bool, bool] = field(
+        default=(False, False, False), metadata={"help": "whether a query sees nothing after itself along an axis"}
+    )
+    tile: int | tuple[int, int, int] | None = field(
+        default=None,
+        metadata={"help": "tokens of a tile along frames, height, width; one tile is one block; none: the fastest"},
+    )
+    exact: bool = field(
+        default=True, metadata={"help": "compute blocks that a window cuts to the token; false keeps them whole"}
     )
     density: float = field(
         default=0.25, metadata={"help": "share of the video keys a query sees; ignored where window is given"}
@@ -69,18 +85,26 @@ class Neighborhood:
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, per_axis(name, value))
+        object.__setattr__(self, "causal", flag_per_axis("causal", self.causal))
         if not 0 < self.density <= 1:
             raise ValueError(f"density must be above 0 and at most 1, got {self.density}: 0.25 keeps a quarter")
+
+    @property
+    def takes_density(self) -> bool:
+        """A window that is given wins over a density."""
+        return self.window is None
 
     def window_for(self, grid: TokenGrid) -> Axes:
         """The window in use on `grid`: the one given, or one made from `density`.
 
-        An axis no longer than its tile is covered whole; the others take equal shares, whose product comes as near to
-        `density` as whole tokens allow. No window is smaller than a tile or the stride where the grid has room.
+        An axis no longer than its tile (2x8x8 where none is given) is covered whole; the others take equal shares,
+        whose product comes as near to `density` as whole tokens allow. No window is smaller than a tile or the stride
+        where the grid has room.
         """
         if self.window is not None:
             return per_axis("window", self.window)
-        dilation, stride, tile = (per_axis(n, getattr(self, n)) for n in ("dilation", "stride", "tile"))
+        dilation, stride = per_axis("dilation", self.dilation), per_axis("stride", self.stride)
+        tile = _LEAST_WINDOW if self.tile is None else per_axis("tile", self.tile)
         most = [max(1, length // d) for length, d in zip(grid.shape, dilation, strict=True)]
         least = [min(m, max(t, s)) for m, t, s in zip(most, tile, stride, strict=True)]
         shares = _equal_shares(grid.shape, least, most, self.density)
@@ -92,19 +116,36 @@ class Neighborhood:
         f, h, w = min(product(*choices), key=lambda window: abs(prod(window) - wanted))
         return f, h, w
 
+    def predicate(self, grid: TokenGrid) -> NeighborhoodPredicate:
+        """Which token of `grid` sees which.
+
+        Raises:
+            ValueError: as in `check`.
+        """
+        stride, dilation = per_axis("stride", self.stride), per_axis("dilation", self.dilation)
+        return neighborhood_predicate(
+            grid, self.window_for(grid), stride, dilation, flag_per_axis("causal", self.causal)
+        )
+
+    def tile_for(self, grid: TokenGrid) -> Axes:
+        """The tile in use on `grid`: the one given, or the one with the largest expected speed-up.
+
+        Raises:
+            ValueError: as in `check`.
+        """
+        return _best_tile(self.predicate(grid), self.exact) if self.tile is None else per_axis("tile", self.tile)
+
     def check(self, grid: TokenGrid) -> None:
         """Whether the parameters fit `grid`.
 
         Raises:
             ValueError: `window * dilation` larger than the grid along an axis, or a stride larger than the window.
         """
-        neighborhood_predicate(
-            grid, self.window_for(grid), per_axis("stride", self.stride), per_axis("dilation", self.dilation)
-        )
+        self.predicate(grid)
 
     def shared_order(self, grid: TokenGrid, device: torch.device) -> TokenOrder:
         """The order by tiles."""
-        return _tiles(grid, per_axis("tile", self.tile), device)
+        return _tiles(grid, self.tile_for(grid), device)
 
     def plan(self, q: Tensor, k: Tensor, v: Tensor, site: Site, previous: Previous | None) -> AttentionPlan:
         """Plan that depends on the grid of `site` alone.
@@ -117,16 +158,17 @@ class Neighborhood:
         Raises:
             ValueError: as in `check`.
         """
-        grid, window = site.grid, self.window_for(site.grid)
-        stride, dilation = per_axis("stride", self.stride), per_axis("dilation", self.dilation)
-        order = self.shared_order(grid, q.device)
-        pairs = neighborhood_pairs(grid, order, window, stride, dilation)
-        kept, partial = blocks_of_pairs(pairs, order)
+        predicate, order = self.predicate(site.grid), self.shared_order(site.grid, q.device)
+        pairs = tile_pairs(predicate, self.tile_for(site.grid), order)
+        kept, sizes = pairs > 0, order.block_sizes.double()
+        partial = kept & (pairs < sizes[..., :, None] * sizes[..., None, :])
+        if not self.exact or not partial.any():
+            return AttentionPlan.from_kept(order, kept)
         kept_pairs = pairs.sum((-1, -2))
-        if not partial.any():
-            return AttentionPlan.from_kept(order, kept, kept_pairs=kept_pairs)
-        predicate = neighborhood_predicate(grid, window, stride, dilation)
         return AttentionPlan.from_kept(order, kept, partial=partial, predicate=predicate, kept_pairs=kept_pairs)
+
+
+_best_tile = lru_cache(maxsize=64)(best_tile)
 
 
 @lru_cache(maxsize=16)

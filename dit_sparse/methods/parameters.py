@@ -5,8 +5,10 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable
-from dataclasses import MISSING, Field, dataclass, fields
+from dataclasses import MISSING, Field, dataclass, fields, replace
 from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from dit_sparse.types import Method
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,16 @@ def read_parameter(cls: type[Any], name: str, value: Any) -> Any:
         ValueError: no such parameter (the nearest is named), or a value of another type.
     """
     return _convert(name, _type_of(cls, name), value)
+
+
+def takes_density(method: Method) -> bool:
+    """Whether the `density` of `method` has an effect; a method says itself where another parameter overrides it."""
+    return getattr(method, "takes_density", any(f.name == "density" for f in _fields(type(method))))
+
+
+def with_density(method: Method, density: float) -> Method:
+    """`method` with another `density`."""
+    return replace(method, density=density)  # type: ignore[type-var]
 
 
 def check_share(name: str, value: float) -> None:

@@ -63,6 +63,11 @@ class Paro:
         return () if self.plan_file is None else PlanFile.open(self.plan_file).header.changes
 
     @property
+    def takes_density(self) -> bool:
+        """A plan file's own density wins."""
+        return self.plan_file is None
+
+    @property
     def uses_lse(self) -> bool:
         """A plan file needs no search, so no dense step is spent on one."""
         return self.plan_file is None

@@ -87,7 +87,8 @@ class Session:
         order = None
         # Samples with prompts of several lengths have no order in common.
         if device is not None and self.steps.inside_run and len(layout.groups) == 1:
-            order = self.schedule.method.shared_order(layout.groups[0].grid, device)
+            method = self.schedule.method_at(self.steps.step, self.steps.num_steps)
+            order = method.shared_order(layout.groups[0].grid, device)
             order = None if order is None or order.is_identity else order
         self._forward = _Forward(layout, model, branch or self._numbered_branch(), order)
         return order
@@ -168,7 +169,7 @@ class Session:
         planning = None
         if decision.action == "plan":
             planning = Stopwatch(q.device)
-            plan = self.schedule.method.plan(q, k, v, site, previous)
+            plan = self.schedule.method_at(site.step, site.num_steps).plan(q, k, v, site, previous)
             planning.stop()
             at_rest = plan if self.schedule.method.scope == "grid" else _at_rest(plan)  # one plan may lie about
             self.previous[key] = Previous(at_rest, None if previous is None else previous.lse, site.step)

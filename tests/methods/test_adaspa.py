@@ -139,3 +139,21 @@ def test_density_is_honoured_on_average_over_heads(density: float) -> None:
 def test_bad_parameters(options: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         AdaSpa(**options)  # type: ignore[arg-type]
+
+
+def test_without_the_cached_lse_it_makes_its_own(monkeypatch) -> None:
+    """A wrong LSE from before must not matter then."""
+    q, k, v = (torch.randn(1, 2, 64, 16, generator=torch.Generator().manual_seed(s)) for s in range(3))
+    site, wrong = Site(TokenGrid(1, 8, 8)), Previous(None, torch.randn(1, 2, 64) * 9, 0)
+    fresh = AdaSpa(block=16, cache_lse=False)
+    assert not fresh.uses_lse
+    kept = [m.plan(q, k, v, site, p).block_mask.full_blocks for m, p in ((fresh, wrong), (AdaSpa(block=16), None))]
+    assert torch.equal(*kept)
+
+
+@pytest.mark.parametrize("shift", [0.25, 0.5, 1.0])
+def test_heads_give_and_get_the_shift(shift) -> None:
+    kept = torch.tensor([[1.0, 0.0]]).expand(2, 2, 2).bool()[None]
+    mass = torch.stack([torch.tensor([[0.9, 0.1]]).expand(2, 2), torch.tensor([[0.5, 0.5]]).expand(2, 2)])[None]
+    want = torch.tensor([[0.4 * (1 - shift), 0.4 * (1 + shift)]], dtype=torch.float64)
+    assert torch.allclose(head_densities(mass, kept, 0.4, 0.8, shift), want)

@@ -8,6 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dit_sparse import sparse_attention
+from dit_sparse.masks import best_tile
 from dit_sparse.methods.neighborhood import Neighborhood
 from dit_sparse.types import Method, Site, TokenGrid
 from tests.masks.test_neighborhood import mask_by_loops
@@ -27,13 +29,59 @@ def plan_of(method, grid):
         (Neighborhood(window=3, tile=(1, 2, 2)), TokenGrid(3, 5, 7, text_len=4)),
         (Neighborhood(window=(2, 4, 3), stride=(1, 4, 2), tile=(2, 2, 4)), TokenGrid(3, 5, 7, 4, text_first=True)),
         (Neighborhood(window=(1, 2, 3), stride=(1, 2, 1), dilation=(2, 2, 2), tile=2), TokenGrid(3, 5, 7)),
+        (Neighborhood(window=3, stride=2, causal=(True, False, True), tile=2), TokenGrid(3, 5, 7, text_len=3)),
+        (Neighborhood(window=(1, 3, 4), causal=True), TokenGrid(1, 9, 11)),
+        (Neighborhood(window=(1, 1, 20), stride=(1, 1, 4), dilation=(1, 1, 2)), TokenGrid(1, 1, 90, text_len=5)),
+        (Neighborhood(window=(2, 5, 5)), TokenGrid(4, 9, 10, text_len=7)),
     ],
 )
 def test_the_plan_is_the_mask_of_the_definition(method, grid):
     plan = plan_of(method, grid)
-    want = mask_by_loops(grid, method.window, method.stride, method.dilation)
+    want = mask_by_loops(grid, method.window, method.stride, method.dilation, method.causal)
     assert torch.equal(plan.token_mask()[0, 0], want)
     assert plan.density.item() == want.double().mean().item()
+
+
+def test_rounded_to_blocks_it_keeps_whole_every_block_that_the_window_touches():
+    grid = TokenGrid(3, 8, 9, text_len=4)
+    exact, rounded = (plan_of(Neighborhood(window=3, tile=(1, 4, 4), exact=e), grid) for e in (True, False))
+    assert rounded.block_mask.partial_counts is None
+    assert torch.equal(rounded.block_mask.kept_blocks, exact.block_mask.kept_blocks)
+    assert torch.equal(rounded.token_mask() | exact.token_mask(), rounded.token_mask())
+    assert rounded.density > exact.density
+
+
+def test_without_a_tile_the_cost_model_chooses_it():
+    grid = TokenGrid(8, 16, 16)
+    sliding, blocked = Neighborhood(window=(4, 8, 8)), Neighborhood(window=(4, 8, 8), stride=(4, 8, 8))
+    assert sliding.tile_for(grid) == best_tile(sliding.predicate(grid))
+    assert plan_of(blocked, grid).block_mask.partial_counts is None
+    assert Neighborhood(window=(4, 8, 8), tile=(1, 4, 4)).tile_for(grid) == (1, 4, 4)
+
+
+def test_the_order_is_one_object_for_all_calls():
+    method, grid = Neighborhood(window=(2, 4, 4)), TokenGrid(4, 8, 8)
+    order = method.shared_order(grid, torch.device("cpu"))
+    assert plan_of(method, grid).q_order is order
+
+
+def test_a_full_window_equals_dense_attention():
+    grid = TokenGrid(3, 4, 5, text_len=3)
+    q, k, v = torch.randn(3, 1, 2, grid.num_tokens, 16, generator=torch.Generator().manual_seed(0))
+    plan = Neighborhood(window=grid.shape).plan(q, k, v, Site(grid), None)
+    want = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    torch.testing.assert_close(sparse_attention(q, k, v, plan), want, rtol=1e-5, atol=1e-5)
+    assert plan.density == 1
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_equals_dense_attention_under_the_definitions_mask(causal):
+    grid = TokenGrid(3, 6, 5, text_len=3)
+    q, k, v = torch.randn(3, 1, 2, grid.num_tokens, 16, generator=torch.Generator().manual_seed(0))
+    plan = Neighborhood(window=3, stride=2, causal=causal).plan(q, k, v, Site(grid), None)
+    mask = mask_by_loops(grid, (3, 3, 3), (2, 2, 2), (1, 1, 1), (causal,) * 3)
+    want = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double(), attn_mask=mask)
+    torch.testing.assert_close(sparse_attention(q, k, v, plan).double(), want, rtol=1e-5, atol=1e-5)
 
 
 def test_a_plan_without_partial_blocks_needs_no_predicate():
@@ -58,7 +106,7 @@ def test_one_number_stands_for_all_axes():
 def test_the_window_made_from_the_density_fits_any_grid(grid, density, stride):
     method = Neighborhood(density=density, stride=stride)
     window = method.window_for(grid)
-    assert all(min(t, n) <= w <= n for w, t, n in zip(window, method.tile, grid.shape, strict=True))
+    assert all(min(t, n) <= w <= n for w, t, n in zip(window, (2, 8, 8), grid.shape, strict=True))
     if all(n >= s for n, s in zip(grid.shape, method.stride, strict=True)):
         method.check(grid)
 
@@ -91,6 +139,7 @@ def test_a_window_given_is_used_whatever_the_density():
         ({"window": 0}, "window must be a whole number of at least 1"),
         ({"tile": (2, 8)}, "tile must be a whole number of at least 1, or three of them"),
         ({"dilation": (1, -1, 1)}, "dilation must be a whole number"),
+        ({"causal": (True, False)}, "causal must be true or false, or three"),
         ({"density": 0.0}, "density must be above 0 and at most 1, got 0.0"),
         ({"density": 1.1}, "density must be above 0 and at most 1"),
     ],
