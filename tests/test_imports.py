@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "generate": {"types", "methods", "schedule", "pipelines", "demo", "eval"},
     "calibrate": {"types", "block_mask", "masks", "reorder", "methods", "pipelines", "generate"},
     "doctor": {"kernels", "demo"},
-    "cli": {"bench", "calibrate", "methods", "schedule", "generate", "doctor", "demo", "eval", "pipelines"},
+    "cli": {"types", "bench", "calibrate", "methods", "schedule", "generate", "doctor", "demo", "eval", "pipelines"},
 }
 # Everybody may read the version; nothing else lives in the package's own namespace.
 FREE = {""}
