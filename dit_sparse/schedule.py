@@ -61,8 +61,8 @@ class Schedule:
         if not _is_share(self.warmup):
             raise ValueError(f"warmup must be from 0 to 1, got {self.warmup!r}")
         for at in self.refresh or ():
-            if not _is_share(at) and not (_is_number(at) and at >= 1 and at == int(at)):
-                raise ValueError(f"refresh must be shares from 0 to 1, or whole steps from 1 on, got {at!r}")
+            if not (_is_number(at) and (0 <= at < 1 or (at >= 1 and at == int(at)))):
+                raise ValueError(f"refresh must be shares below 1, or whole steps from 1 on, got {at!r}")
         if self.ramp is not None:
             if not self.ramp:
                 raise ValueError("ramp must hold at least one density, got none: leave it out for the method's own")

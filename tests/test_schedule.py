@@ -118,7 +118,7 @@ def test_config_round_trip_of_any_schedule(
         ({"method": "adaspa", "density": True}, "density must be a number"),
         ({"method": "adaspa", "version": 99}, "version 99"),
         ({"method": "adaspa", "warmup": 2}, "warmup must be from 0 to 1"),
-        ({"method": "adaspa", "refresh": [1.5]}, "refresh must be shares"),
+        ({"method": "adaspa", "refresh": [1.5]}, "refresh must be shares below 1"),
         ({"method": "adaspa", "block": 0}, "block must be a whole number"),
         ({"method": "neighborhood", "window": [1, 2]}, "window must be"),
     ],

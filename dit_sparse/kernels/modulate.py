@@ -1,18 +1,15 @@
 """Layer norm with modulation, and gated residuals: on a GPU one pass over the tokens instead of five.
 
-What stands between the matrix products of a transformer block costs as much as a third of sparse attention, because
-plain torch writes every intermediate result to memory, in float32.
+Plain torch writes every intermediate result between the matrix products of a block to memory, in float32.
 """
 
 from __future__ import annotations
-
-import contextlib
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dit_sparse.kernels.triton_backend import triton_unavailable
+from dit_sparse.kernels.triton_backend import broadcast_strides, on_device_of, rows_of, takes_kernel
 
 __all__ = ["add_gated", "layer_norm"]
 
@@ -42,9 +39,13 @@ def layer_norm(
     Returns:
         `[B, N, C]` in `x`'s dtype.
 
+    Raises:
+        ValueError: one of `weight` and `bias`, or of `scale` and `shift`, without the other.
+
     Source: DiT (arXiv 2212.09748), section 3.2, "adaptive layer norm".
     """
-    if _kernel_takes(x, weight, bias, scale, shift):
+    _check_pairs(weight_bias=(weight, bias), scale_shift=(scale, shift))
+    if _takes(x, weight, bias, scale, shift):
         return layer_norm_by_triton(x, weight, bias, eps, scale, shift)
     return layer_norm_by_torch(x, weight, bias, eps, scale, shift)
 
@@ -59,7 +60,7 @@ def add_gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     Returns:
         `[B, N, C]` in `x`'s dtype.
     """
-    if _kernel_takes(x, y, gate):
+    if _takes(x, y, gate):
         return add_gated_by_triton(x, y, gate)
     return add_gated_by_torch(x, y, gate)
 
@@ -96,15 +97,17 @@ def layer_norm_by_triton(
 
     from dit_sparse.kernels.modulate_kernel import layer_norm_kernel
 
-    x, out = _rows(x), torch.empty_like(x, memory_format=torch.contiguous_format)
+    x, out = rows_of(x), torch.empty_like(x, memory_format=torch.contiguous_format)
     batch, tokens, channels = x.shape
     affine, modulated = weight is not None and bias is not None, scale is not None and shift is not None
     # `x` stands in for what is not there; the kernel does not read it.
     parameters = [t.contiguous() if affine and t is not None else x for t in (weight, bias)]
-    parameters += [t.reshape(-1, channels).contiguous() if modulated and t is not None else x for t in (scale, shift)]
-    with _on(x):
+    parameters += [
+        t.reshape(-1, 1, channels).contiguous() if modulated and t is not None else x for t in (scale, shift)
+    ]
+    with on_device_of(x):
         layer_norm_kernel[tokens, batch](
-            x, out, *parameters, *x.stride()[:2], *out.stride()[:2], _batch_stride(parameters[2]), channels, eps,
+            x, out, *parameters, *x.stride()[:2], *out.stride()[:2], broadcast_strides(parameters[2])[0], channels, eps,
             BLOCK=triton.next_power_of_2(channels), AFFINE=affine, MODULATED=modulated, num_warps=8,
         )  # fmt: skip
     return out
@@ -116,40 +119,23 @@ def add_gated_by_triton(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
 
     from dit_sparse.kernels.modulate_kernel import add_gated_kernel
 
-    x, y = _rows(x), _rows(y)
+    x, y = rows_of(x), rows_of(y)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     batch, tokens, channels = x.shape
-    gate = gate.reshape(-1, channels).contiguous()
-    strides = (*x.stride()[:2], *y.stride()[:2], *out.stride()[:2], _batch_stride(gate))
-    with _on(x):
+    gate = gate.reshape(-1, 1, channels).contiguous()
+    strides = (*x.stride()[:2], *y.stride()[:2], *out.stride()[:2], broadcast_strides(gate)[0])
+    with on_device_of(x):
         add_gated_kernel[tokens, batch](
             x, y, gate, out, *strides, channels, BLOCK=triton.next_power_of_2(channels), num_warps=8
         )
     return out
 
 
-def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
+def _check_pairs(**pairs: tuple[Tensor | None, Tensor | None]) -> None:
+    for names, (one, other) in pairs.items():
+        if (one is None) != (other is None):
+            raise ValueError(f"{names.replace('_', ' and ')} must both be given or both be None, got one of them")
 
 
-def _batch_stride(x: Tensor) -> int:
-    """Stride over the batch, 0 where one row serves all."""
-    return x.stride(0) if x.shape[0] > 1 else 0
-
-
-def _on(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Triton launches on the current device."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
-
-
-def _kernel_takes(x: Tensor, *others: Tensor | None) -> bool:
-    differentiable = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others))
-    return (
-        x.is_cuda
-        and x.ndim == 3
-        and x.dtype in _DTYPES
-        and x.shape[-1] <= _LARGEST
-        and not torch.compiler.is_compiling()
-        and not differentiable
-        and not triton_unavailable(x.device)
-    )
+def _takes(x: Tensor, *others: Tensor | None) -> bool:
+    return x.ndim == 3 and x.dtype in _DTYPES and x.shape[-1] <= _LARGEST and takes_kernel(x, *others)

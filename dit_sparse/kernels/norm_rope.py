@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dit_sparse.kernels.triton_backend import triton_unavailable
+from dit_sparse.kernels.triton_backend import on_device_of, rows_of, takes_kernel
 
 __all__ = ["norm_rope", "norm_rope_by_torch", "norm_rope_by_triton", "rotate"]
 
@@ -33,7 +31,7 @@ def norm_rope(x: Tensor, weight: Tensor, eps: float, cos: Tensor | None, sin: Te
 
     Source: RoFormer (arXiv 2104.09864), equation 34; RMSNorm (arXiv 1910.07467), equation 4.
     """
-    if _kernel_takes(x, weight):
+    if x.dtype in _DTYPES and takes_kernel(x, weight):
         return norm_rope_by_triton(x, weight, eps, cos, sin)
     return norm_rope_by_torch(x, weight, eps, cos, sin)
 
@@ -60,26 +58,14 @@ def norm_rope_by_triton(x: Tensor, weight: Tensor, eps: float, cos: Tensor | Non
 
     from dit_sparse.kernels.norm_rope_kernel import norm_rope_kernel
 
-    x = x if x.stride(-1) == 1 else x.contiguous()
+    x = rows_of(x)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     batch, tokens, heads, dim = x.shape
     tables = [weight if table is None else table.reshape(tokens, dim).contiguous() for table in (cos, sin)]
-    # Triton launches on the current device.
-    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+    with on_device_of(x):
         norm_rope_kernel[tokens, batch](
             x, out, weight.contiguous(), *tables, *x.stride()[:3], *out.stride()[:3], dim, dim, heads, eps,
             D=dim, BLOCK_H=triton.next_power_of_2(heads), BLOCK_D=triton.next_power_of_2(dim),
             PER_HEAD=weight.numel() == dim, ROTATE=cos is not None and sin is not None, num_warps=8,
         )  # fmt: skip
     return out
-
-
-def _kernel_takes(x: Tensor, weight: Tensor) -> bool:
-    differentiable = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    return (
-        x.is_cuda
-        and x.dtype in _DTYPES
-        and not torch.compiler.is_compiling()
-        and not differentiable
-        and not triton_unavailable(x.device)
-    )

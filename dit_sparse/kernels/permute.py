@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import torch
 from torch import Tensor
 
-from dit_sparse.kernels.triton_backend import broadcast_strides, triton_unavailable
+from dit_sparse.kernels.triton_backend import broadcast_strides, on_device_of, rows_of, takes_kernel
 from dit_sparse.types import TokenOrder
 
 __all__ = ["gather_by_triton", "permute", "restore"]
@@ -26,18 +24,13 @@ def restore(order: TokenOrder, *tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _gather(index: Tensor, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    if not all(_kernel_takes(x) for x in tensors):
+    if not all(takes_kernel(x) for x in tensors):
         # Torch's own gather has a backward, and a compiler fuses it with what stands around it.
         return tuple(_gather_by_torch(x, index) for x in tensors)
     alike = len({(x.shape, x.stride(), x.dtype) for x in tensors}) == 1
     if alike and len(tensors) <= 3:
         return gather_by_triton(index, *tensors)
     return tuple(gather_by_triton(index, x)[0] for x in tensors)
-
-
-def _kernel_takes(x: Tensor) -> bool:
-    differentiable = torch.is_grad_enabled() and x.requires_grad
-    return x.is_cuda and not torch.compiler.is_compiling() and not differentiable and not triton_unavailable(x.device)
 
 
 def _gather_by_torch(x: Tensor, index: Tensor) -> Tensor:
@@ -56,7 +49,7 @@ def gather_by_triton(index: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
 
     from dit_sparse.kernels.permute_kernel import gather_kernel
 
-    tensors = tuple(x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
+    tensors = tuple(rows_of(x) for x in tensors)
     x, index = tensors[0], index.contiguous()
     results = tuple(torch.empty_like(x) for _ in tensors)
     if not x.numel():
@@ -66,8 +59,7 @@ def gather_by_triton(index: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
     block = triton.next_power_of_2(dim)
     tile = max(16, _TILE_BYTES // (block * x.element_size()))
     three = [(tensors[i], results[i]) if i < len(tensors) else (x, y) for i in range(3)]
-    # Triton launches on the current device.
-    with torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext():
+    with on_device_of(x):
         gather_kernel[triton.cdiv(tokens, tile), batch * heads, len(tensors)](
             *(source for source, _ in three), *(result for _, result in three), index,
             *x.stride()[:3], *y.stride()[:3], *broadcast_strides(index), heads, tokens,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import itertools
 import math
@@ -110,6 +111,28 @@ def broadcast_strides(x: Tensor) -> tuple[int, int]:
     return (x.stride(0) if x.shape[0] > 1 else 0), (x.stride(1) if x.shape[1] > 1 else 0)
 
 
+def takes_kernel(*tensors: Tensor | None) -> bool:
+    """Whether a Triton kernel without a backward may compute with `tensors`: on a GPU, eager, no gradients wanted."""
+    given = [x for x in tensors if x is not None]
+    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in given)
+    return (
+        given[0].is_cuda
+        and not differentiable
+        and not torch.compiler.is_compiling()
+        and triton_unavailable(given[0].device) is None
+    )
+
+
+def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Triton launches on the current device, which this makes that of `x`."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """`x` contiguous in its last dimension, as kernels need it."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 def padded(dim: int) -> int:
     return max(16, 1 << (dim - 1).bit_length())
 
@@ -127,8 +150,7 @@ def _configuration(call: Call) -> _Launch:
 def configuration(
     q_block: int, k_block: int, dim: int, v_dim: int, itemsize: int, major: int, shared_memory: int, partial: bool
 ) -> _Launch:
-    """The largest tiles that fit with at least two stages, and most stages; those for 64 and 128 channels were measured
-    on an H200.
+    """The largest tiles that fit with two stages or more; those for 64 and 128 channels were measured on an H200.
 
     Args:
         q_block, k_block: tokens of the largest query and key block.

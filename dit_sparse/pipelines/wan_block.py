@@ -26,7 +26,7 @@ def unfuse_block(block: WanTransformerBlock) -> None:
     """Undo `fuse_block`. What has been put around the fused forward since then stays, and gets the block's own."""
     if getattr(block.__dict__.get("forward"), "__func__", None) is fused_forward:
         del block.forward
-    else:
+    elif "forward" in block.__dict__:
         setattr(block, _OFF, True)
 
 
@@ -41,24 +41,26 @@ def fused_forward(
     if not _applies(block, hidden_states, temb):
         return type(block).forward(block, hidden_states, encoder_hidden_states, temb, rotary_emb)
     shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (block.scale_shift_table + temb.float()).chunk(6, dim=1)
-    x = layer_norm(hidden_states, None, None, block.norm1.eps, scale, shift)
+    x = _normed(block.norm1, hidden_states, scale, shift)
     hidden_states = add_gated(hidden_states, block.attn1(x, None, None, rotary_emb), gate)
-    x = hidden_states
-    if isinstance(block.norm2, FP32LayerNorm):
-        x = layer_norm(x, block.norm2.weight, block.norm2.bias, block.norm2.eps)
+    x = _normed(block.norm2, hidden_states) if isinstance(block.norm2, FP32LayerNorm) else hidden_states
     hidden_states = hidden_states + block.attn2(x, encoder_hidden_states, None, None)
-    x = layer_norm(hidden_states, None, None, block.norm3.eps, ffn_scale, ffn_shift)
+    x = _normed(block.norm3, hidden_states, ffn_scale, ffn_shift)
     return add_gated(hidden_states, block.ffn(x), ffn_gate)
+
+
+def _normed(norm: FP32LayerNorm, x: torch.Tensor, *modulation: torch.Tensor) -> torch.Tensor:
+    return layer_norm(x, norm.weight, norm.bias, norm.eps, *modulation)
 
 
 def _applies(block: WanTransformerBlock, hidden_states: torch.Tensor, temb: torch.Tensor) -> bool:
     """Whether the fused forward computes what upstream's does, and faster: eager, on a GPU, one timestep a sample."""
-    norms = (block.norm1, block.norm2, block.norm3)
+    norms = [block.norm1, block.norm3] + ([] if type(block.norm2) is torch.nn.Identity else [block.norm2])
     return (
         hidden_states.is_cuda
         and temb.ndim == 3
         and not torch.compiler.is_compiling()
         and _OFF not in block.__dict__
         and type(block) is WanTransformerBlock
-        and all(type(norm) in (FP32LayerNorm, torch.nn.Identity) and not is_watched(norm) for norm in norms)
+        and all(type(norm) is FP32LayerNorm and not is_watched(norm) for norm in norms)
     )

@@ -95,6 +95,13 @@ def test_torchs_path_is_diffusers_formula_bit_for_bit(affine, modulated, dtype) 
     assert torch.equal(add_gated(x, want, gate), (x.float() + want * gate).type_as(x))
 
 
+def test_half_a_pair_is_refused() -> None:
+    x, weight, bias, eps, scale, shift = problem(True, True, torch.float32)
+    for half in ((weight, None, eps), (None, None, eps, scale), (None, bias, eps), (None, None, eps, None, shift)):
+        with pytest.raises(ValueError, match="must both be given or both be None"):
+            layer_norm(x, *half)
+
+
 def test_gradients_pass_through() -> None:
     x, _, _, eps, scale, shift = problem(False, True, torch.float32)
     x.requires_grad_()

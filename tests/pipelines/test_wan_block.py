@@ -47,6 +47,14 @@ def test_on_torchs_path_it_is_upstreams_bit_for_bit(pipe, dtype, affine, monkeyp
         assert torch.equal(block(*given), want)
 
 
+def test_another_norm_is_left_to_upstream(pipe) -> None:
+    block, given = pipe.transformer.blocks[0], arguments(pipe.transformer, torch.float32)
+    on_gpu = type("OnGpu", (), {"is_cuda": True})()
+    assert wan_block._applies(block, on_gpu, given[2])
+    block.norm1 = torch.nn.Identity()
+    assert not wan_block._applies(block, on_gpu, given[2])
+
+
 def test_its_signature_is_upstreams() -> None:
     ours = list(inspect.signature(wan_block.fused_forward).parameters)[1:]
     assert ours == list(inspect.signature(WanTransformerBlock.forward).parameters)[1:]
