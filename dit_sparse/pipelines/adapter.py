@@ -7,10 +7,15 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+from diffusers.models.attention_dispatch import (
+    AttentionBackendName,
+    _AttentionBackendRegistry,
+    dispatch_attention_fn,
+)
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from dit_sparse.kernels import dense_attention
 from dit_sparse.pipelines.layout import Layout
 from dit_sparse.pipelines.session import Session
 from dit_sparse.types import TokenGrid, TokenOrder
@@ -31,6 +36,7 @@ class SparseProcessor:
     session: Session
     layer: int
     num_layers: int
+    _attention_backend: AttentionBackendName | None
 
     def __init__(self, session: Session, layer: int, num_layers: int, original: Any) -> None:
         super().__init__()
@@ -38,6 +44,15 @@ class SparseProcessor:
         self.session = session
         self.layer = layer
         self.num_layers = num_layers
+
+    def dense(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """The model's own attention of `[B, N, H, D]`, as `[B, H, N, D]`; on a GPU by the fastest kernel.
+
+        Where somebody has chosen a kernel, for this processor or for all of diffusers, it is that one.
+        """
+        if query.is_cuda and uses_default_backend(self):
+            return dense_attention(*(x.transpose(1, 2) for x in (query, key, value)))
+        return dispatch_attention_fn(query, key, value, backend=self._attention_backend).transpose(1, 2)
 
     def refuse_parallel(self) -> None:
         """Raise ValueError under context parallelism, which cuts the sequence before it comes here."""
@@ -135,6 +150,15 @@ class FamilyAdapter(ABC):
             )
         if getattr(processor, "_parallel_config", None) is not None:
             raise ValueError("context parallelism must be off with sparse attention, got a parallel config")
+
+
+def modules_of(transformer: Any, name: str, *lists: str) -> dict[str, Any]:
+    """The module `name` of every block in the `lists` of `transformer`, by path."""
+    return {
+        f"{blocks}.{i}.{name}": getattr(block, name)
+        for blocks in lists
+        for i, block in enumerate(getattr(transformer, blocks))
+    }
 
 
 def uses_default_backend(processor: Any) -> bool:

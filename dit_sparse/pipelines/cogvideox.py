@@ -15,7 +15,15 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from dit_sparse.kernels import dense_attention
-from dit_sparse.pipelines.adapter import FamilyAdapter, Inputs, SparseProcessor, check_size, latent_frames, moves
+from dit_sparse.pipelines.adapter import (
+    FamilyAdapter,
+    Inputs,
+    SparseProcessor,
+    check_size,
+    latent_frames,
+    modules_of,
+    moves,
+)
 from dit_sparse.pipelines.layout import Layout
 from dit_sparse.pipelines.norm_rotate import RotaryEmbedding
 from dit_sparse.types import TokenGrid, TokenOrder
@@ -79,7 +87,7 @@ class CogVideoXAdapter(FamilyAdapter):
     }
 
     def attention_modules(self, transformer: Any) -> dict[str, Any]:
-        return {f"transformer_blocks.{i}.attn1": block.attn1 for i, block in enumerate(transformer.transformer_blocks)}
+        return modules_of(transformer, "attn1", "transformer_blocks")
 
     def layout(self, transformer: Any, inputs: Inputs) -> Layout:
         """`hidden_states` is `[B, F, C, H, W]`."""

@@ -1,21 +1,20 @@
 """FLUX.1: where its attention lets the toolkit in."""
 
+import functools
 from typing import Any, ClassVar
 
 import torch
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor, _get_qkv_projections
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from dit_sparse.kernels import dense_attention
 from dit_sparse.pipelines.adapter import (
     FamilyAdapter,
     Inputs,
     SparseProcessor,
     check_size,
+    modules_of,
     moves,
-    uses_default_backend,
 )
 from dit_sparse.pipelines.host import on_host
 from dit_sparse.pipelines.layout import Layout
@@ -42,12 +41,7 @@ class SparseFluxAttnProcessor(SparseProcessor, FluxAttnProcessor):
             raise ValueError("FLUX's attention_mask must be None with sparse attention, got one; unsparsify")
         query, key, value = project(attn, hidden_states, encoder_hidden_states, image_rotary_emb)
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-
-        def dense() -> Tensor:
-            if q.is_cuda and uses_default_backend(self):
-                return dense_attention(q, k, v)
-            return dispatch_attention_fn(query, key, value, backend=self._attention_backend).transpose(1, 2)
-
+        dense = functools.partial(self.dense, query, key, value)
         out = self.session.attend(self.layer, self.num_layers, q, k, v, dense)
         out = out.transpose(1, 2).flatten(2, 3).to(query.dtype)
         if encoder_hidden_states is None:
@@ -87,11 +81,7 @@ class FluxAdapter(FamilyAdapter):
     processors: ClassVar = {FluxAttnProcessor: SparseFluxAttnProcessor}
 
     def attention_modules(self, transformer: Any) -> dict[str, Any]:
-        return {
-            f"{name}.{i}.attn": block.attn
-            for name in ("transformer_blocks", "single_transformer_blocks")
-            for i, block in enumerate(getattr(transformer, name))
-        }
+        return modules_of(transformer, "attn", "transformer_blocks", "single_transformer_blocks")
 
     def layout(self, transformer: Any, inputs: Inputs) -> Layout:
         """`img_ids` is `[N, 3]` (or, deprecated, `[1, N, 3]`): image, row and column of each token."""

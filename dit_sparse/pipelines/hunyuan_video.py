@@ -16,6 +16,7 @@ from dit_sparse.pipelines.adapter import (
     SparseProcessor,
     check_size,
     latent_frames,
+    modules_of,
     moves,
     uses_default_backend,
 )
@@ -106,11 +107,7 @@ class HunyuanVideoAdapter(FamilyAdapter):
     processors: ClassVar = {HunyuanVideoAttnProcessor2_0: SparseHunyuanVideoAttnProcessor}
 
     def attention_modules(self, transformer: Any) -> dict[str, Any]:
-        return {
-            f"{name}.{i}.attn": block.attn
-            for name in ("transformer_blocks", "single_transformer_blocks")
-            for i, block in enumerate(getattr(transformer, name))
-        }
+        return modules_of(transformer, "attn", "transformer_blocks", "single_transformer_blocks")
 
     def layout(self, transformer: Any, inputs: Inputs) -> Layout:
         """`hidden_states` is `[B, C, F, H, W]`, `encoder_attention_mask` `[B, text]`."""

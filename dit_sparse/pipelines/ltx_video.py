@@ -1,22 +1,20 @@
 """LTX-Video: where its attention lets the toolkit in."""
 
+import functools
 from typing import Any, ClassVar
 
 import torch
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_ltx import LTXAttention, LTXVideoAttnProcessor, apply_rotary_emb
-from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from dit_sparse.kernels import dense_attention
 from dit_sparse.pipelines.adapter import (
     FamilyAdapter,
     Inputs,
     SparseProcessor,
     check_size,
     latent_frames,
+    modules_of,
     moves,
-    uses_default_backend,
 )
 from dit_sparse.pipelines.layout import Layout
 from dit_sparse.pipelines.norm_rotate import RotaryEmbedding
@@ -45,12 +43,7 @@ class SparseLTXVideoAttnProcessor(SparseProcessor, LTXVideoAttnProcessor):
             query, key = apply_rotary_emb(query, image_rotary_emb), apply_rotary_emb(key, image_rotary_emb)
         query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in (query, key, attn.to_v(hidden_states)))
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-
-        def dense() -> Tensor:
-            if q.is_cuda and uses_default_backend(self):
-                return dense_attention(q, k, v)
-            return dispatch_attention_fn(query, key, value, backend=self._attention_backend).transpose(1, 2)
-
+        dense = functools.partial(self.dense, query, key, value)
         out = self.session.attend(self.layer, self.num_layers, q, k, v, dense)
         return attn.to_out[1](attn.to_out[0](out.transpose(1, 2).flatten(2, 3).to(query.dtype)))
 
@@ -63,7 +56,7 @@ class LTXVideoAdapter(FamilyAdapter):
     processors: ClassVar = {LTXVideoAttnProcessor: SparseLTXVideoAttnProcessor}
 
     def attention_modules(self, transformer: Any) -> dict[str, Any]:
-        return {f"transformer_blocks.{i}.attn1": block.attn1 for i, block in enumerate(transformer.transformer_blocks)}
+        return modules_of(transformer, "attn1", "transformer_blocks")
 
     def layout(self, transformer: Any, inputs: Inputs) -> Layout:
         """`hidden_states` is packed, `[B, N, C]`; `num_frames`, `height` and `width` count its tokens."""

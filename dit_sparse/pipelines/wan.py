@@ -1,14 +1,14 @@
 """Wan 2.1 and 2.2: where its attention lets the toolkit in."""
 
+import functools
 import math
 from typing import Any, ClassVar
 
 import torch
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
 from torch.utils.hooks import RemovableHandle
 
-from dit_sparse.kernels import dense_attention, norm_rope
+from dit_sparse.kernels import norm_rope
 from dit_sparse.kernels.norm_rope import rotate
 from dit_sparse.pipelines.adapter import (
     FamilyAdapter,
@@ -16,8 +16,8 @@ from dit_sparse.pipelines.adapter import (
     SparseProcessor,
     check_size,
     latent_frames,
+    modules_of,
     moves,
-    uses_default_backend,
 )
 from dit_sparse.pipelines.layout import Layout
 from dit_sparse.pipelines.norm_rotate import RotaryEmbedding, is_watched
@@ -43,12 +43,7 @@ class SparseWanAttnProcessor(SparseProcessor, WanAttnProcessor):
             raise ValueError("Wan's self-attention has no mask to combine with sparse blocks, got an attention_mask")
         query, key, value = project(attn, hidden_states, rotary_emb)
         q, k, v = (t.transpose(1, 2) for t in (query, key, value))
-
-        def dense() -> torch.Tensor:
-            if q.is_cuda and uses_default_backend(self):
-                return dense_attention(q, k, v)
-            return dispatch_attention_fn(query, key, value, backend=self._attention_backend).transpose(1, 2)
-
+        dense = functools.partial(self.dense, query, key, value)
         out = self.session.attend(self.layer, self.num_layers, q, k, v, dense)
         out = out.transpose(1, 2).flatten(2, 3).type_as(query)
         return attn.to_out[1](attn.to_out[0](out))
@@ -86,7 +81,7 @@ class WanAdapter(FamilyAdapter):
     processors: ClassVar = {WanAttnProcessor: SparseWanAttnProcessor}
 
     def attention_modules(self, transformer: Any) -> dict[str, Any]:
-        return {f"blocks.{i}.attn1": block.attn1 for i, block in enumerate(transformer.blocks)}
+        return modules_of(transformer, "attn1", "blocks")
 
     def fuse(self, transformer: Any) -> None:
         for block in transformer.blocks:
