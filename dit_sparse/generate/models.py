@@ -117,6 +117,10 @@ def pipeline_defaults(request: Request, pipe: Any) -> dict[str, Any]:
     """
     takes = call_parameters(pipe)
     asked = {name: getattr(request, name) for name in _ARGUMENTS}
+    if "image" in takes and takes["image"].default is inspect.Parameter.empty:
+        raise ValueError(
+            f"--model: {type(pipe).__name__} needs an image, which only Python can give it: sparsify(pipe)"
+        )
     if request.negative_prompt is not None and "negative_prompt" not in takes:
         raise ValueError(f"--negative-prompt: {type(pipe).__name__} takes none")
     if "num_frames" not in takes and asked["frames"] not in (None, 1):

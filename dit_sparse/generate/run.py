@@ -242,18 +242,16 @@ def _render(job: Job, clip: Clip, what: str, listener: Listener, steps: int | No
 
 def _arguments(job: Job, clip: Clip, steps: int) -> dict[str, Any]:
     settings = job.settings
-    arguments = {
-        "prompt": clip.prompt,
-        "negative_prompt": settings.negative_prompt,
+    values = {
         "height": settings.height,
         "width": settings.width,
-        "num_frames": settings.frames,
-        "num_inference_steps": steps,
-        "guidance_scale": settings.guidance,
-        "output_type": "np",
+        "frames": settings.frames,
+        "steps": steps,
+        "guidance": settings.guidance,
     }
-    takes = models.call_parameters(job.pipe)
-    return {name: value for name, value in arguments.items() if name in takes and value is not None}
+    texts = {"prompt": clip.prompt, "negative_prompt": settings.negative_prompt}
+    arguments = models.call_arguments(job.pipe, values) | {"output_type": "np"}
+    return arguments | {name: text for name, text in texts.items() if text is not None}
 
 
 def _step_callback(listener: Listener) -> Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]:
