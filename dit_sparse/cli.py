@@ -33,7 +33,6 @@ app = typer.Typer(
 )
 
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-_AXES = ("frames", "height", "width")
 _SIZE, _SAMPLING, _OUTPUT, _MACHINE, _METRICS = "Size", "Sampling", "Output", "Machine", "Choice of orders"
 
 
@@ -286,25 +285,14 @@ def neighborhood(
 ) -> None:
     """Say what a neighborhood would cost, and which settings suit a grid; counts tiles and needs no GPU."""
     with _user_errors():
-        from dit_sparse.methods import Neighborhood, parse_parameter
-        from dit_sparse.methods.neighborhood_report import neighborhood_report
-        from dit_sparse.types import TokenGrid
+        from dit_sparse.simulator import parse_setting, print_report, simulate
 
         given = {"window": window, "stride": stride, "dilation": dilation, "causal": causal, "tile": tile}
-        options: dict[str, Any] = {
-            name: parse_parameter(Neighborhood, name, _three_axes(value)) for name, value in given.items() if value
-        }
-        if density is not None:
-            options["density"] = density
-        sizes = parse_parameter(Neighborhood, "window", _three_axes(grid))
-        if not isinstance(sizes, tuple):
-            raise ValueError(f"--grid must be two or three sizes such as 30x48x80, got {grid!r}")
-        method = Neighborhood(exact=exact, **options)
-        report = neighborhood_report(method, TokenGrid(sizes[0], sizes[1], sizes[2], text_len=text), density)
+        report = simulate(*parse_setting(grid, given, exact=exact, text=text, density=density), density)
     if as_json:
         _print_json(report)
     else:
-        _print_neighborhood(report, Console())
+        print_report(report, Console())
 
 
 @app.command()
@@ -332,7 +320,7 @@ def kernels(
     backends: Annotated[
         str | None, typer.Option(help="Such as hopper,triton.", show_default="those that run here")
     ] = None,
-    sections: Annotated[str, typer.Option(help="What is timed.")] = "kernels,neighborhood,search",
+    sections: Annotated[str, typer.Option(help="What is timed.")] = "kernels,neighborhood,search,movement",
     rounds: Annotated[int, typer.Option(min=1, help="Times each kernel is timed.")] = 9,
     out: Annotated[Path | None, typer.Option(help="JSON file for the report.")] = None,
 ) -> None:
@@ -437,43 +425,6 @@ def _interruptible(console: Console, out: Path) -> Iterator[None]:
 
 def _error(message: str) -> None:
     sys.stderr.write(f"error: {' '.join(message.split())}\n")
-
-
-def _three_axes(sizes: str) -> str:
-    """`sizes` such as 24x24 with one frame put before them."""
-    return f"1x{sizes}" if sizes.count("x") == 1 else sizes
-
-
-def _print_neighborhood(report: dict[str, Any], console: Console) -> None:
-    window, stride, dilation = ("x".join(map(str, report[name])) for name in ("window", "stride", "dilation"))
-    parts = ["x".join(map(str, report["grid"])) + " tokens"]
-    parts += [f"{report['text']} of text"] if report["text"] else []
-    parts += [f"window {window}", f"stride {stride}", f"dilation {dilation}"]
-    parts += [f"causal in {axis}" for axis, on in zip(_AXES, report["causal"], strict=True) if on]
-    parts += [f"density {report['density']:.4f}", f"ideal speed-up {report['ideal_speedup']:.2f}x"]
-    console.print(", ".join(parts), highlight=False, soft_wrap=True)
-    _print_tiles([{"": "this tile"} | report["tile"], {"": "best tile"} | report["best_tile"]], console)
-    if report["suggestions"]:
-        console.print("\nbest settings near that density, exact to the token", highlight=False)
-        of_setting = ("window", "stride", "density", "tile", "visited", "expected_speedup")
-        _print_tiles([{name: row[name] for name in of_setting} for row in report["suggestions"]], console)
-
-
-def _print_tiles(rows: list[dict[str, Any]], console: Console) -> None:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name in rows[0]:
-        table.add_column(name.replace("_", " ").replace("speedup", "speed-up"), justify="right" if name else "left")
-    for row in rows:
-        table.add_row(*(_cell(name, value) for name, value in row.items()))
-    console.print(table, highlight=False)
-
-
-def _cell(name: str, value: Any) -> str:
-    if isinstance(value, list):
-        return "x".join(map(str, value))
-    if isinstance(value, float):
-        return f"{value:.2f}x" if "speedup" in name else f"{value:.4f}"
-    return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _print_json(value: Any) -> None:

@@ -29,8 +29,20 @@ MAY_IMPORT = {
     "bench": {"types", "block_mask", "kernels", "reorder", "masks", "methods", "schedule", "attention"},
     "generate": {"types", "methods", "schedule", "pipelines", "demo", "eval"},
     "calibrate": {"types", "block_mask", "masks", "reorder", "methods", "pipelines", "generate"},
+    "simulator": {"types", "masks", "methods"},
     "doctor": {"kernels", "demo"},
-    "cli": {"types", "bench", "calibrate", "methods", "schedule", "generate", "doctor", "demo", "eval", "pipelines"},
+    "cli": {
+        "simulator",
+        "bench",
+        "calibrate",
+        "methods",
+        "schedule",
+        "generate",
+        "doctor",
+        "demo",
+        "eval",
+        "pipelines",
+    },
 }
 # Everybody may read the version; nothing else lives in the package's own namespace.
 FREE = {""}
