@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -78,29 +78,29 @@ def kernel_rows(
 def neighborhood_rows(backends: Sequence[str], rounds: int, device: torch.device, scale: int = 1) -> Iterator[Row]:
     """NATTEN's case (arXiv 2504.16922, section 5): 30x48x80 tokens, window 18x24x24, stride 16x8x8, density 0.09.
 
-    Kernel alone, and with the permutation of q, k, v and of the output. `scale` divides the grid, for tests.
+    Kernel alone, with the permutation of q, k, v and of the output, and with stride 1, where windows cut tiles. `scale`
+    divides the grid, for tests.
     """
     grid = TokenGrid(30, 48 // scale, 80 // scale)
-    method = Neighborhood(
-        window=(18, 24 // scale, 24 // scale), stride=(16, 8 // scale, 8 // scale), tile=(2, 8 // scale, 8 // scale)
-    )
+    tile = (2, 8 // scale, 8 // scale)
+    whole = Neighborhood(window=(18, 24 // scale, 24 // scale), stride=(16, 8 // scale, 8 // scale), tile=tile)
     shape = Shape(24 // scale, 128, grid.num_tokens)
     torch.manual_seed(0)
     sets = inputs(shape, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    plan = method.plan(*sets[0], Site(grid), None)
-    order = plan.q_order
-    permuted: Inputs = [tuple(order.permute(x) for x in s) for s in sets]  # type: ignore[misc]
+    plan, cutting = (method.plan(*sets[0], Site(grid), None) for method in (whole, replace(whole, stride=(1, 1, 1))))
+    permuted: Inputs = [tuple(plan.q_order.permute(x) for x in s) for s in sets]  # type: ignore[misc]
     calls = dense_calls(sets)
     dense = list(calls)
+    plans: dict[str, AttentionPlan] = {}
     for backend in backends:
-        calls[backend] = _kernel(backend, permuted, plan)
+        for key, of in ((backend, plan), (f"{backend}, stride 1", cutting)):
+            calls[key], plans[key] = _kernel(backend, permuted, of), of
         calls[f"{backend}, permuted"] = functools.partial(_whole, backend, sets, plan)
-    errors = {backend: check(_output(calls[backend]), *permuted[0], plan) for backend in backends}
+    errors = {key: check(_output(calls[key]), *permuted[0], of) for key, of in plans.items()}
     times = in_turns(calls, rounds, repeat=shape.tokens < _LONG)
     fastest = min(times[key] for key in dense)
-    density = float(plan.density.mean())
     for key, time in times.items():
-        share = 1.0 if key in dense else density
+        share = 1.0 if key in dense else float(plans.get(key, plan).density.mean())
         rate = share * shape.flops / time / 1e9
         ideal = time / (share * fastest)
         yield Row("neighborhood", str(grid), 0 if key in dense else 128, key, share, time, ideal, rate, errors.get(key))

@@ -65,7 +65,7 @@ def check(out: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan | No
 
     Args:
         out, q, k, v: `[1, H, N, D]` in the plan's order.
-        plan: whole blocks only; `None` for dense attention.
+        plan: `None` for dense attention.
 
     Raises:
         RuntimeError: it is not a number, or above twice the error of torch's own attention in the inputs' dtype on the
@@ -93,9 +93,17 @@ def check(out: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan | No
 def _kept_keys(plan: AttentionPlan, head: int, rows: Tensor) -> Tensor:
     """`[rows, N]` bool: keys that rows of one head keep, at positions of the plan's orders."""
     mask = plan.block_mask
-    full = mask.full_blocks[0, head % mask.full_blocks.shape[1]]
-    blocks = full[mask.block_of(mask.q_offsets)[0, 0][rows]]
-    return blocks[:, mask.block_of(mask.k_offsets)[0, 0]]
+    of_rows, of_keys = mask.block_of(mask.q_offsets)[0, 0][rows], mask.block_of(mask.k_offsets)[0, 0]
+    kept = _of_head(mask.full_blocks, head)[of_rows][:, of_keys]
+    if mask.partial_blocks is None or mask.predicate is None:
+        return kept
+    i, j = _of_head(plan.q_order.index, head)[rows], _of_head(plan.kv_order.index, head)
+    seen = mask.predicate(rows.new_zeros(()), rows.new_full((), head), i[:, None], j[None])
+    return kept | (_of_head(mask.partial_blocks, head)[of_rows][:, of_keys] & seen)
+
+
+def _of_head(table: Tensor, head: int) -> Tensor:
+    return table[0, head % table.shape[1]]
 
 
 def _relative(got: Tensor, want: Tensor) -> float:

@@ -15,6 +15,8 @@ from dit_sparse.bench import report as reports
 from dit_sparse.bench import sections, shapes, timing
 from dit_sparse.bench.sections import Row
 from dit_sparse.bench.shapes import Shape, inputs, random_plan
+from dit_sparse.kernels import BACKENDS
+from dit_sparse.types import AttentionPlan, BlockMask, TokenOrder
 
 CPU = torch.device("cpu")
 TINY = Shape(2, 16, 300)
@@ -66,10 +68,28 @@ def test_ratios_are_to_the_fastest_dense_kernel() -> None:
         assert row.error is not None
 
 
-def test_the_neighborhood_is_all_full_blocks_at_every_scale() -> None:
-    rows = list(sections.neighborhood_rows(("gather",), 1, CPU, scale=8))
-    assert {row.kernel for row in rows} == {"cpu", "gather", "gather, permuted"}
-    assert rows[1].density == pytest.approx(0.09)
+def test_the_neighborhood_is_all_full_blocks_at_every_scale_and_cut_at_stride_1() -> None:
+    rows = {row.kernel: row for row in sections.neighborhood_rows(("gather",), 1, CPU, scale=8)}
+    assert set(rows) == {"cpu", "gather", "gather, permuted", "gather, stride 1"}
+    assert rows["gather"].density == pytest.approx(0.09)
+    assert rows["gather, stride 1"].density == pytest.approx(0.09)
+    assert rows["gather, stride 1"].error is not None
+
+
+def test_the_check_of_a_plan_with_cut_blocks_finds_a_wrong_result() -> None:
+    order = TokenOrder.from_index(
+        torch.randperm(64, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 32, 64])
+    )
+    cut = torch.ones(1, 2, 2, 2, dtype=torch.bool)
+    mask = BlockMask.from_bool(
+        cut, order.offsets, order.offsets, partial=cut, predicate=lambda b, h, i, j: (i + j + h) % 3 > 0
+    )
+    plan = AttentionPlan(order, order, mask)
+    q, k, v = torch.randn(3, 1, 2, 64, 16, generator=torch.Generator().manual_seed(1))
+    out = BACKENDS["reference"].forward(q, k, v, plan, scale=0.25, return_lse=False)[0]
+    assert timing.check(out, q, k, v, plan) < 1e-6
+    with pytest.raises(RuntimeError, match="head 1"):
+        timing.check(torch.cat([out[:, :1], out[:, :1]], 1), q, k, v, plan)
 
 
 def test_movements_are_compared_with_the_attention_they_serve() -> None:
