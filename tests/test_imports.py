@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "attention": {"types", "kernels"},
     "pipelines": {"types", "kernels", "methods", "schedule", "attention"},
     "demo": set(),
-    "eval": {"types", "pipelines"},
+    "eval": {"types", "kernels", "reorder", "masks", "methods", "schedule", "pipelines"},
     "bench": {"types", "block_mask", "kernels", "reorder", "masks", "methods", "schedule", "attention"},
     "generate": {"types", "methods", "schedule", "pipelines", "demo", "eval"},
     "calibrate": {"types", "block_mask", "masks", "reorder", "methods", "pipelines", "generate"},

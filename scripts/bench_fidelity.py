@@ -1,0 +1,385 @@
+"""How near the videos of each method are to dense ones, on the demo model with fixed seeds.
+
+    python scripts/bench_fidelity.py --out fidelity.json              # everything; meant for a GPU
+    python scripts/bench_fidelity.py --quick --out quick.json         # one prompt, four steps, one density
+    python scripts/bench_fidelity.py --table --out fidelity.json      # the tables of an earlier run
+
+Every method is rendered at each density and at its own default, and compared with plain diffusers: same prompt, seed,
+device and dtype, frames in memory. `paro` also runs from a plan file, calibrated on a prompt of its own. Beside the
+methods stand the floors that a PSNR is worth nothing without: another seed of the same prompt, random blocks at the
+same density, and dense attention by another kernel (torch's math kernel in plain diffusers; ours). For AdaSpa, the
+search with cached row sums is compared with a full one.
+
+The report is written after every video, under a temporary name first. The same command goes on where it stopped. The
+dense video of an unfinished prompt is rendered again for that; should it differ by a bit, so is the rest of its prompt.
+A case that fails is reported, the others go on, and the exit status is 1; the same command tries it again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import statistics
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import dit_sparse
+from dit_sparse import AdaSpa, Dense, Paro, Schedule, load_pipeline, sparsify, unsparsify
+from dit_sparse.bench.report import environment, write_report
+from dit_sparse.calibrate import Calibration, calibrate
+from dit_sparse.demo import demo_defaults, demo_model_path
+from dit_sparse.eval.agreement import SearchAgreement
+from dit_sparse.eval.fidelity import CONVENTION, compare
+from dit_sparse.eval.floors import RandomBlocks
+from dit_sparse.generate.prompts import read_prompts
+from dit_sparse.methods import METHODS, find_method
+from dit_sparse.methods.parameters import takes_density, with_density
+from dit_sparse.pipelines import observe
+from dit_sparse.pipelines import statistics as run_statistics
+
+PROMPTS = Path(__file__).parent / "fidelity_prompts.txt"
+CALIBRATION = "A big red ball moving left on a gray background."
+WARMUP = 0.2
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table: what is rendered, and compared with plain diffusers.
+
+    Args:
+        label: its name in the table.
+        schedule: what the pipeline is sparsified with; `None` leaves it as diffusers has it.
+        seed: of the noise.
+        math: whether dense attention runs on torch's math kernel.
+    """
+
+    label: str
+    schedule: Schedule | None = None
+    seed: int = SEED
+    math: bool = False
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What tells this case from others, ready for JSON."""
+        found = {} if self.schedule is None else self.schedule.to_config()
+        if found.get("plan_file"):
+            found["plan_file"] = Path(found["plan_file"]).name
+        return found | {"seed": self.seed} | ({"kernel": "math"} if self.math else {})
+
+
+DENSE = Case("dense")
+
+
+def method_cases(names: Sequence[str], densities: Sequence[float]) -> list[Case]:
+    """Each method at each density and at its own default, which is marked where it is one of them."""
+    cases = []
+    for name in names:
+        default = Schedule(find_method(name)())
+        at = [with_density(default.method, d) for d in densities] if takes_density(default.method) else []
+        schedules = [Schedule(method, warmup=WARMUP) for method in at]
+        if default not in schedules:
+            schedules.append(default)
+        cases += [Case(f"{density_label(s.method)}{' (default)' if s == default else ''}", s) for s in schedules]
+    return cases
+
+
+def density_label(method: Any) -> str:
+    return f"{method.name} {method.density:g}" if takes_density(method) else method.name
+
+
+def plan_cases(densities: Sequence[float], folder: Path) -> list[Case]:
+    """`paro` from a plan file of each density."""
+    methods = [Paro(density=d, plan_file=str(folder / f"paro-{d:g}.safetensors")) for d in densities]
+    return [Case(f"paro, plan file {m.density:g}", Schedule(m, warmup=WARMUP)) for m in methods]
+
+
+def floor_cases(densities: Sequence[float]) -> list[Case]:
+    """What a PSNR has to be compared with."""
+    return [
+        Case("another seed", seed=SEED + 1),
+        Case("dense, torch's math kernel", math=True),
+        Case("dense, ours", Schedule(Dense(), warmup=0)),
+        *(Case(f"random blocks {d:g}", Schedule(RandomBlocks(d), warmup=WARMUP)) for d in densities),
+    ]
+
+
+class Bench:
+    """Renders what the report still lacks, and writes it after every video.
+
+    Args:
+        pipe: the demo model, plain.
+        arguments: of its call.
+        report: as far as it is there.
+        out: where it is written.
+    """
+
+    def __init__(self, pipe: Any, arguments: dict[str, Any], report: dict[str, Any], out: Path) -> None:
+        self.pipe, self.arguments, self.report, self.out = pipe, arguments, report, out
+
+    def videos(self, cases: Sequence[Case], prompts: Sequence[str]) -> None:
+        """Render and compare every case of every prompt."""
+        for number, prompt in enumerate(prompts, 1):
+            if all(self._row(case, prompt) for case in (DENSE, *cases)):
+                continue
+            dense, row = self._render(DENSE, prompt)
+            digest = hashlib.sha256(dense.tobytes()).hexdigest()
+            rows = [r for r in self.report["videos"] if r["prompt"] != prompt or r["reference"] == digest]
+            self.report["videos"] = rows
+            for case in (DENSE, *cases):
+                if self._row(case, prompt) or case.label in self.report["failed"]:
+                    continue
+                try:
+                    frames, row = (dense, row) if case is DENSE else self._render(case, prompt)
+                except Exception as error:  # noqa: BLE001  # no case's failure may lose what the others found
+                    self._failed(case.label, error)
+                    continue
+                fidelity = compare(frames, dense)
+                row |= {"psnr": None if fidelity.identical else fidelity.psnr, "ssim": fidelity.ssim}
+                row |= {"identical": fidelity.identical, "reference": digest}
+                rows.append(row)
+                write_report(self.report, self.out)
+                psnr = "same" if fidelity.identical else f"{fidelity.psnr:.2f} dB"
+                print(f"prompt {number} of {len(prompts)}: {case.label}: {psnr}, {row['seconds']:.2f} s", flush=True)
+
+    def _failed(self, label: str, error: Exception) -> None:
+        self.report["failed"][label] = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+        write_report(self.report, self.out)
+        traceback.print_exception(error)
+
+    def _row(self, case: Case, prompt: str) -> dict[str, Any] | None:
+        config = case.config
+        return next((r for r in self.report["videos"] if r["prompt"] == prompt and r["config"] == config), None)
+
+    def _render(self, case: Case, prompt: str) -> tuple[np.ndarray, dict[str, Any]]:
+        """Frames `[T, H, W, 3]` float32 in [0, 1], and what the run did."""
+        self._calibrate(case)
+        row: dict[str, Any] = {"label": case.label, "config": case.config, "prompt": prompt}
+        with self._switched(case):
+            start = time.perf_counter()
+            frames = self._call(prompt, case.seed, "np")
+            row["seconds"] = time.perf_counter() - start
+            if case.schedule is not None:
+                found = run_statistics(self.pipe)
+                row |= {"density": found.density, "sparse_density": found.sparse_density}
+                row |= {"dense_calls": found.dense_calls, "backends": found.backends}
+        return np.asarray(frames[0], dtype=np.float32), row
+
+    @contextlib.contextmanager
+    def _switched(self, case: Case) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            if case.schedule is not None:
+                sparsify(self.pipe, case.schedule)
+                stack.callback(unsparsify, self.pipe)
+            if case.math:
+                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            yield
+
+    def _call(self, prompt: str, seed: int, output: str) -> Any:
+        generator = torch.Generator("cpu").manual_seed(seed)
+        return self.pipe(prompt, generator=generator, **self.arguments, output_type=output).frames
+
+    def _calibrate(self, case: Case) -> None:
+        """Make the plan file that the case wants, if any."""
+        method = None if case.schedule is None else case.schedule.method
+        if not isinstance(method, Paro) or method.plan_file is None or Path(method.plan_file).exists():
+            return
+        Path(method.plan_file).parent.mkdir(exist_ok=True)
+        start = time.perf_counter()
+        calibration = Calibration(Paro(density=method.density), seed=SEED)
+        calibrate(self.pipe, [CALIBRATION], method.plan_file, calibration, model="demo", **self.arguments)
+        self.report["calibrations"][f"{method.density:g}"] = {"seconds": time.perf_counter() - start}
+
+    def searches(self, prompts: Sequence[str]) -> None:
+        """Compare AdaSpa's cached searches with full ones in a dense run of each prompt."""
+        for number, prompt in enumerate(prompts, 1):
+            if any(row["prompt"] == prompt for row in self.report["searches"]):
+                continue
+            watch = SearchAgreement(Schedule(AdaSpa(density=0.25), warmup=WARMUP))
+            try:
+                with observe(self.pipe, watch):
+                    self._call(prompt, SEED, "latent")
+            except Exception as error:  # noqa: BLE001  # as above
+                self._failed("searches", error)
+                return
+            self.report["searches"].append({"prompt": prompt, **watch.to_dict()})
+            write_report(self.report, self.out)
+            print(f"prompt {number} of {len(prompts)}: searches compared", flush=True)
+
+
+def open_report(out: Path, where: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """The report at `out`, or a new one.
+
+    Raises:
+        ValueError: the one there comes from another device, version, commit or setting.
+    """
+    if not out.exists():
+        empty = {"calibrations": {}, "videos": [], "searches": [], "failed": {}}
+        return {"environment": where, "settings": settings, **empty}
+    report = json.loads(out.read_text("utf-8"))
+    for part, now in (("environment", where), ("settings", settings)):
+        for name, value in now.items():
+            if report[part].get(name) != value:
+                raise ValueError(
+                    f"--out {out} was made with {name} {report[part].get(name)!r}, got {value!r}: give another --out"
+                )
+    return report | {"failed": {}}
+
+
+def span(values: Sequence[float | None], form: str) -> tuple[str, str]:
+    """The median of `values`, and the least to the largest; `None` is the PSNR of an identical video."""
+    numbers = sorted(float("inf") if value is None else value for value in values)
+    return format(statistics.median(numbers), form), f"{numbers[0]:{form}} to {numbers[-1]:{form}}"
+
+
+def video_table(report: dict[str, Any]) -> Table:
+    """PSNR and SSIM of every case over its prompts."""
+    table = Table(title=f"Against plain diffusers, {CONVENTION}")
+    columns = ("", "prompts", "density", "whole run", "PSNR, dB", "min to max", "SSIM", "min to max", "s")
+    for column in columns:
+        table.add_column(column, justify="right" if column else "left")
+    labels = list(dict.fromkeys(row["label"] for row in report["videos"]))
+    for label in labels:
+        rows = [row for row in report["videos"] if row["label"] == label]
+        densities = [
+            "-" if rows[0].get(name) is None else f"{statistics.median(row[name] for row in rows):.3f}"
+            for name in ("sparse_density", "density")
+        ]
+        psnr, ssim = span([row["psnr"] for row in rows], ".2f"), span([row["ssim"] for row in rows], ".4f")
+        seconds = f"{statistics.median(row['seconds'] for row in rows):.2f}"
+        table.add_row(label, str(len(rows)), *densities, *psnr, *ssim, seconds)
+    return table
+
+
+def search_table(report: dict[str, Any]) -> Table:
+    """Agreement and recall of AdaSpa's searches by layer: means over prompts, steps and heads, and the worst head."""
+    table = Table(title="AdaSpa at density 0.25: blocks that a search with the cached row sums finds again")
+    heads = (
+        "layer",
+        "rows",
+        "same rows, new sums",
+        "worst head",
+        "all rows, new sums",
+        "worst head",
+        "recall",
+        "of a full search",
+    )
+    for column in heads:
+        table.add_column(column, justify="right")
+    searches = report["searches"]
+    full = np.array([search["recall_full"] for search in searches])  # prompts, steps, layers, heads
+    for place, stride in enumerate(row["row_stride"] for row in searches[0]["row_strides"]):
+        found = [search["row_strides"][place] for search in searches]
+        same, every, recall = (np.array([f[name] for f in found]) for name in ("agreement", "agreement_full", "recall"))
+        for layer in [*range(full.shape[2]), slice(None)]:
+            rows = "all" if stride == 1 else f"every {stride}th"
+            figures = []
+            for values in (same[:, :, layer], every[:, :, layer]):
+                figures += [f"{values.mean():.3f}", f"{values.min():.3f}"]
+            figures += [f"{recall[:, :, layer].mean():.3f}", f"{full[:, :, layer].mean():.3f}"]
+            table.add_row("all" if isinstance(layer, slice) else str(layer), rows, *figures)
+        table.add_section()
+    return table
+
+
+def print_report(report: dict[str, Any], console: Console) -> None:
+    console.print({**report["environment"], **report["settings"]}, highlight=False)
+    if report["videos"]:
+        console.print(video_table(report))
+    if report["searches"]:
+        console.print(search_table(report))
+    for label, why in report["failed"].items():
+        console.print(f"failed: {label}: {why}", style="red", markup=False, highlight=False, soft_wrap=True)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    every = ",".join(name for name in METHODS if name != "dense")
+    parser.add_argument("--methods", default=every, help=f"names with commas between them; by default {every}")
+    parser.add_argument("--densities", help="numbers with commas between them; by default 0.5,0.25,0.125")
+    parser.add_argument("--prompts", type=int, help=f"only the first of those in {PROMPTS.name}")
+    parser.add_argument("--steps", type=int, help=f"by default {demo_defaults['num_inference_steps']}")
+    parser.add_argument("--size", default="29x96x128", help="frames, height, width; the model knows no other")
+    parser.add_argument("--quick", action="store_true", help="one prompt, four steps, density 0.25")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--commit", help="recorded where there is no checkout to ask")
+    parser.add_argument("--table", action="store_true", help="print the tables of --out and render nothing")
+    parser.add_argument("--out", type=Path, required=True, help="the report, JSON")
+    options = parser.parse_args(arguments)
+    known = read_prompts(PROMPTS)
+    densities = options.densities or ("0.25" if options.quick else "0.5,0.25,0.125")
+    try:
+        options.methods = options.methods.split(",")
+        for name in options.methods:
+            find_method(name)
+        options.densities = [RandomBlocks(float(density)).density for density in densities.split(",")]
+        options.size = tuple(map(int, options.size.split("x")))
+        if len(options.size) != 3:
+            raise ValueError(f"--size must be frames, height and width such as 29x96x128, got {options.size}")
+        if options.prompts is not None and not 1 <= options.prompts <= len(known):
+            raise ValueError(f"--prompts must be from 1 to {len(known)}, got {options.prompts}")
+    except ValueError as error:
+        parser.error(str(error))
+    options.prompts = known[: options.prompts or (1 if options.quick else len(known))]
+    options.steps = options.steps or (4 if options.quick else int(demo_defaults["num_inference_steps"]))
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(arguments)
+    console = Console(width=150)
+    if options.table:
+        print_report(json.loads(options.out.read_text("utf-8")), console)
+        return
+    frames, height, width = options.size
+    settings = {
+        "steps": options.steps,
+        "size": list(options.size),
+        "dtype": options.dtype,
+        "seed": SEED,
+        "warmup": WARMUP,
+    }
+    where = environment(torch.device(options.device))
+    where |= {"dit-sparse": dit_sparse.__version__, "diffusers": diffusers.__version__}
+    where["commit"] = options.commit or where["commit"]
+    try:
+        report = open_report(options.out, where, settings)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
+    pipe = load_pipeline(demo_model_path(), dtype=getattr(torch, options.dtype), device=options.device)
+    pipe.set_progress_bar_config(disable=True)
+    call = {
+        **demo_defaults,
+        "num_frames": frames,
+        "height": height,
+        "width": width,
+        "num_inference_steps": options.steps,
+    }
+    cases = method_cases(options.methods, options.densities)
+    if "paro" in options.methods:
+        cases += plan_cases(options.densities, options.out.with_name(f"{options.out.name}.plans"))
+    bench = Bench(pipe, call, report, options.out)
+    bench.videos([*cases, *floor_cases(options.densities)], options.prompts)
+    if "adaspa" in options.methods:
+        bench.searches(options.prompts)
+    print_report(report, console)
+    if report["failed"]:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
