@@ -147,7 +147,7 @@ class Bench:
                 except Exception as error:  # noqa: BLE001  # no case's failure may lose what the others found
                     self._failed(case.label, error)
                     continue
-                fidelity = compare(frames, dense)
+                fidelity = compare(*(torch.from_numpy(x).to(self.pipe.device) for x in (frames, dense)))
                 row |= {"psnr": None if fidelity.identical else fidelity.psnr, "ssim": fidelity.ssim}
                 row |= {"identical": fidelity.identical, "reference": digest}
                 rows.append(row)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -45,7 +46,8 @@ def run_sections(
         save: called with the report after every part.
 
     Returns:
-        `{"environment", "rows", "failed", "skipped"}`, ready for JSON.
+        `{"environment", "rounds", "rows", "failed", "skipped", "seconds"}`, ready for JSON; `seconds` of every part,
+        compiling and checking included.
 
     Raises:
         ValueError: an unknown shape, section or backend, a block below 16, or a density outside (0, 1].
@@ -67,15 +69,18 @@ def run_sections(
         "skipped": {name: why for name, why in missing.items() if why is not None},
         "failed": {},
         "rows": [],
+        "seconds": {},
     }
     able = [name for name, why in missing.items() if why is None]
     parts = _parts(sections, shapes, blocks, densities, able, rounds, device)
     with torch.no_grad():
         for label, rows in parts:
+            start = time.perf_counter()
             try:
                 report["rows"] += [asdict(row) for row in rows]
             except Exception as error:  # noqa: BLE001  # no part's failure may lose what the others found
                 report["failed"][label] = f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+            report["seconds"][label] = round(time.perf_counter() - start, 1)
             save(report)
             torch.compiler.reset()  # FlexAttention may be compiled for a few shapes only before torch refuses
             if device.type == "cuda":
@@ -156,6 +161,7 @@ def print_table(report: dict[str, Any], console: Console) -> None:
         block = str(row["block"] or "-")
         table.add_row(row["section"], row["shape"], block, row["kernel"], *numbers, f"{row['ideal_ratio']:.2f}", error)
     console.print(table)
+    console.print(f"took {sum(report['seconds'].values()):.0f} s", highlight=False)
     for name, why in report["skipped"].items():
         console.print(f"skipped {name}: {why}", markup=False, highlight=False, soft_wrap=True)
     for name, why in report["failed"].items():

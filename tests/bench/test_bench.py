@@ -127,6 +127,7 @@ def test_a_failed_part_is_reported_and_the_others_go_on(tmp_path: Path, monkeypa
         sections=["neighborhood", "kernels"], save=lambda report: reports.write_report(report, path),
     )  # fmt: skip
     assert report["failed"] == {"neighborhood": "RuntimeError: no such luck"}
+    assert list(report["seconds"]) == ["neighborhood", "kernels tiny 32"]
     assert "9.0" in report["skipped"]["hopper"]
     assert json.loads(path.read_text()) == report
     text = io.StringIO()
