@@ -84,7 +84,12 @@ def generate(
         str, typer.Option(help="none, model or group: keep weights off the GPU.", rich_help_panel=_MACHINE)
     ] = "none",
     out: Annotated[Path, typer.Option(help="Folder of the videos.", rich_help_panel=_OUTPUT)] = Path("videos"),
-    format: Annotated[str, typer.Option(help="mp4, gif, or png for frames.", rich_help_panel=_OUTPUT)] = "mp4",
+    format: Annotated[
+        str | None,
+        typer.Option(
+            help="mp4, gif, or png for frames.", show_default="mp4, png for an image", rich_help_panel=_OUTPUT
+        ),
+    ] = None,
     fps: Annotated[int, typer.Option(help="Frames a second of the file.", rich_help_panel=_OUTPUT)] = 16,
     compare_dense: Annotated[
         bool, typer.Option("--compare-dense", help="Also render dense, and compare.", rich_help_panel=_OUTPUT)
@@ -93,7 +98,7 @@ def generate(
         bool, typer.Option("--overwrite", help="Make finished videos again.", rich_help_panel=_OUTPUT)
     ] = False,
 ) -> None:
-    """Make a video of every prompt.
+    """Make a video of every prompt, or an image with a model that makes images.
 
     The method's own parameters are options too, such as `--window 4x12x16`, and so are those of the schedule:
     `--warmup 0.2`, `--dense-layers 0,1`, `--refresh 0.5,0.75`. The same command again goes on where it stopped.

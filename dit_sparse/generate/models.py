@@ -123,8 +123,14 @@ def pipeline_defaults(request: Request, pipe: Any) -> dict[str, Any]:
         )
     if request.negative_prompt is not None and "negative_prompt" not in takes:
         raise ValueError(f"--negative-prompt: {type(pipe).__name__} takes none")
+    if request.negative_prompt is not None and "true_cfg_scale" in takes:
+        raise ValueError(
+            f"--negative-prompt: {type(pipe).__name__} heeds one only with true_cfg_scale, which only Python can set"
+        )
     if "num_frames" not in takes and asked["frames"] not in (None, 1):
         raise ValueError(f"--frames must be 1: {type(pipe).__name__} makes single images, got {asked['frames']}")
+    if "num_frames" not in takes and request.format not in (None, "png"):
+        raise ValueError(f"--format must be png: {type(pipe).__name__} makes single images, got {request.format}")
     if "guidance_scale" not in takes and asked["guidance"] is not None:
         raise ValueError(f"--guidance: {type(pipe).__name__} takes none")
     return _fill(asked, {name: _default(pipe, takes, name) for name in _ARGUMENTS})

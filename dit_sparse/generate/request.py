@@ -33,7 +33,8 @@ class Request:
         seed: of a prompt's first video; its `num_samples` videos take the seeds from there on.
         dtype, device: "auto" chooses by the machine.
         offload: how the weights are kept off the GPU, as `load_pipeline` names it.
-        format: "mp4", "gif", or "png" for a folder of frames.
+        format: "mp4", "gif", or "png" for a folder of frames; `None` is mp4, and png where there is one frame, which
+            is always an image of its own.
         fps: frames a second of the file.
         compare_dense: also render every video dense, and compare.
         overwrite: make finished videos again.
@@ -57,7 +58,7 @@ class Request:
     dtype: str = "auto"
     device: str = "auto"
     offload: str = "none"
-    format: str = "mp4"
+    format: str | None = None
     fps: int = 16
     compare_dense: bool = False
     overwrite: bool = False
@@ -75,7 +76,7 @@ class Request:
             raise ValueError(f"--guidance must be a finite number of at least 0, got {self.guidance}")
         if not 0 <= self.seed <= MAX_SEED - (self.num_samples - 1):
             raise ValueError(f"--seed must be from 0 to 2**63 - 1, for every sample, got {self.seed}")
-        if self.format not in FORMATS:
+        if self.format is not None and self.format not in FORMATS:
             raise ValueError(f"--format must be one of {', '.join(FORMATS)}, got {self.format!r}")
 
 

@@ -69,12 +69,14 @@ class FamilyAdapter(ABC):
         processors: our processor for each of the family's own.
         relies_on: other functions of diffusers that the adapter replaces or must know the source of, such as a block's
             forward.
+        float32_vae: whether the VAE stays in float32 whatever the precision of the rest.
     """
 
     family: ClassVar[str]
     transformer_class: ClassVar[str]
     processors: ClassVar[Mapping[type, type[SparseProcessor]]]
     relies_on: ClassVar[tuple[Callable[..., Any], ...]] = ()
+    float32_vae: ClassVar[bool] = False
 
     @abstractmethod
     def attention_modules(self, transformer: Any) -> dict[str, Any]:

@@ -85,6 +85,7 @@ class WanAdapter(FamilyAdapter):
     family = "Wan"
     transformer_class = "WanTransformer3DModel"
     processors: ClassVar = {WanAttnProcessor: SparseWanAttnProcessor}
+    float32_vae = True
     relies_on = (WanTransformer3DModel.forward, WanTransformerBlock.forward, _get_qkv_projections)
 
     def attention_modules(self, transformer: Any) -> dict[str, Any]:
