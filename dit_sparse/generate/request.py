@@ -35,7 +35,7 @@ class Request:
         offload: how the weights are kept off the GPU, as `load_pipeline` names it.
         format: "mp4", "gif", or "png" for a folder of frames; `None` is mp4, and png where there is one frame, which
             is always an image of its own.
-        fps: frames a second of the file.
+        fps: frames a second of the file; `None` is the preset's, or 16.
         compare_dense: also render every video dense, and compare.
         overwrite: make finished videos again.
 
@@ -59,7 +59,7 @@ class Request:
     device: str = "auto"
     offload: str = "none"
     format: str | None = None
-    fps: int = 16
+    fps: int | None = None
     compare_dense: bool = False
     overwrite: bool = False
 
@@ -70,7 +70,7 @@ class Request:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{_option(name)} must be at least 1, got {value}")
-        if self.fps > _MAX_FPS:
+        if self.fps is not None and self.fps > _MAX_FPS:
             raise ValueError(f"--fps must be at most {_MAX_FPS}, got {self.fps}")
         if self.guidance is not None and not (math.isfinite(self.guidance) and self.guidance >= 0):
             raise ValueError(f"--guidance must be a finite number of at least 0, got {self.guidance}")

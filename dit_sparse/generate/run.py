@@ -164,7 +164,7 @@ def _settings(request: Request, schedule: Schedule, values: dict[str, Any]) -> S
         negative_prompt=request.negative_prompt,
         dtype=models.resolve_dtype(request.dtype, models.resolve_device(request.device)),
         format=request.format or ("png" if values["frames"] == 1 else "mp4"),
-        fps=request.fps,
+        fps=request.fps or models.default_fps(request),
         **values,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,21 @@ def test_sizes_left_open_are_the_models_own(request_of, family) -> None:
         assert got == (128 * pipe.vae_scale_factor, 128 * pipe.vae_scale_factor, 1)
     else:
         assert got == (config.sample_height * scale, config.sample_width * scale, config.sample_frames)
+
+
+def test_a_preset_gives_size_steps_and_rate(folders, tmp_path) -> None:
+    """And what is asked for wins. With everything known the model is not loaded to go on."""
+    folder = tmp_path / "CogVideoX-2b"
+    shutil.copytree(folders["cogvideox"], folder)
+    values = {"prompts": ("a red ball",), "config": {"method": "dense"}, "out": tmp_path / "out", "device": "cpu"}
+    settings = prepare(Request(**values, model=str(folder))).settings
+    assert (settings.height, settings.width, settings.frames) == (480, 720, 49)
+    assert (settings.steps, settings.guidance, settings.fps) == (50, 6.0, 8)
+    request = Request(**values, model=str(folder), height=32, width=48, frames=9, steps=2, fps=12)
+    job = prepare(request)
+    assert (job.settings.height, job.settings.frames, job.settings.guidance, job.settings.fps) == (32, 9, 6.0, 12)
+    run(job)
+    assert prepare(request).pipe is None
 
 
 REFUSED = [
