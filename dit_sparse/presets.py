@@ -137,16 +137,16 @@ _PRESETS = (
     Preset(
         "flux.1-dev",
         ("black-forest-labs/FLUX.1-dev",),
-        Schedule(Neighborhood(density=0.5), warmup=0.3),
+        Schedule(Neighborhood(density=0.5, stride=(1, 16, 16)), warmup=0.3),
         Defaults(1024, 1024, 1, 28, 3.5),
-        f"method: {_GNA}, at density 0.1 and 4096x4096; density and warm-up: our own choice",
+        f"method and stride: {_GNA}, at density 0.1 and 4096x4096; density and warm-up: our own choice",
     ),
     Preset(
         "flux.1-schnell",
         ("black-forest-labs/FLUX.1-schnell",),
-        Schedule(Neighborhood(density=0.5), warmup=0.25),
+        Schedule(Neighborhood(density=0.5, stride=(1, 16, 16)), warmup=0.25),
         Defaults(1024, 1024, 1, 4, 0.0),
-        f"method: {_GNA}, for FLUX.1-dev; density and warm-up: our own choice",
+        f"method and stride: {_GNA}, for FLUX.1-dev; density and warm-up: our own choice",
     ),
 )
 PRESETS = {preset.name: preset for preset in _PRESETS}
