@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -67,11 +67,16 @@ class FamilyAdapter(ABC):
         family: its name in messages.
         transformer_class: name of the diffusers class of its transformers.
         processors: our processor for each of the family's own.
+        relies_on: other functions of diffusers that the adapter replaces or must know the source of, such as a block's
+            forward.
+        float32_vae: whether the VAE stays in float32 whatever the precision of the rest.
     """
 
     family: ClassVar[str]
     transformer_class: ClassVar[str]
     processors: ClassVar[Mapping[type, type[SparseProcessor]]]
+    relies_on: ClassVar[tuple[Callable[..., Any], ...]] = ()
+    float32_vae: ClassVar[bool] = False
 
     @abstractmethod
     def attention_modules(self, transformer: Any) -> dict[str, Any]:

@@ -4,7 +4,14 @@ import functools
 from typing import Any, ClassVar
 
 import torch
-from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor, _get_qkv_projections
+from diffusers.models.transformers.transformer_flux import (
+    FluxAttention,
+    FluxAttnProcessor,
+    FluxSingleTransformerBlock,
+    FluxTransformer2DModel,
+    FluxTransformerBlock,
+    _get_qkv_projections,
+)
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
@@ -79,6 +86,7 @@ class FluxAdapter(FamilyAdapter):
     family = "FLUX.1"
     transformer_class = "FluxTransformer2DModel"
     processors: ClassVar = {FluxAttnProcessor: SparseFluxAttnProcessor}
+    relies_on = (FluxTransformer2DModel.forward, FluxTransformerBlock.forward, FluxSingleTransformerBlock.forward)
 
     def attention_modules(self, transformer: Any) -> dict[str, Any]:
         return modules_of(transformer, "attn", "transformer_blocks", "single_transformer_blocks")

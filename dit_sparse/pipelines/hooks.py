@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from dit_sparse.pipelines.adapter import FamilyAdapter
 from dit_sparse.pipelines.session import Session
+from dit_sparse.pipelines.statistics import Stopwatch
 
 HOOK_NAME = "dit_sparse"
 
@@ -85,6 +87,29 @@ def add_site_hook(transformer: torch.nn.Module, session: Session, adapter: Famil
     """Register the hook on `transformer`."""
     registry = HookRegistry.check_if_exists_or_initialize(transformer)
     registry.register_hook(SiteHook(session, adapter, model), HOOK_NAME)
+
+
+def record_dense_calls(modules: Mapping[str, torch.nn.Module], model: str, session: Session) -> list[RemovableHandle]:
+    """Hooks that tell `session` of every call of attention `modules`, which stay upstream's own.
+
+    The recorded time is that of the whole module, projections included.
+    """
+
+    def hooks(layer: int, module: torch.nn.Module) -> list[RemovableHandle]:
+        watches: list[Stopwatch] = []
+
+        @torch.compiler.disable
+        def before(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            tensors = (x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor))
+            watches[:] = [Stopwatch(next(tensors).device)]
+
+        @torch.compiler.disable
+        def after(*_: Any) -> None:
+            session.record_upstream_call(layer, model, watches.pop().stop())
+
+        return [module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)]
+
+    return [handle for layer, module in enumerate(modules.values()) for handle in hooks(layer, module)]
 
 
 def remove_site_hook(transformer: torch.nn.Module) -> None:

@@ -6,7 +6,12 @@ from typing import Any, ClassVar
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.attention_processor import Attention
-from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoAttnProcessor2_0
+from diffusers.models.transformers.transformer_hunyuan_video import (
+    HunyuanVideoAttnProcessor2_0,
+    HunyuanVideoSingleTransformerBlock,
+    HunyuanVideoTransformer3DModel,
+    HunyuanVideoTransformerBlock,
+)
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
@@ -105,6 +110,11 @@ class HunyuanVideoAdapter(FamilyAdapter):
     family = "HunyuanVideo"
     transformer_class = "HunyuanVideoTransformer3DModel"
     processors: ClassVar = {HunyuanVideoAttnProcessor2_0: SparseHunyuanVideoAttnProcessor}
+    relies_on = (
+        HunyuanVideoTransformer3DModel.forward,
+        HunyuanVideoTransformerBlock.forward,
+        HunyuanVideoSingleTransformerBlock.forward,
+    )
 
     def attention_modules(self, transformer: Any) -> dict[str, Any]:
         return modules_of(transformer, "attn", "transformer_blocks", "single_transformer_blocks")

@@ -4,7 +4,13 @@ import functools
 from typing import Any, ClassVar
 
 import torch
-from diffusers.models.transformers.transformer_ltx import LTXAttention, LTXVideoAttnProcessor, apply_rotary_emb
+from diffusers.models.transformers.transformer_ltx import (
+    LTXAttention,
+    LTXVideoAttnProcessor,
+    LTXVideoTransformer3DModel,
+    LTXVideoTransformerBlock,
+    apply_rotary_emb,
+)
 from torch.utils.hooks import RemovableHandle
 
 from dit_sparse.pipelines.adapter import (
@@ -54,6 +60,7 @@ class LTXVideoAdapter(FamilyAdapter):
     family = "LTX-Video"
     transformer_class = "LTXVideoTransformer3DModel"
     processors: ClassVar = {LTXVideoAttnProcessor: SparseLTXVideoAttnProcessor}
+    relies_on = (LTXVideoTransformer3DModel.forward, LTXVideoTransformerBlock.forward)
 
     def attention_modules(self, transformer: Any) -> dict[str, Any]:
         return modules_of(transformer, "attn1", "transformer_blocks")

@@ -15,6 +15,7 @@ from dit_sparse.kernels import dense_attention, select
 from dit_sparse.pipelines.layout import Group, Layout
 from dit_sparse.pipelines.statistics import CallRecord, RunStatistics, Stopwatch
 from dit_sparse.pipelines.steps import StepCounter
+from dit_sparse.pipelines.upstream import CHANGED
 from dit_sparse.schedule import Decision, Schedule
 from dit_sparse.types import AttentionPlan, PackedPlan, Previous, Site, TokenGrid, TokenOrder
 
@@ -78,12 +79,7 @@ class Session:
         Returns:
             The order that the caller must put all tokens into for this forward; `None` for their own.
         """
-        for pipe in self._pipelines:
-            if not self.steps.watches(pipe.scheduler):
-                self.steps.watch(pipe.scheduler)
-                self.steps.adopt(pipe.scheduler)
-        if self.steps.run != self._run:
-            self._begin_run()
+        self._follow_run()
         order = None
         # Samples with prompts of several lengths have no order in common.
         if device is not None and self.steps.inside_run and len(layout.groups) == 1:
@@ -96,6 +92,19 @@ class Session:
     def end_forward(self) -> None:
         """Called after each forward of a transformer."""
         self._forward = None
+
+    def record_upstream_call(self, layer: int, model: str, watch: Stopwatch) -> None:
+        """Called after a self-attention call that upstream made itself, because its code has changed."""
+        self._follow_run()
+        self.statistics.records.append(CallRecord(layer, self.steps.step, "", model, None, CHANGED, "dense", watch))
+
+    def _follow_run(self) -> None:
+        for pipe in self._pipelines:
+            if not self.steps.watches(pipe.scheduler):
+                self.steps.watch(pipe.scheduler)
+                self.steps.adopt(pipe.scheduler)
+        if self.steps.run != self._run:
+            self._begin_run()
 
     def _begin_run(self) -> None:
         self._run = self.steps.run

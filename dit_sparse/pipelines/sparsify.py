@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any, TypeVar
+
+from torch.utils.hooks import RemovableHandle
 
 from dit_sparse.methods import Paro
 from dit_sparse.methods.plan_file import axes_of, write_plans
 from dit_sparse.methods.plan_header import ModelPlans, PlanHeader, one_line
 from dit_sparse.pipelines.families import adapter_for, transformers_of
-from dit_sparse.pipelines.hooks import add_site_hook, remove_site_hook
+from dit_sparse.pipelines.hooks import add_site_hook, record_dense_calls, remove_site_hook
 from dit_sparse.pipelines.session import Session
 from dit_sparse.pipelines.statistics import RunStatistics
+from dit_sparse.pipelines.upstream import changes, message
 from dit_sparse.schedule import Schedule
 from dit_sparse.types import Method, TokenGrid
 
@@ -24,9 +28,10 @@ _INSTALLED = "_dit_sparse"
 class _Installed:
     """What `sparsify` left on a transformer: its session, and how to take it off."""
 
-    def __init__(self, session: Session, originals: dict[str, Any]) -> None:
+    def __init__(self, session: Session, originals: dict[str, Any], recorders: list[RemovableHandle]) -> None:
         self.session = session
         self.originals = originals
+        self.recorders = recorders
 
 
 def sparsify(pipe: Pipeline, method: Method | Schedule, *, backend: str = "auto") -> Pipeline:
@@ -42,6 +47,9 @@ def sparsify(pipe: Pipeline, method: Method | Schedule, *, backend: str = "auto"
     Returns:
         `pipe`.
 
+    Warns:
+        UserWarning: the installed diffusers is not the one the family's adapter was written for; it runs dense.
+
     Raises:
         ValueError: an unsupported family, a dense layer that the model does not have, a foreign attention processor, or
             context parallelism.
@@ -55,7 +63,14 @@ def install(pipe: Pipeline, session: Session) -> Pipeline:
     for transformer in transformers_of(pipe).values():
         session.schedule.check_layers(adapter.num_layers(transformer))
     unsparsify(pipe)
+    changed = changes(adapter)
+    if changed:
+        warnings.warn(f"{message(adapter, changed)}; attention runs dense", stacklevel=3)
     for model, transformer in transformers_of(pipe).items():
+        if changed:
+            recorders = record_dense_calls(adapter.attention_modules(transformer), model, session)
+            setattr(transformer, _INSTALLED, _Installed(session, {}, recorders))
+            continue
         try:
             originals = adapter.install(transformer, model, session)
         except ValueError:
@@ -64,7 +79,7 @@ def install(pipe: Pipeline, session: Session) -> Pipeline:
             raise
         adapter.fuse(transformer)
         add_site_hook(transformer, session, adapter, model)
-        setattr(transformer, _INSTALLED, _Installed(session, originals))
+        setattr(transformer, _INSTALLED, _Installed(session, originals, []))
     session.watch(pipe)
     return pipe
 
@@ -77,6 +92,8 @@ def unsparsify(pipe: Pipeline) -> Pipeline:
             continue
         for path, processor in installed.originals.items():
             transformer.get_submodule(path).processor = processor
+        for recorder in installed.recorders:
+            recorder.remove()
         adapter_for(pipe).unfuse(transformer)
         remove_site_hook(transformer)
         installed.session.steps.release()

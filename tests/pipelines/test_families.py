@@ -18,6 +18,8 @@ from dit_sparse.pipelines.families import FAMILIES as ADAPTERS
 from dit_sparse.pipelines.families import adapter_for
 from tests.pipelines.families import FAMILIES, METHODS, Family
 
+pytestmark = pytest.mark.guard
+
 
 @pytest.fixture(params=FAMILIES, ids=str)
 def family(request) -> Family:
