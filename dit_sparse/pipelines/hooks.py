@@ -90,3 +90,8 @@ def add_site_hook(transformer: torch.nn.Module, session: Session, adapter: Famil
 def remove_site_hook(transformer: torch.nn.Module) -> None:
     """Take the hook off `transformer`."""
     HookRegistry.check_if_exists_or_initialize(transformer).remove_hook(HOOK_NAME, recurse=False)
+
+
+def reset_caches(transformer: torch.nn.Module) -> None:
+    """Let caches such as FirstBlockCache forget what they kept under another attention."""
+    HookRegistry.check_if_exists_or_initialize(transformer).reset_stateful_hooks()

@@ -11,7 +11,7 @@ from dit_sparse.methods import Paro
 from dit_sparse.methods.plan_file import axes_of, write_plans
 from dit_sparse.methods.plan_header import ModelPlans, PlanHeader, one_line
 from dit_sparse.pipelines.families import adapter_for, transformers_of
-from dit_sparse.pipelines.hooks import add_site_hook, remove_site_hook
+from dit_sparse.pipelines.hooks import add_site_hook, remove_site_hook, reset_caches
 from dit_sparse.pipelines.session import Session
 from dit_sparse.pipelines.statistics import RunStatistics
 from dit_sparse.schedule import Schedule
@@ -44,7 +44,7 @@ def sparsify(pipe: Pipeline, method: Method | Schedule, *, backend: str = "auto"
 
     Raises:
         ValueError: an unsupported family, a dense layer that the model does not have, a foreign attention processor, or
-            context parallelism.
+            context or tensor parallelism.
     """
     return install(pipe, Session(Schedule.of(method), backend))
 
@@ -64,6 +64,7 @@ def install(pipe: Pipeline, session: Session) -> Pipeline:
             raise
         adapter.fuse(transformer)
         add_site_hook(transformer, session, adapter, model)
+        reset_caches(transformer)
         setattr(transformer, _INSTALLED, _Installed(session, originals))
     session.watch(pipe)
     return pipe
@@ -79,6 +80,7 @@ def unsparsify(pipe: Pipeline) -> Pipeline:
             transformer.get_submodule(path).processor = processor
         adapter_for(pipe).unfuse(transformer)
         remove_site_hook(transformer)
+        reset_caches(transformer)
         installed.session.steps.release()
         delattr(transformer, _INSTALLED)
     return pipe
