@@ -46,9 +46,8 @@ def test_a_callback_may_interrupt(family) -> None:
     plain = family.run(family.make(), callback_on_step_end=interrupt)
     assert torch.equal(family.run(sparsify(family.make(), ALL_DENSE), callback_on_step_end=interrupt), plain)
     pipe = sparse(family)
-    interrupted = family.run(pipe, callback_on_step_end=interrupt)
+    family.run(pipe, "a big blue square", seed=1, callback_on_step_end=interrupt)
     assert {record.step for record in statistics(pipe).records} == {0, 1}
-    assert not torch.equal(interrupted, want)
     assert torch.equal(family.run(pipe), want), "the next run is not the first's"
     assert {record.step for record in statistics(pipe).records} == {0, 1, 2, 3}
 
@@ -180,7 +179,7 @@ def test_an_exception_inside_a_step_leaves_the_next_run_right(family, where: str
         original = getattr(owner, name)
         monkeypatch.setattr(owner, name, fails_the_third_time)
     with pytest.raises(KeyboardInterrupt):
-        family.run(pipe, **options)
+        family.run(pipe, "a big blue square", seed=1, **options)
     assert torch.equal(family.run(pipe), want)
     assert statistics(pipe).calls == count
 
