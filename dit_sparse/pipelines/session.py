@@ -59,6 +59,7 @@ class Session:
         self._pipelines: weakref.WeakSet[Any] = weakref.WeakSet()
         self._run = 0
         self._warned = False
+        self._has_order = True
         self._forward: _Forward | None = None
         self._unnamed_forwards = (-1, 0)
 
@@ -92,9 +93,11 @@ class Session:
             self._begin_run()
         if branch is not None and not self.steps.inside_run:
             self._warn_of_stranger(model)
+        # Samples with prompts of several lengths have no order in common; no branch of such a run moves its tokens,
+        # because PAB hands what one branch attended to the other.
+        self._has_order &= len(layout.groups) == 1
         order = None
-        # Samples with prompts of several lengths have no order in common.
-        if device is not None and self.steps.inside_run and len(layout.groups) == 1:
+        if device is not None and self.steps.inside_run and self._has_order:
             order = self.schedule.shared_order(layout.groups[0].grid, device)
             order = None if order is None or order.is_identity else order
         self._forward = _Forward(layout, model, branch or self._numbered_branch(), order)
@@ -127,6 +130,7 @@ class Session:
     def _begin_run(self) -> None:
         self._run = self.steps.run
         self.statistics = RunStatistics()
+        self._has_order = True
         self._unnamed_forwards = (-1, 0)
         # A plan of the grid alone stays right; everything else belongs to the run that made it.
         # Grids differ by the prompt's length in some families, so their number has a limit.
