@@ -24,8 +24,7 @@ def pipe() -> WanPipeline:
 
 @pytest.fixture(params=FAMILIES, ids=str)
 def family(request: pytest.FixtureRequest) -> Family:
-    """Every family, or with `indirect` the one of the name given."""
-    return request.param if isinstance(request.param, Family) else next(f for f in FAMILIES if f.name == request.param)
+    return request.param
 
 
 @pytest.fixture(scope="session")
