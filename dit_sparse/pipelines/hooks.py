@@ -3,93 +3,97 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers.hooks import HookRegistry, ModelHook
-from diffusers.hooks.hooks import BaseState, StateManager
+from diffusers.hooks import HookRegistry
 from torch.utils.hooks import RemovableHandle
 
 from dit_sparse.pipelines.adapter import FamilyAdapter
 from dit_sparse.pipelines.session import Session
 
-HOOK_NAME = "dit_sparse"
 
-
-class _NoState(BaseState):
-    """The hook keeps no state in the registry; it only wants the name of the cache context."""
-
-    def reset(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing to reset."""
-
-
-class SiteHook(ModelHook):
+class SiteHook:
     """Derives the token grid and the guidance branch of each forward and hands them to the session.
 
     Where the method has one order for all layers, tokens are put into it once, before the first block.
+
+    It is a hook of torch and not of diffusers, because those of accelerate and diffusers replace `forward`, and the one
+    that is taken off first, as model offload is after every run, takes the others along.
+
+    Args:
+        transformer, model: the module, and its name in the pipeline.
+        session: is told.
+        adapter: knows the family.
     """
 
-    # diffusers sets the cache context, which names the branch, on stateful hooks alone.
-    _is_stateful = True
-
-    def __init__(self, session: Session, adapter: FamilyAdapter, model: str) -> None:
-        super().__init__()
+    def __init__(self, transformer: torch.nn.Module, model: str, session: Session, adapter: FamilyAdapter) -> None:
+        self.model = model
         self.session = session
         self.adapter = adapter
-        self.model = model
-        self.context = StateManager(_NoState)
+        self._branch: str | None = None
         self._moves: list[RemovableHandle] = []
+        self._handles = [
+            transformer.register_forward_pre_hook(self._before, with_kwargs=True),
+            transformer.register_forward_hook(self._after),
+        ]
+        self._names_branches = hasattr(transformer, "cache_context")
+        if self._names_branches:
+            self._set_context = transformer.cache_context
+            transformer.cache_context = self._context  # type: ignore[assignment]
 
-    def pre_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def remove(self, transformer: torch.nn.Module) -> None:
+        """Take it off."""
+        self._stop_moving()
+        for handle in self._handles:
+            handle.remove()
+        if self._names_branches:
+            del transformer.cache_context
+
+    @contextmanager
+    def _context(self, name: str, **kwargs: Any) -> Iterator[None]:
+        """diffusers' `cache_context`, by which pipelines name the guidance branch."""
+        self._branch = name
+        try:
+            with self._set_context(name, **kwargs):
+                yield
+        finally:
+            self._branch = None
+
+    @torch.compiler.disable
+    def _before(
+        self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         self._stop_moving()  # a forward before this one may have failed
         self.adapter.check_installed(module, self.model)
         inputs = _by_name(module, args, kwargs)
-        context = self.context._context
-        branch = None if context is None else context.name
         layout = self.adapter.layout(module, inputs)
         movable = self.adapter.takes_order(module, inputs)
         device = inputs["hidden_states"].device if movable else None
-        order = self.session.begin_forward(layout, self.model, branch, device)
+        order = self.session.begin_forward(layout, self.model, self._branch, device)
         if order is None:
             return args, kwargs
         # Hooks of this forward alone: modules may be replaced between two, by LoRA for one.
         self._moves, moved = self.adapter.put_in_order(module, order, inputs)
         return (args, kwargs) if not moved else ((), inputs | moved)
 
-    def post_forward(self, module: torch.nn.Module, output: Any) -> Any:
+    @torch.compiler.disable
+    def _after(self, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._stop_moving()
         self.session.end_forward()
-        return output
-
-    def deinitalize_hook(self, module: torch.nn.Module) -> torch.nn.Module:  # diffusers spells it so
-        self._stop_moving()
-        return module
 
     def _stop_moving(self) -> None:
         for handle in self._moves:
             handle.remove()
         self._moves = []
 
-    def reset_state(self, module: torch.nn.Module) -> torch.nn.Module:
-        self.context.reset()
-        return module
-
 
 def _by_name(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """All arguments of the forward by name; the class's signature, because hooks replace the instance's."""
     names = list(inspect.signature(type(module).forward).parameters)[1:]
     return dict(zip(names, args, strict=False)) | kwargs
-
-
-def add_site_hook(transformer: torch.nn.Module, session: Session, adapter: FamilyAdapter, model: str) -> None:
-    """Register the hook on `transformer`."""
-    registry = HookRegistry.check_if_exists_or_initialize(transformer)
-    registry.register_hook(SiteHook(session, adapter, model), HOOK_NAME)
-
-
-def remove_site_hook(transformer: torch.nn.Module) -> None:
-    """Take the hook off `transformer`."""
-    HookRegistry.check_if_exists_or_initialize(transformer).remove_hook(HOOK_NAME, recurse=False)
 
 
 def reset_caches(transformer: torch.nn.Module) -> None:

@@ -6,7 +6,7 @@ import functools
 import warnings
 import weakref
 from collections.abc import Callable
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, Self
 
 import torch
 from torch import Tensor
@@ -53,6 +53,9 @@ class Session:
     def __init__(self, schedule: Schedule, backend: str = "auto") -> None:
         self.schedule = schedule
         self.backend = backend
+        self._start()
+
+    def _start(self) -> None:
         self.steps = StepCounter()
         self.statistics = RunStatistics()
         self.previous: dict[tuple[Any, ...], Previous] = {}
@@ -63,12 +66,16 @@ class Session:
         self._forward: _Forward | None = None
         self._unnamed_forwards = (-1, 0)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Of a pipeline that is copied as a whole: the copy has runs of its own, and begins afresh."""
+        twin = object.__new__(type(self))
+        vars(twin).update(vars(self))
+        twin._start()
+        twin._pipelines.update(memo[id(pipe)] for pipe in self._pipelines if id(pipe) in memo)
+        return twin
+
     def __reduce__(self) -> NoReturn:
-        # A copy of a transformer would go on through the hooks that diffusers put around the first one's forward.
-        raise ValueError(
-            "a sparsified pipeline or transformer can be neither copied nor pickled, got one; "
-            "unsparsify it first, then sparsify it and the copy"
-        )
+        raise ValueError("a sparse pipeline or transformer cannot be pickled, got one; unsparsify it first")
 
     def watch(self, pipe: Any) -> None:
         """Follow the steps of `pipe`'s scheduler, also after it is replaced."""

@@ -11,7 +11,7 @@ from dit_sparse.methods import Paro
 from dit_sparse.methods.plan_file import axes_of, write_plans
 from dit_sparse.methods.plan_header import ModelPlans, PlanHeader, one_line
 from dit_sparse.pipelines.families import adapter_for, transformers_of
-from dit_sparse.pipelines.hooks import add_site_hook, remove_site_hook, reset_caches
+from dit_sparse.pipelines.hooks import SiteHook, reset_caches
 from dit_sparse.pipelines.session import Session
 from dit_sparse.pipelines.statistics import RunStatistics
 from dit_sparse.schedule import Schedule
@@ -24,9 +24,10 @@ _INSTALLED = "_dit_sparse"
 class _Installed:
     """What `sparsify` left on a transformer: its session, and how to take it off."""
 
-    def __init__(self, session: Session, originals: dict[str, Any]) -> None:
+    def __init__(self, session: Session, originals: dict[str, Any], hook: SiteHook) -> None:
         self.session = session
         self.originals = originals
+        self.hook = hook
 
 
 def sparsify(pipe: Pipeline, method: Method | Schedule, *, backend: str = "auto") -> Pipeline:
@@ -63,9 +64,9 @@ def install(pipe: Pipeline, session: Session) -> Pipeline:
             unsparsify(pipe)
             raise
         adapter.fuse(transformer)
-        add_site_hook(transformer, session, adapter, model)
+        hook = SiteHook(transformer, model, session, adapter)
         reset_caches(transformer)
-        setattr(transformer, _INSTALLED, _Installed(session, originals))
+        setattr(transformer, _INSTALLED, _Installed(session, originals, hook))
     session.watch(pipe)
     return pipe
 
@@ -79,7 +80,7 @@ def unsparsify(pipe: Pipeline) -> Pipeline:
         for path, processor in installed.originals.items():
             transformer.get_submodule(path).processor = processor
         adapter_for(pipe).unfuse(transformer)
-        remove_site_hook(transformer)
+        installed.hook.remove(transformer)
         reset_caches(transformer)
         installed.session.steps.release()
         delattr(transformer, _INSTALLED)

@@ -138,22 +138,39 @@ def test_two_pipelines_with_one_transformer(family) -> None:
     assert torch.equal(family.run(sparsify(twin, HALF)), want)
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, pickle.dumps], ids=["deepcopy", "pickle"])
-def test_a_sparse_pipeline_is_not_copied_but_a_dense_one_is(family, duplicate: Any) -> None:
-    pipe = sparse(family)
+@pytest.mark.parametrize("method", [METHODS[0], HALF], ids=lambda m: m.name)
+def test_a_deep_copy_is_a_sparse_pipeline_of_its_own(family, method) -> None:
+    pipe = sparsify(family.make(), method)
     want = family.run(pipe)
-    for part in (pipe, pipe.transformer) if duplicate is copy.deepcopy else (pipe.transformer,):
-        with pytest.raises(ValueError, match="can be neither copied nor pickled, got one; unsparsify it first"):
-            duplicate(part)
-    assert torch.equal(family.run(pipe), want), "the attempt did harm"
-    twin = copy.deepcopy(unsparsify(pipe))
-    sparsify(pipe, HALF)
-    assert session_of(twin) is None
-    sparsify(twin, HALF)
+    twin = copy.deepcopy(pipe)
     assert session_of(twin) is not session_of(pipe)
     for parameter in pipe.transformer.parameters():
         parameter.data.zero_()
+    family.run(pipe, steps=2)
+    calls = statistics(pipe).calls
     assert torch.equal(family.run(twin), want), "the copy runs on the weights of the original"
+    assert statistics(twin).sparse_density < 0.7
+    assert statistics(pipe).calls == calls
+    dense = family.run(unsparsify(twin))
+    assert torch.equal(dense, family.run(family.make()))
+    assert session_of(pipe) is not None
+
+
+def test_a_copy_of_the_transformer_alone_wants_sparsify_in_its_new_pipeline(family) -> None:
+    pipe = sparse(family)
+    want = family.run(pipe)
+    other = family.make()
+    other.transformer = copy.deepcopy(pipe.transformer)
+    with pytest.warns(UserWarning, match="whose scheduler is not followed, so its attention is dense; sparsify that"):
+        family.run(other)
+    assert torch.equal(family.run(sparsify(other, HALF)), want)
+
+
+def test_a_sparse_transformer_is_not_pickled(family) -> None:
+    pipe = sparse(family)
+    with pytest.raises(ValueError, match="cannot be pickled, got one; unsparsify it first"):
+        pickle.dumps(pipe.transformer)
+    pickle.dumps(unsparsify(pipe).transformer)
 
 
 @pytest.mark.parametrize("method", [METHODS[0], HALF], ids=lambda m: m.name)
