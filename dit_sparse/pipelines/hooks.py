@@ -41,7 +41,7 @@ class SiteHook:
         ]
         self._names_branches = hasattr(transformer, "cache_context")
         if self._names_branches:
-            self._set_context = transformer.cache_context
+            self._set_context: Any = transformer.cache_context
             transformer.cache_context = self._context  # type: ignore[assignment]
 
     def remove(self, transformer: torch.nn.Module) -> None:
