@@ -7,9 +7,11 @@ from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, Literal
 
+import torch
+
 from dit_sparse.methods import find_method, nearest, read_parameter
 from dit_sparse.methods.parameters import check_share, takes_density, with_density
-from dit_sparse.types import Method, Previous, Site, TokenGrid
+from dit_sparse.types import Method, Previous, Site, TokenGrid, TokenOrder
 
 Action = Literal["dense", "reuse", "plan"]
 
@@ -117,6 +119,14 @@ class Schedule:
     def method_at(self, step: int, num_steps: int) -> Method:
         """The method with the density of `step`; always the same object in the same part of the ramp."""
         return self._methods[self._part(step, num_steps)]
+
+    def shared_order(self, grid: TokenGrid, device: torch.device) -> TokenOrder | None:
+        """The order that all steps share; `None` without one, and where parts of the ramp have orders of their own.
+
+        It never changes within a run, because caches add what they kept from one step to the tokens of another.
+        """
+        orders = [method.shared_order(grid, device) for method in self._methods]
+        return orders[0] if all(order is orders[0] for order in orders) else None
 
     def key(self, site: Site) -> tuple[Any, ...]:
         """What shares a plan with this site: branches, layers and models never mix unless the method is static."""

@@ -54,11 +54,6 @@ class SparseProcessor:
             return dense_attention(*(x.transpose(1, 2) for x in (query, key, value)))
         return dispatch_attention_fn(query, key, value, backend=self._attention_backend).transpose(1, 2)
 
-    def refuse_parallel(self) -> None:
-        """Raise ValueError under context parallelism, which cuts the sequence before it comes here."""
-        if getattr(self, "_parallel_config", None) is not None:
-            raise ValueError("context parallelism must be off with sparse attention, got a parallel config; unsparsify")
-
 
 class FamilyAdapter(ABC):
     """How one family of pipelines lets the toolkit in; stateless.
@@ -120,8 +115,9 @@ class FamilyAdapter(ABC):
         """Put sparse processors into the self-attention modules and return the replaced ones by module path.
 
         Raises:
-            ValueError: a processor that is not the family's own, or context parallelism.
+            ValueError: a processor that is not the family's own, or parallelism.
         """
+        _refuse_parallel(transformer)
         modules = self.attention_modules(transformer)
         for path, module in modules.items():
             self._check_processor(f"{model}.{path}", module.processor)
@@ -138,7 +134,12 @@ class FamilyAdapter(ABC):
         """Undo `fuse`."""
 
     def check_installed(self, transformer: Any, model: str) -> None:
-        """Raise ValueError where something has replaced a sparse processor: that layer would run dense unseen."""
+        """Before each forward: what was done to `transformer` after `install` must not run dense or wrong unseen.
+
+        Raises:
+            ValueError: a sparse processor was replaced, or parallelism switched on.
+        """
+        _refuse_parallel(transformer)
         for path, module in self.attention_modules(transformer).items():
             if not isinstance(module.processor, SparseProcessor):
                 raise ValueError(
@@ -153,8 +154,13 @@ class FamilyAdapter(ABC):
                 f"{path}.processor must be diffusers' {expected}, got {type(processor).__name__}; "
                 "sparsify before installing another processor"
             )
-        if getattr(processor, "_parallel_config", None) is not None:
-            raise ValueError("context parallelism must be off with sparse attention, got a parallel config")
+
+
+def _refuse_parallel(transformer: Any) -> None:
+    """Context parallelism cuts the sequence before it comes to a processor, tensor parallelism the heads."""
+    config = getattr(transformer, "_parallel_config", None)
+    if config is not None:
+        raise ValueError(f"parallelism must be off with sparse attention, got {type(config).__name__}; unsparsify")
 
 
 def modules_of(transformer: Any, name: str, *lists: str) -> dict[str, Any]:

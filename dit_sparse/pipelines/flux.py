@@ -43,7 +43,6 @@ class SparseFluxAttnProcessor(SparseProcessor, FluxAttnProcessor):
         attention_mask: torch.Tensor | None = None,
         image_rotary_emb: RotaryEmbedding | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        self.refuse_parallel()
         if attention_mask is not None:
             raise ValueError("FLUX's attention_mask must be None with sparse attention, got one; unsparsify")
         query, key, value = project(attn, hidden_states, encoder_hidden_states, image_rotary_emb)

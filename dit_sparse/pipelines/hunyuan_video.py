@@ -48,7 +48,6 @@ class SparseHunyuanVideoAttnProcessor(SparseProcessor, HunyuanVideoAttnProcessor
         attention_mask: torch.Tensor | None = None,
         image_rotary_emb: RotaryEmbedding | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        self.refuse_parallel()
         batch, video_len = hidden_states.shape[:2]
         text_len = 0 if encoder_hidden_states is None else encoder_hidden_states.shape[1]
         padding = (batch, 1, 1, video_len + text_len)

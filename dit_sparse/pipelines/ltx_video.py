@@ -38,7 +38,6 @@ class SparseLTXVideoAttnProcessor(SparseProcessor, LTXVideoAttnProcessor):
         attention_mask: torch.Tensor | None = None,
         image_rotary_emb: RotaryEmbedding | None = None,
     ) -> torch.Tensor:
-        self.refuse_parallel()
         if encoder_hidden_states is not None:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
         if attention_mask is not None:

@@ -42,7 +42,6 @@ class SparseWanAttnProcessor(SparseProcessor, WanAttnProcessor):
         attention_mask: torch.Tensor | None = None,
         rotary_emb: RotaryEmbedding | None = None,
     ) -> torch.Tensor:
-        self.refuse_parallel()
         if encoder_hidden_states is not None:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
         if attention_mask is not None:

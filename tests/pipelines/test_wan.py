@@ -192,7 +192,7 @@ def test_cross_attention_is_left_alone(pipe) -> None:
 def test_branches_have_plans_of_their_own(pipe, render) -> None:
     render(sparsify(pipe, AdaSpa(density=0.5, block=16)))
     keys = session_of(pipe).previous.keys()
-    assert {key[-1] for key in keys} == {"cond", "uncond"}
+    assert {key[3] for key in keys} == {"cond", "uncond"}
     assert len(keys) == 2 * len(pipe.transformer.blocks)
 
 
@@ -213,7 +213,7 @@ def test_forwards_without_a_name_are_told_apart_by_their_number(pipe) -> None:
 
 def test_without_guidance_there_is_one_branch(pipe, render) -> None:
     render(sparsify(pipe, AdaSpa(density=0.5, block=16)), guidance_scale=1.0)
-    assert {key[-1] for key in session_of(pipe).previous} == {"cond"}
+    assert {key[3] for key in session_of(pipe).previous} == {"cond"}
 
 
 def test_statistics_count_every_call(pipe, render) -> None:
@@ -323,17 +323,12 @@ def test_a_refused_second_transformer_leaves_the_first_dense() -> None:
     assert all(type(block.attn1.processor) is WanAttnProcessor for block in pipe.transformer.blocks)
 
 
-def test_context_parallelism_and_foreign_processors_are_refused(pipe) -> None:
+def test_foreign_processors_are_refused(pipe) -> None:
     block = pipe.transformer.blocks[1]
-    upstream = block.attn1.processor
     block.attn1.processor = type("Mine", (WanAttnProcessor,), {})()
     with pytest.raises(ValueError, match=r"blocks\.1\.attn1\.processor must be diffusers' WanAttnProcessor, got Mine"):
         sparsify(pipe, AdaSpa())
     assert type(pipe.transformer.blocks[0].attn1.processor) is WanAttnProcessor
-    block.attn1.processor = upstream
-    upstream._parallel_config = object()
-    with pytest.raises(ValueError, match="context parallelism"):
-        sparsify(pipe, AdaSpa())
 
 
 @pytest.mark.parametrize(
