@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -89,13 +89,28 @@ def add_site_hook(transformer: torch.nn.Module, session: Session, adapter: Famil
     registry.register_hook(SiteHook(session, adapter, model), HOOK_NAME)
 
 
-def record_dense_calls(modules: Mapping[str, torch.nn.Module], model: str, session: Session) -> list[RemovableHandle]:
-    """Hooks that tell `session` of every call of attention `modules`, which stay upstream's own.
+class CallRecorder:
+    """Tells a session of every call of attention modules that stay upstream's own.
 
     The recorded time is that of the whole module, projections included.
+
+    Args:
+        modules: in the order they run.
+        model: which transformer of the pipeline they belong to.
+        session: is told.
     """
 
-    def hooks(layer: int, module: torch.nn.Module) -> list[RemovableHandle]:
+    def __init__(self, modules: Iterable[torch.nn.Module], model: str, session: Session) -> None:
+        self.model = model
+        self.session = session
+        self._handles = [handle for layer, module in enumerate(modules) for handle in self._hooks(layer, module)]
+
+    def remove(self, transformer: torch.nn.Module) -> None:
+        """Take it off."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _hooks(self, layer: int, module: torch.nn.Module) -> list[RemovableHandle]:
         watches: list[Stopwatch] = []
 
         @torch.compiler.disable
@@ -105,11 +120,9 @@ def record_dense_calls(modules: Mapping[str, torch.nn.Module], model: str, sessi
 
         @torch.compiler.disable
         def after(*_: Any) -> None:
-            session.record_upstream_call(layer, model, watches.pop().stop())
+            self.session.record_upstream_call(layer, self.model, watches.pop().stop())
 
         return [module.register_forward_pre_hook(before, with_kwargs=True), module.register_forward_hook(after)]
-
-    return [handle for layer, module in enumerate(modules.values()) for handle in hooks(layer, module)]
 
 
 def remove_site_hook(transformer: torch.nn.Module) -> None:

@@ -79,7 +79,9 @@ class Session:
         Returns:
             The order that the caller must put all tokens into for this forward; `None` for their own.
         """
-        self._follow_run()
+        self._follow_schedulers()
+        if self.steps.run != self._run:
+            self._begin_run()
         order = None
         # Samples with prompts of several lengths have no order in common.
         if device is not None and self.steps.inside_run and len(layout.groups) == 1:
@@ -95,16 +97,16 @@ class Session:
 
     def record_upstream_call(self, layer: int, model: str, watch: Stopwatch) -> None:
         """Called after a self-attention call that upstream made itself, because its code has changed."""
-        self._follow_run()
+        self._follow_schedulers()
+        if self.steps.run != self._run:
+            self._begin_run()
         self.statistics.records.append(CallRecord(layer, self.steps.step, "", model, None, CHANGED, "dense", watch))
 
-    def _follow_run(self) -> None:
+    def _follow_schedulers(self) -> None:
         for pipe in self._pipelines:
             if not self.steps.watches(pipe.scheduler):
                 self.steps.watch(pipe.scheduler)
                 self.steps.adopt(pipe.scheduler)
-        if self.steps.run != self._run:
-            self._begin_run()
 
     def _begin_run(self) -> None:
         self._run = self.steps.run

@@ -8,13 +8,11 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any, TypeVar
 
-from torch.utils.hooks import RemovableHandle
-
 from dit_sparse.methods import Paro
 from dit_sparse.methods.plan_file import axes_of, write_plans
 from dit_sparse.methods.plan_header import ModelPlans, PlanHeader, one_line
 from dit_sparse.pipelines.families import adapter_for, transformers_of
-from dit_sparse.pipelines.hooks import add_site_hook, record_dense_calls, remove_site_hook
+from dit_sparse.pipelines.hooks import CallRecorder, add_site_hook, remove_site_hook
 from dit_sparse.pipelines.session import Session
 from dit_sparse.pipelines.statistics import RunStatistics
 from dit_sparse.pipelines.upstream import changes, message
@@ -28,10 +26,10 @@ _INSTALLED = "_dit_sparse"
 class _Installed:
     """What `sparsify` left on a transformer: its session, and how to take it off."""
 
-    def __init__(self, session: Session, originals: dict[str, Any], recorders: list[RemovableHandle]) -> None:
+    def __init__(self, session: Session, originals: dict[str, Any], hook: CallRecorder | None) -> None:
         self.session = session
         self.originals = originals
-        self.recorders = recorders
+        self.hook = hook
 
 
 def sparsify(pipe: Pipeline, method: Method | Schedule, *, backend: str = "auto") -> Pipeline:
@@ -68,8 +66,8 @@ def install(pipe: Pipeline, session: Session) -> Pipeline:
         warnings.warn(f"{message(adapter, changed)}; attention runs dense", stacklevel=3)
     for model, transformer in transformers_of(pipe).items():
         if changed:
-            recorders = record_dense_calls(adapter.attention_modules(transformer), model, session)
-            setattr(transformer, _INSTALLED, _Installed(session, {}, recorders))
+            recorder = CallRecorder(adapter.attention_modules(transformer).values(), model, session)
+            setattr(transformer, _INSTALLED, _Installed(session, {}, recorder))
             continue
         try:
             originals = adapter.install(transformer, model, session)
@@ -79,7 +77,7 @@ def install(pipe: Pipeline, session: Session) -> Pipeline:
             raise
         adapter.fuse(transformer)
         add_site_hook(transformer, session, adapter, model)
-        setattr(transformer, _INSTALLED, _Installed(session, originals, []))
+        setattr(transformer, _INSTALLED, _Installed(session, originals, None))
     session.watch(pipe)
     return pipe
 
@@ -92,8 +90,8 @@ def unsparsify(pipe: Pipeline) -> Pipeline:
             continue
         for path, processor in installed.originals.items():
             transformer.get_submodule(path).processor = processor
-        for recorder in installed.recorders:
-            recorder.remove()
+        if installed.hook is not None:
+            installed.hook.remove(transformer)
         adapter_for(pipe).unfuse(transformer)
         remove_site_hook(transformer)
         installed.session.steps.release()
