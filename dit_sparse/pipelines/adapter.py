@@ -38,7 +38,14 @@ class SparseProcessor:
     num_layers: int
     _attention_backend: AttentionBackendName | None
 
-    def __init__(self, session: Session, layer: int, num_layers: int, original: Any) -> None:
+    def __init__(
+        self, session: Session | None = None, layer: int = 0, num_layers: int = 0, original: Any = None
+    ) -> None:
+        if session is None:
+            raise ValueError(
+                f"{type(self).__name__} must be made by sparsify, got no session; unsparsify before you load an "
+                "IP-adapter, which makes processors anew and cannot run sparse"
+            )
         super().__init__()
         vars(self).update(vars(original))
         self.session = session

@@ -103,7 +103,7 @@ def reset_caches(transformer: torch.nn.Module) -> None:
     HookRegistry.check_if_exists_or_initialize(transformer).reset_stateful_hooks()
 
 
-class DenseRecorder:
+class CallRecorder:
     """Tells a session of every call of attention modules that stay upstream's own.
 
     The recorded time is that of the whole module, projections included.

@@ -12,7 +12,7 @@ from dit_sparse.methods import Paro
 from dit_sparse.methods.plan_file import axes_of, write_plans
 from dit_sparse.methods.plan_header import ModelPlans, PlanHeader, one_line
 from dit_sparse.pipelines.families import adapter_for, transformers_of
-from dit_sparse.pipelines.hooks import DenseRecorder, SiteHook, reset_caches
+from dit_sparse.pipelines.hooks import CallRecorder, SiteHook, reset_caches
 from dit_sparse.pipelines.session import Session
 from dit_sparse.pipelines.statistics import RunStatistics
 from dit_sparse.pipelines.upstream import changes, message
@@ -26,7 +26,7 @@ _INSTALLED = "_dit_sparse"
 class _Installed:
     """What `sparsify` left on a transformer: its session, and how to take it off."""
 
-    def __init__(self, session: Session, originals: dict[str, Any], hook: SiteHook | DenseRecorder) -> None:
+    def __init__(self, session: Session, originals: dict[str, Any], hook: SiteHook | CallRecorder) -> None:
         self.session = session
         self.originals = originals
         self.hook = hook
@@ -66,7 +66,7 @@ def install(pipe: Pipeline, session: Session) -> Pipeline:
         warnings.warn(f"{message(adapter, changed)}; attention runs dense", stacklevel=3)
     for model, transformer in transformers_of(pipe).items():
         if changed:
-            recorder = DenseRecorder(adapter.attention_modules(transformer), model, session)
+            recorder = CallRecorder(adapter.attention_modules(transformer), model, session)
             setattr(transformer, _INSTALLED, _Installed(session, {}, recorder))
             continue
         try:
