@@ -47,7 +47,7 @@ from dit_sparse.eval.floors import RandomBlocks
 from dit_sparse.generate.prompts import read_prompts
 from dit_sparse.methods import METHODS, find_method
 from dit_sparse.methods.parameters import takes_density, with_density
-from dit_sparse.pipelines import observe
+from dit_sparse.pipelines import Observer, observe
 from dit_sparse.pipelines import statistics as run_statistics
 
 PROMPTS = Path(__file__).parent / "fidelity_prompts.txt"
@@ -208,16 +208,29 @@ class Bench:
         for number, prompt in enumerate(prompts, 1):
             if any(row["prompt"] == prompt for row in self.report["searches"]):
                 continue
-            watch = SearchAgreement(Schedule(AdaSpa(density=0.25), warmup=WARMUP))
+            methods = [AdaSpa(density=0.25), AdaSpa(density=0.25, head_adaptive=False)]
+            watches = [SearchAgreement(Schedule(method, warmup=WARMUP)) for method in methods]
             try:
-                with observe(self.pipe, watch):
+                with observe(self.pipe, each_of(watches)):
                     self._call(prompt, SEED, "latent")
             except Exception as error:  # noqa: BLE001  # as above
                 self._failed("searches", error)
                 return
-            self.report["searches"].append({"prompt": prompt, **watch.to_dict()})
+            for method, watch in zip(methods, watches, strict=True):
+                row = {"prompt": prompt, "head_adaptive": method.head_adaptive}
+                self.report["searches"].append(row | watch.to_dict())
             write_report(self.report, self.out)
             print(f"prompt {number} of {len(prompts)}: searches compared", flush=True)
+
+
+def each_of(observers: Sequence[Observer]) -> Observer:
+    """An observer that shows every call to each of `observers`."""
+
+    def watch(*call: Any) -> None:
+        for observer in observers:
+            observer(*call)
+
+    return watch
 
 
 def open_report(out: Path, where: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
@@ -264,33 +277,31 @@ def video_table(report: dict[str, Any]) -> Table:
     return table
 
 
-def search_table(report: dict[str, Any]) -> Table:
+def search_table(searches: Sequence[dict[str, Any]]) -> Table:
     """Agreement and recall of AdaSpa's searches by layer: means over prompts, steps and heads, and the worst head."""
-    table = Table(title="AdaSpa at density 0.25: blocks that a search with the cached row sums finds again")
-    heads = (
-        "layer",
-        "rows",
+    budgets = "budgets by head" if searches[0]["head_adaptive"] else "one budget"
+    table = Table(title=f"AdaSpa at density 0.25, {budgets}: blocks that a search with the cached row sums finds again")
+    table.add_column("layer")
+    for column in (
+        "rows read",
         "same rows, new sums",
-        "worst head",
+        "worst",
         "all rows, new sums",
-        "worst head",
+        "worst",
         "recall",
-        "of a full search",
-    )
-    for column in heads:
+        "full search's",
+    ):
         table.add_column(column, justify="right")
-    searches = report["searches"]
     full = np.array([search["recall_full"] for search in searches])  # prompts, steps, layers, heads
     for place, stride in enumerate(row["row_stride"] for row in searches[0]["row_strides"]):
         found = [search["row_strides"][place] for search in searches]
         same, every, recall = (np.array([f[name] for f in found]) for name in ("agreement", "agreement_full", "recall"))
         for layer in [*range(full.shape[2]), slice(None)]:
-            rows = "all" if stride == 1 else f"every {stride}th"
-            figures = []
+            figures = [f"1 of {stride}"]
             for values in (same[:, :, layer], every[:, :, layer]):
                 figures += [f"{values.mean():.3f}", f"{values.min():.3f}"]
             figures += [f"{recall[:, :, layer].mean():.3f}", f"{full[:, :, layer].mean():.3f}"]
-            table.add_row("all" if isinstance(layer, slice) else str(layer), rows, *figures)
+            table.add_row("all" if isinstance(layer, slice) else str(layer), *figures)
         table.add_section()
     return table
 
@@ -299,8 +310,10 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     console.print({**report["environment"], **report["settings"]}, highlight=False)
     if report["videos"]:
         console.print(video_table(report))
-    if report["searches"]:
-        console.print(search_table(report))
+    for adaptive in (True, False):
+        searches = [search for search in report["searches"] if search["head_adaptive"] is adaptive]
+        if searches:
+            console.print(search_table(searches))
     for label, why in report["failed"].items():
         console.print(f"failed: {label}: {why}", style="red", markup=False, highlight=False, soft_wrap=True)
 

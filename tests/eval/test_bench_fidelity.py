@@ -58,9 +58,11 @@ def test_every_case_is_there_with_what_it_did(quick: Path) -> None:
     assert found["random blocks 0.25"]["psnr"] < found["adaspa 0.25 (default)"]["psnr"] - 5
     assert found["dense, torch's math kernel"]["psnr"] is None or found["dense, torch's math kernel"]["psnr"] > 60
     assert found["dense, ours"]["dense_calls"] == {"every block kept": 64}
-    (search,) = read(quick)["searches"]
-    assert search["steps"] == [1, 2]
-    assert np.array(search["recall_full"]).shape == (2, 8, 3)
+    searches = read(quick)["searches"]
+    assert [search["head_adaptive"] for search in searches] == [True, False]
+    for search in searches:
+        assert search["steps"] == [1, 2]
+        assert np.array(search["recall_full"]).shape == (2, 8, 3)
     assert read(quick)["failed"] == {}
 
 
@@ -138,7 +140,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
     after = rows(out)
     assert list(after) == ["dense", "adaspa 0.25 (default)", *FLOORS]
     assert {label: after[label] for label in before} == before
-    assert len(read(out)["searches"]) == 1
+    assert len(read(out)["searches"]) == 2
 
 
 def test_table_prints_an_earlier_run(quick: Path, capsys: pytest.CaptureFixture[str]) -> None:
