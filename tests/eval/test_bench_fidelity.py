@@ -92,6 +92,21 @@ def test_what_is_there_is_not_done_again(quick: Path, monkeypatch: pytest.Monkey
     assert quick.read_bytes() == before
 
 
+def test_other_settings_prompts_and_searches_alone(tmp_path: Path) -> None:
+    out = tmp_path / "fidelity.json"
+    also = '{"method": "neighborhood", "window": [2, 8, 6], "warmup": 0.5}'
+    main([*SMALL, "--methods", "", "--no-floors", "--prompts", "2-2", "--also", also, "--out", str(out)])
+    found = rows(out)
+    assert list(found) == ["dense", also]
+    assert found[also]["config"]["window"] == [2, 8, 6]
+    assert found[also]["dense_calls"] == {"warm-up": 32}
+    assert "green ball" in found[also]["prompt"]
+    assert read(out)["searches"] == []
+    main([*SMALL, "--methods", "", "--no-floors", "--searches", "--out", str(out)])
+    assert list(rows(out)) == ["dense", also]
+    assert len(read(out)["searches"]) == 2
+
+
 def test_another_dense_video_makes_its_rows_void(quick: Path, tmp_path: Path) -> None:
     report, out = read(quick), tmp_path / "fidelity.json"
     for row in report["videos"]:
@@ -160,7 +175,12 @@ def test_table_prints_an_earlier_run(quick: Path, capsys: pytest.CaptureFixture[
         (["--densities", "0.5,0"], "density must be above 0"),
         (["--densities", "half"], "could not convert string to float: 'half'"),
         (["--size", "29x96"], "--size must be frames, height and width"),
-        (["--prompts", "0"], "--prompts must be from 1 to 8"),
+        (["--prompts", "0"], "--prompts must be a number or a range such as 3-4, from 1 to 8, got '0'"),
+        (["--prompts", "9"], "from 1 to 8, got '9'"),
+        (["--prompts", "4-3"], "from 1 to 8, got '4-3'"),
+        (["--prompts", "all"], "from 1 to 8, got 'all'"),
+        (["--also", "{"], "Expecting property name"),
+        (["--also", '{"method": "adaspa", "densty": 1}'], "did you mean 'density'"),
     ],
 )
 def test_bad_arguments_are_refused(
