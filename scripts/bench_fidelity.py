@@ -23,7 +23,7 @@ import hashlib
 import json
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -196,9 +196,9 @@ class Bench:
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             yield
 
-    def _call(self, prompt: str, seed: int, output: str) -> Any:
+    def _call(self, prompt: str, seed: int, output: str, **options: Any) -> Any:
         generator = torch.Generator("cpu").manual_seed(seed)
-        return self.pipe(prompt, generator=generator, **self.arguments, output_type=output).frames
+        return self.pipe(prompt, generator=generator, **self.arguments, **options, output_type=output).frames
 
     def _calibrate(self, case: Case) -> None:
         """Make the plan file that the case wants, if any."""
@@ -212,15 +212,18 @@ class Bench:
         self.report["calibrations"][f"{method.density:g}"] = {"seconds": time.perf_counter() - start}
 
     def searches(self, prompts: Sequence[str]) -> None:
-        """Compare AdaSpa's cached searches with full ones in a dense run of each prompt."""
+        """Compare AdaSpa's cached searches with full ones in a dense run of each prompt, up to the last search."""
+        steps = self.arguments["num_inference_steps"]
         for number, prompt in enumerate(prompts, 1):
             if any(row["prompt"] == prompt for row in self.report["searches"]):
                 continue
             methods = [AdaSpa(density=0.25), AdaSpa(density=0.25, head_adaptive=False)]
             watches = [SearchAgreement(Schedule(method, warmup=WARMUP)) for method in methods]
+            schedule = watches[0].schedule
+            last = max(schedule.warmup_steps(steps), *schedule.refresh_steps(steps))
             try:
                 with observe(self.pipe, each_of(watches)):
-                    self._call(prompt, SEED, "latent")
+                    self._call(prompt, SEED, "latent", callback_on_step_end=interrupt_after(last))
             except Exception as error:  # noqa: BLE001  # as above
                 self._failed("searches", error)
                 return
@@ -229,6 +232,16 @@ class Bench:
                 self.report["searches"].append(row | watch.to_dict())
             write_report(self.report, self.out)
             print(f"prompt {number} of {len(prompts)}: searches compared", flush=True)
+
+
+def interrupt_after(last: int) -> Callable[..., dict[str, Any]]:
+    """What a pipeline calls after each step, and by which it leaves the steps after `last` out."""
+
+    def stepped(pipe: Any, step: int, _: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        pipe._interrupt = step >= last
+        return tensors
+
+    return stepped
 
 
 def each_of(observers: Sequence[Observer]) -> Observer:

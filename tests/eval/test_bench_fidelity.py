@@ -46,7 +46,8 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_case_is_there_with_what_it_did(quick: Path) -> None:
     found = rows(quick)
-    methods = ["neighborhood 0.25 (default)", "adaspa 0.25 (default)", "paro 0.25", "paro 0.5 (default)"]
+    methods = ["neighborhood 0.25", "neighborhood 0.5 (default)", "adaspa 0.25 (default)"]
+    methods += ["paro 0.25", "paro 0.5 (default)"]
     assert list(found) == ["dense", *methods, "paro, plan file 0.25", *FLOORS]
     assert found["dense"]["identical"]
     for label in (*methods, "paro, plan file 0.25", "random blocks 0.25"):
@@ -131,7 +132,7 @@ def test_a_failure_is_reported_and_the_others_go_on(
         with pytest.raises(SystemExit, match="1"):
             main([*SMALL, "--methods", "neighborhood,adaspa", "--out", str(out)])
     assert read(out)["failed"] == dict.fromkeys(["adaspa 0.25 (default)", "searches"], "RuntimeError: no such luck")
-    assert list(rows(out)) == ["dense", "neighborhood 0.25 (default)", *FLOORS]
+    assert list(rows(out)) == ["dense", "neighborhood 0.25", "neighborhood 0.5 (default)", *FLOORS]
     assert "failed: searches: RuntimeError: no such luck" in capsys.readouterr().out
     main([*SMALL, "--methods", "neighborhood,adaspa", "--out", str(out)])
     assert "adaspa 0.25 (default)" in rows(out)
@@ -200,5 +201,6 @@ def test_a_report_of_other_settings_is_refused(quick: Path) -> None:
 def test_defaults_are_marked_and_rendered_once() -> None:
     cases = bench_fidelity.method_cases(["neighborhood", "adaspa", "paro"], (0.25,))
     schedules = [case.schedule.method for case in cases if case.schedule is not None]
-    assert schedules == [Neighborhood(density=0.25), AdaSpa(density=0.25), Paro(density=0.25), Paro()]
-    assert Neighborhood() == Neighborhood(density=0.25)
+    assert AdaSpa() == AdaSpa(density=0.25)
+    assert schedules == [Neighborhood(density=0.25), Neighborhood(), AdaSpa(), Paro(density=0.25), Paro()]
+    assert [case.label.endswith("(default)") for case in cases] == [False, True, True, False, True]
