@@ -21,10 +21,9 @@ import argparse
 import contextlib
 import hashlib
 import json
-import statistics
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,8 +31,8 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
+from fidelity_tables import print_report
 from rich.console import Console
-from rich.table import Table
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import dit_sparse
@@ -42,12 +41,12 @@ from dit_sparse.bench.report import environment, write_report
 from dit_sparse.calibrate import Calibration, calibrate
 from dit_sparse.demo import demo_defaults, demo_model_path
 from dit_sparse.eval.agreement import SearchAgreement
-from dit_sparse.eval.fidelity import CONVENTION, compare
+from dit_sparse.eval.fidelity import compare
 from dit_sparse.eval.floors import RandomBlocks
 from dit_sparse.generate.prompts import read_prompts
 from dit_sparse.methods import METHODS, find_method
 from dit_sparse.methods.parameters import takes_density, with_density
-from dit_sparse.pipelines import observe
+from dit_sparse.pipelines import Observer, observe
 from dit_sparse.pipelines import statistics as run_statistics
 
 PROMPTS = Path(__file__).parent / "fidelity_prompts.txt"
@@ -101,6 +100,15 @@ def density_label(method: Any) -> str:
     return f"{method.name} {method.density:g}" if takes_density(method) else method.name
 
 
+def extra_cases(configs: Sequence[str]) -> list[Case]:
+    """Any other settings: configs in JSON, as `Schedule.from_config` reads them.
+
+    Raises:
+        ValueError: no JSON, or a config that is not allowed.
+    """
+    return [Case(text, Schedule.from_config(json.loads(text))) for text in configs]
+
+
 def plan_cases(densities: Sequence[float], folder: Path) -> list[Case]:
     """`paro` from a plan file of each density."""
     methods = [Paro(density=d, plan_file=str(folder / f"paro-{d:g}.safetensors")) for d in densities]
@@ -133,7 +141,7 @@ class Bench:
     def videos(self, cases: Sequence[Case], prompts: Sequence[str]) -> None:
         """Render and compare every case of every prompt."""
         for number, prompt in enumerate(prompts, 1):
-            if all(self._row(case, prompt) for case in (DENSE, *cases)):
+            if all(self._row(case, prompt) for case in cases):
                 continue
             dense, row = self._render(DENSE, prompt)
             digest = hashlib.sha256(dense.tobytes()).hexdigest()
@@ -188,9 +196,9 @@ class Bench:
                 stack.enter_context(sdpa_kernel(SDPBackend.MATH))
             yield
 
-    def _call(self, prompt: str, seed: int, output: str) -> Any:
+    def _call(self, prompt: str, seed: int, output: str, **options: Any) -> Any:
         generator = torch.Generator("cpu").manual_seed(seed)
-        return self.pipe(prompt, generator=generator, **self.arguments, output_type=output).frames
+        return self.pipe(prompt, generator=generator, **self.arguments, **options, output_type=output).frames
 
     def _calibrate(self, case: Case) -> None:
         """Make the plan file that the case wants, if any."""
@@ -204,20 +212,46 @@ class Bench:
         self.report["calibrations"][f"{method.density:g}"] = {"seconds": time.perf_counter() - start}
 
     def searches(self, prompts: Sequence[str]) -> None:
-        """Compare AdaSpa's cached searches with full ones in a dense run of each prompt."""
+        """Compare AdaSpa's cached searches with full ones in a dense run of each prompt, up to the last search."""
+        steps = self.arguments["num_inference_steps"]
         for number, prompt in enumerate(prompts, 1):
             if any(row["prompt"] == prompt for row in self.report["searches"]):
                 continue
-            watch = SearchAgreement(Schedule(AdaSpa(density=0.25), warmup=WARMUP))
+            methods = [AdaSpa(density=0.25), AdaSpa(density=0.25, head_adaptive=False)]
+            watches = [SearchAgreement(Schedule(method, warmup=WARMUP)) for method in methods]
+            schedule = watches[0].schedule
+            last = max(schedule.warmup_steps(steps), *schedule.refresh_steps(steps))
             try:
-                with observe(self.pipe, watch):
-                    self._call(prompt, SEED, "latent")
+                with observe(self.pipe, each_of(watches)):
+                    self._call(prompt, SEED, "latent", callback_on_step_end=interrupt_after(last))
             except Exception as error:  # noqa: BLE001  # as above
                 self._failed("searches", error)
                 return
-            self.report["searches"].append({"prompt": prompt, **watch.to_dict()})
+            for method, watch in zip(methods, watches, strict=True):
+                row = {"prompt": prompt, "head_adaptive": method.head_adaptive}
+                self.report["searches"].append(row | watch.to_dict())
             write_report(self.report, self.out)
             print(f"prompt {number} of {len(prompts)}: searches compared", flush=True)
+
+
+def interrupt_after(last: int) -> Callable[..., dict[str, Any]]:
+    """What a pipeline calls after each step, and by which it leaves the steps after `last` out."""
+
+    def stepped(pipe: Any, step: int, _: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        pipe._interrupt = step >= last
+        return tensors
+
+    return stepped
+
+
+def each_of(observers: Sequence[Observer]) -> Observer:
+    """An observer that shows every call to each of `observers`."""
+
+    def watch(*call: Any) -> None:
+        for observer in observers:
+            observer(*call)
+
+    return watch
 
 
 def open_report(out: Path, where: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
@@ -239,78 +273,31 @@ def open_report(out: Path, where: dict[str, Any], settings: dict[str, Any]) -> d
     return report | {"failed": {}}
 
 
-def span(values: Sequence[float | None], form: str) -> tuple[str, str]:
-    """The median of `values`, and the least to the largest; `None` is the PSNR of an identical video."""
-    numbers = sorted(float("inf") if value is None else value for value in values)
-    return format(statistics.median(numbers), form), f"{numbers[0]:{form}} to {numbers[-1]:{form}}"
+def prompts_of(text: str, known: Sequence[str]) -> Sequence[str]:
+    """Those of `known` that "3" (the first three) or "3-4" (the third and fourth) means.
 
-
-def video_table(report: dict[str, Any]) -> Table:
-    """PSNR and SSIM of every case over its prompts."""
-    table = Table(title=f"Against plain diffusers, {CONVENTION}")
-    columns = ("", "prompts", "density", "whole run", "PSNR, dB", "min to max", "SSIM", "min to max", "s")
-    for column in columns:
-        table.add_column(column, justify="right" if column else "left")
-    labels = list(dict.fromkeys(row["label"] for row in report["videos"]))
-    for label in labels:
-        rows = [row for row in report["videos"] if row["label"] == label]
-        densities = [
-            "-" if rows[0].get(name) is None else f"{statistics.median(row[name] for row in rows):.3f}"
-            for name in ("sparse_density", "density")
-        ]
-        psnr, ssim = span([row["psnr"] for row in rows], ".2f"), span([row["ssim"] for row in rows], ".4f")
-        seconds = f"{statistics.median(row['seconds'] for row in rows):.2f}"
-        table.add_row(label, str(len(rows)), *densities, *psnr, *ssim, seconds)
-    return table
-
-
-def search_table(report: dict[str, Any]) -> Table:
-    """Agreement and recall of AdaSpa's searches by layer: means over prompts, steps and heads, and the worst head."""
-    table = Table(title="AdaSpa at density 0.25: blocks that a search with the cached row sums finds again")
-    heads = (
-        "layer",
-        "rows",
-        "same rows, new sums",
-        "worst head",
-        "all rows, new sums",
-        "worst head",
-        "recall",
-        "of a full search",
-    )
-    for column in heads:
-        table.add_column(column, justify="right")
-    searches = report["searches"]
-    full = np.array([search["recall_full"] for search in searches])  # prompts, steps, layers, heads
-    for place, stride in enumerate(row["row_stride"] for row in searches[0]["row_strides"]):
-        found = [search["row_strides"][place] for search in searches]
-        same, every, recall = (np.array([f[name] for f in found]) for name in ("agreement", "agreement_full", "recall"))
-        for layer in [*range(full.shape[2]), slice(None)]:
-            rows = "all" if stride == 1 else f"every {stride}th"
-            figures = []
-            for values in (same[:, :, layer], every[:, :, layer]):
-                figures += [f"{values.mean():.3f}", f"{values.min():.3f}"]
-            figures += [f"{recall[:, :, layer].mean():.3f}", f"{full[:, :, layer].mean():.3f}"]
-            table.add_row("all" if isinstance(layer, slice) else str(layer), rows, *figures)
-        table.add_section()
-    return table
-
-
-def print_report(report: dict[str, Any], console: Console) -> None:
-    console.print({**report["environment"], **report["settings"]}, highlight=False)
-    if report["videos"]:
-        console.print(video_table(report))
-    if report["searches"]:
-        console.print(search_table(report))
-    for label, why in report["failed"].items():
-        console.print(f"failed: {label}: {why}", style="red", markup=False, highlight=False, soft_wrap=True)
+    Raises:
+        ValueError: neither, or there are not so many.
+    """
+    first, _, last = text.rpartition("-")
+    if not (last.isdecimal() and (first or "1").isdecimal() and 1 <= int(first or 1) <= int(last) <= len(known)):
+        raise ValueError(f"--prompts must be a number or a range such as 3-4, from 1 to {len(known)}, got {text!r}")
+    return known[int(first or 1) - 1 : int(last)]
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     every = ",".join(name for name in METHODS if name != "dense")
     parser.add_argument("--methods", default=every, help=f"names with commas between them; by default {every}")
+    parser.add_argument(
+        "--also", nargs="+", default=[], metavar="JSON", help='more settings: {"method": "neighborhood", "window": 8}'
+    )
+    parser.add_argument(
+        "--searches", action=argparse.BooleanOptionalAction, help="compare AdaSpa's searches; by default with adaspa"
+    )
+    parser.add_argument("--floors", action=argparse.BooleanOptionalAction, default=True, help="render the floors too")
     parser.add_argument("--densities", help="numbers with commas between them; by default 0.5,0.25,0.125")
-    parser.add_argument("--prompts", type=int, help=f"only the first of those in {PROMPTS.name}")
+    parser.add_argument("--prompts", help=f"of {PROMPTS.name} only the first of this number, or 3-4; by default all")
     parser.add_argument("--steps", type=int, help=f"by default {demo_defaults['num_inference_steps']}")
     parser.add_argument("--size", default="29x96x128", help="frames, height, width; the model knows no other")
     parser.add_argument("--quick", action="store_true", help="one prompt, four steps, density 0.25")
@@ -323,18 +310,17 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     known = read_prompts(PROMPTS)
     densities = options.densities or ("0.25" if options.quick else "0.5,0.25,0.125")
     try:
-        options.methods = options.methods.split(",")
+        options.methods = [name for name in options.methods.split(",") if name]
+        options.also = extra_cases(options.also)
         for name in options.methods:
             find_method(name)
         options.densities = [RandomBlocks(float(density)).density for density in densities.split(",")]
         options.size = tuple(map(int, options.size.split("x")))
         if len(options.size) != 3:
             raise ValueError(f"--size must be frames, height and width such as 29x96x128, got {options.size}")
-        if options.prompts is not None and not 1 <= options.prompts <= len(known):
-            raise ValueError(f"--prompts must be from 1 to {len(known)}, got {options.prompts}")
+        options.prompts = prompts_of(options.prompts or ("1" if options.quick else str(len(known))), known)
     except ValueError as error:
         parser.error(str(error))
-    options.prompts = known[: options.prompts or (1 if options.quick else len(known))]
     options.steps = options.steps or (4 if options.quick else int(demo_defaults["num_inference_steps"]))
     return options
 
@@ -373,8 +359,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if "paro" in options.methods:
         cases += plan_cases(options.densities, options.out.with_name(f"{options.out.name}.plans"))
     bench = Bench(pipe, call, report, options.out)
-    bench.videos([*cases, *floor_cases(options.densities)], options.prompts)
-    if "adaspa" in options.methods:
+    floors = floor_cases(options.densities) if options.floors else []
+    bench.videos([*cases, *options.also, *floors], options.prompts)
+    if "adaspa" in options.methods if options.searches is None else options.searches:
         bench.searches(options.prompts)
     print_report(report, console)
     if report["failed"]:

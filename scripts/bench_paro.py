@@ -6,13 +6,20 @@ SSIM of whole videos against dense with masks from a plan file, under the chosen
 a head and with one threshold.
 
 python scripts/bench_paro.py --out paro.json
+python scripts/bench_paro.py --memory-tokens 32768 --out memory.json
+
+With `--memory-tokens` only the memory is measured that a calibration takes at that length: one layer of random q and k,
+through both passes to the plan file, in a process of its own.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import tempfile
 from collections import defaultdict
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dit_sparse import Paro, load_pipeline, sparsify, statistics, unsparsify
+from dit_sparse import Paro, Site, TokenGrid, load_pipeline, sparsify, statistics, unsparsify
 from dit_sparse.bench.report import environment, write_report
 from dit_sparse.calibrate import Calibration
 from dit_sparse.calibrate.observers import MassSums, OrderSearch
@@ -28,6 +35,7 @@ from dit_sparse.calibrate.run import write_calibration
 from dit_sparse.calibrate.store import MassStore
 from dit_sparse.demo import demo_defaults, demo_model_path
 from dit_sparse.eval.fidelity import compare as compare_clips
+from dit_sparse.kernels import dense_attention
 from dit_sparse.masks import best_orders, heaviest_blocks
 from dit_sparse.methods.paro import mass_under
 from dit_sparse.pipelines import observe
@@ -44,6 +52,7 @@ METRICS = {
     "the paper's sigma and epsilon": Paro(sigma=0.9, epsilon=1e-3),
 }
 ALPHAS = (1.0, 0.5, 0.0)
+HEADS, DIM, AREA = 4, 64, 64 * 64
 
 
 class RecallWatch:
@@ -169,22 +178,77 @@ def _made(folder: Path) -> Path:
     return folder
 
 
-def main() -> None:
+def bench_memory(tokens: int) -> dict[str, Any]:
+    """What `calibrate_layer` reports, in a process of its own."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(calibrate_layer, tokens).result()
+
+
+def calibrate_layer(tokens: int) -> dict[str, Any]:
+    """Calibrate one layer on random q and k of `tokens` tokens; memory in bytes.
+
+    `calibration` is the peak of this process above what it held before, torch's buffers and the inputs not counted.
+    """
+    grid = TokenGrid(tokens // AREA, 64, 64)
+    site, generator = Site(grid), torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, HEADS, tokens, DIM, generator=generator) for _ in range(2))
+    lse = dense_attention(q, k, k, return_lse=True)[1]
+    calibration = Calibration(Paro(density=0.3))
+    search, before = OrderSearch(calibration.method), memory("VmRSS")
+    search(site, q, k, lse)
+    axes = search.axes()
+    with tempfile.TemporaryDirectory() as folder, MassStore(Path(folder), 1) as store:
+        MassSums(store, axes, calibration.method.block, calibration.starts(1), grid)(site, q, k, lse)
+        write_calibration(Path(folder) / "plan.safetensors", calibration, search, store, axes)
+    found = {
+        "tokens": tokens,
+        "grid": str(grid),
+        "heads": HEADS,
+        "dim": DIM,
+        "inputs": q.nbytes + k.nbytes + lse.nbytes,
+    }
+    found |= {"calibration": memory("VmHWM") - before, "process": memory("VmHWM")}
+    return found | {
+        "attention_map_a_head": 4 * tokens**2,
+        "block_map_a_head": 4 * (tokens // calibration.method.block) ** 2,
+    }
+
+
+def memory(name: str) -> int:
+    """Bytes of this process's memory: "VmRSS" now, "VmHWM" at most so far.
+
+    Not `ru_maxrss`, which counts the parent's memory too where the child was started from a large one.
+    """
+    lines = Path("/proc/self/status").read_text("utf-8").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--stride", type=int, default=5, help="orders are compared at every n-th step")
+    parser.add_argument(
+        "--memory-tokens", type=int, help=f"measure the memory alone, at this multiple of {AREA} tokens"
+    )
     parser.add_argument("--out", type=Path, required=True)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    report: dict[str, Any] = {"environment": environment(torch.device("cpu"))}
+    if options.memory_tokens is not None:
+        if options.memory_tokens < AREA or options.memory_tokens % AREA:
+            parser.error(f"--memory-tokens must be a multiple of {AREA} (frames of 64x64), got {options.memory_tokens}")
+        report["memory"] = bench_memory(options.memory_tokens)
+        print(
+            {name: f"{x / 2**20:.0f} MiB" if x > 2**20 else x for name, x in report["memory"].items() if name != "grid"}
+        )
+        write_report(report, options.out)
+        return
     pipe = load_pipeline(demo_model_path())
     pipe.set_progress_bar_config(disable=True)
-    arguments = {**demo_defaults, "num_inference_steps": options.steps}
-    report: dict[str, Any] = {
-        "environment": environment(torch.device("cpu")),
-        "settings": {"steps": options.steps, "stride": options.stride, "prompts": PROMPTS, "unseen": UNSEEN},
-    }
-    report["orders"], search = bench_orders(pipe, arguments, options.stride)
+    call = {**demo_defaults, "num_inference_steps": options.steps}
+    report["settings"] = {"steps": options.steps, "stride": options.stride, "prompts": PROMPTS, "unseen": UNSEEN}
+    report["orders"], search = bench_orders(pipe, call, options.stride)
     write_report(report, options.out)
-    report["fidelity"] = bench_fidelity(pipe, arguments, search)
+    report["fidelity"] = bench_fidelity(pipe, call, search)
     write_report(report, options.out)
 
 

@@ -77,7 +77,7 @@ class Neighborhood:
         default=True, metadata={"help": "compute blocks that a window cuts to the token; false keeps them whole"}
     )
     density: float = field(
-        default=0.25, metadata={"help": "share of the video keys a query sees; ignored where window is given"}
+        default=0.5, metadata={"help": "share of the video keys a query sees; ignored where window is given"}
     )
 
     def __post_init__(self) -> None:

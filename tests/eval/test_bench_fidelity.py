@@ -46,7 +46,8 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_case_is_there_with_what_it_did(quick: Path) -> None:
     found = rows(quick)
-    methods = ["neighborhood 0.25 (default)", "adaspa 0.25 (default)", "paro 0.25", "paro 0.5 (default)"]
+    methods = ["neighborhood 0.25", "neighborhood 0.5 (default)", "adaspa 0.25 (default)"]
+    methods += ["paro 0.25", "paro 0.5 (default)"]
     assert list(found) == ["dense", *methods, "paro, plan file 0.25", *FLOORS]
     assert found["dense"]["identical"]
     for label in (*methods, "paro, plan file 0.25", "random blocks 0.25"):
@@ -58,9 +59,11 @@ def test_every_case_is_there_with_what_it_did(quick: Path) -> None:
     assert found["random blocks 0.25"]["psnr"] < found["adaspa 0.25 (default)"]["psnr"] - 5
     assert found["dense, torch's math kernel"]["psnr"] is None or found["dense, torch's math kernel"]["psnr"] > 60
     assert found["dense, ours"]["dense_calls"] == {"every block kept": 64}
-    (search,) = read(quick)["searches"]
-    assert search["steps"] == [1, 2]
-    assert np.array(search["recall_full"]).shape == (2, 8, 3)
+    searches = read(quick)["searches"]
+    assert [search["head_adaptive"] for search in searches] == [True, False]
+    for search in searches:
+        assert search["steps"] == [1, 2]
+        assert np.array(search["recall_full"]).shape == (2, 8, 3)
     assert read(quick)["failed"] == {}
 
 
@@ -90,6 +93,21 @@ def test_what_is_there_is_not_done_again(quick: Path, monkeypatch: pytest.Monkey
     assert quick.read_bytes() == before
 
 
+def test_other_settings_prompts_and_searches_alone(tmp_path: Path) -> None:
+    out = tmp_path / "fidelity.json"
+    also = '{"method": "neighborhood", "window": [2, 8, 6], "warmup": 0.5}'
+    main([*SMALL, "--methods", "", "--no-floors", "--prompts", "2-2", "--also", also, "--out", str(out)])
+    found = rows(out)
+    assert list(found) == ["dense", also]
+    assert found[also]["config"]["window"] == [2, 8, 6]
+    assert found[also]["dense_calls"] == {"warm-up": 32}
+    assert "green ball" in found[also]["prompt"]
+    assert read(out)["searches"] == []
+    main([*SMALL, "--methods", "", "--no-floors", "--searches", "--out", str(out)])
+    assert list(rows(out)) == ["dense", also]
+    assert len(read(out)["searches"]) == 2
+
+
 def test_another_dense_video_makes_its_rows_void(quick: Path, tmp_path: Path) -> None:
     report, out = read(quick), tmp_path / "fidelity.json"
     for row in report["videos"]:
@@ -114,7 +132,7 @@ def test_a_failure_is_reported_and_the_others_go_on(
         with pytest.raises(SystemExit, match="1"):
             main([*SMALL, "--methods", "neighborhood,adaspa", "--out", str(out)])
     assert read(out)["failed"] == dict.fromkeys(["adaspa 0.25 (default)", "searches"], "RuntimeError: no such luck")
-    assert list(rows(out)) == ["dense", "neighborhood 0.25 (default)", *FLOORS]
+    assert list(rows(out)) == ["dense", "neighborhood 0.25", "neighborhood 0.5 (default)", *FLOORS]
     assert "failed: searches: RuntimeError: no such luck" in capsys.readouterr().out
     main([*SMALL, "--methods", "neighborhood,adaspa", "--out", str(out)])
     assert "adaspa 0.25 (default)" in rows(out)
@@ -138,7 +156,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
     after = rows(out)
     assert list(after) == ["dense", "adaspa 0.25 (default)", *FLOORS]
     assert {label: after[label] for label in before} == before
-    assert len(read(out)["searches"]) == 1
+    assert len(read(out)["searches"]) == 2
 
 
 def test_table_prints_an_earlier_run(quick: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -158,7 +176,12 @@ def test_table_prints_an_earlier_run(quick: Path, capsys: pytest.CaptureFixture[
         (["--densities", "0.5,0"], "density must be above 0"),
         (["--densities", "half"], "could not convert string to float: 'half'"),
         (["--size", "29x96"], "--size must be frames, height and width"),
-        (["--prompts", "0"], "--prompts must be from 1 to 8"),
+        (["--prompts", "0"], "--prompts must be a number or a range such as 3-4, from 1 to 8, got '0'"),
+        (["--prompts", "9"], "from 1 to 8, got '9'"),
+        (["--prompts", "4-3"], "from 1 to 8, got '4-3'"),
+        (["--prompts", "all"], "from 1 to 8, got 'all'"),
+        (["--also", "{"], "Expecting property name"),
+        (["--also", '{"method": "adaspa", "densty": 1}'], "did you mean 'density'"),
     ],
 )
 def test_bad_arguments_are_refused(
@@ -178,5 +201,6 @@ def test_a_report_of_other_settings_is_refused(quick: Path) -> None:
 def test_defaults_are_marked_and_rendered_once() -> None:
     cases = bench_fidelity.method_cases(["neighborhood", "adaspa", "paro"], (0.25,))
     schedules = [case.schedule.method for case in cases if case.schedule is not None]
-    assert schedules == [Neighborhood(density=0.25), AdaSpa(density=0.25), Paro(density=0.25), Paro()]
-    assert Neighborhood() == Neighborhood(density=0.25)
+    assert AdaSpa() == AdaSpa(density=0.25)
+    assert schedules == [Neighborhood(density=0.25), Neighborhood(), AdaSpa(), Paro(density=0.25), Paro()]
+    assert [case.label.endswith("(default)") for case in cases] == [False, True, True, False, True]
