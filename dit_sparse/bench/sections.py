@@ -13,7 +13,7 @@ from dit_sparse.attention import sparse_attention
 from dit_sparse.bench.dense import Inputs, dense_calls
 from dit_sparse.bench.shapes import SHAPES, Shape, inputs, random_plan
 from dit_sparse.bench.timing import Call, check, in_turns
-from dit_sparse.kernels import BACKENDS, block_mass, dense_attention, norm_rope, permute, restore
+from dit_sparse.kernels import BACKENDS, block_mass, dense_attention, norm_rope, permute, refusal, restore
 from dit_sparse.kernels.norm_rope import norm_rope_by_torch
 from dit_sparse.masks import select_density
 from dit_sparse.methods import AdaSpa, Neighborhood
@@ -60,7 +60,7 @@ def kernel_rows(
     for density in densities:
         drawn = random_plan(shape, block, density, device)
         for backend in backends:
-            if BACKENDS[backend].refuses(*sets[0], drawn) is None:
+            if refusal(BACKENDS[backend], *sets[0], drawn) is None:
                 calls[f"{backend} {density:g}"] = _kernel(backend, sets, drawn)
                 plans[f"{backend} {density:g}"] = drawn
     errors = {key: check(_output(calls[key]), *sets[0], plan) for key, plan in plans.items()}
