@@ -7,6 +7,7 @@ one, weighted by their row sums.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -63,11 +64,10 @@ def remainder_terms(
     """
     first_order = remainder != "mean"
     keys = block_moments(k, k_layout, v, products=first_order)
-    queries = block_moments(q, q_layout)
+    queries = block_moments(q, q_layout, centred=False)
     assert keys.v_mean is not None
     sizes = k_layout.sizes.to(keys.mean.dtype)[..., None, :]
-    squares = queries.variance + queries.mean.square()
-    spread = squares @ (keys.variance * (scale * scale / 2)).transpose(-1, -2)
+    spread = queries.square @ (keys.square * (scale * scale / 2)).transpose(-1, -2)
     out = kept | (spread > LARGEST_SPREAD) | (sizes == 0)
     log_sizes = sizes.clamp(min=1).log()
     bias = log_sizes + torch.minimum(spread, log_sizes) if remainder == "mass" else log_sizes.expand(spread.shape)
@@ -101,18 +101,15 @@ def add_remainder(
         Output in float32, or float64 for float64, and the row sums with the remainder in them.
     """
     kept = plan.block_mask.kept_blocks.expand(*q.shape[:2], -1, -1)
-    outs, sums = [], []
+    merged, total = torch.empty_like(out, dtype=lse.dtype), torch.empty_like(lse)
     # Head by head, because the slopes of all heads would take much room.
-    for b in range(q.shape[0]):
-        for h in range(q.shape[1]):
-            head = (slice(b, b + 1), slice(h, h + 1))
-            q_layout, k_layout = (BlockLayout.of_head(order, b, h) for order in (plan.q_order, plan.kv_order))
-            terms = remainder_terms(q[head], k[head], v[head], q_layout, k_layout, kept[head], scale, plan.remainder)
-            found, found_sums = _attend(q[head].to(lse.dtype), q_layout, terms, scale)
-            merged, total = _merge(out[head].to(lse.dtype), lse[head], found, found_sums)
-            outs.append(merged)
-            sums.append(total)
-    return torch.cat(outs).view(*q.shape[:-1], -1), torch.cat(sums).view(q.shape[:-1])
+    for b, h in itertools.product(*map(range, q.shape[:2])):
+        head = (slice(b, b + 1), slice(h, h + 1))
+        q_layout, k_layout = (BlockLayout.of_head(order, b, h) for order in (plan.q_order, plan.kv_order))
+        terms = remainder_terms(q[head], k[head], v[head], q_layout, k_layout, kept[head], scale, plan.remainder)
+        found, sums = _attend(q[head].to(lse.dtype), q_layout, terms, scale)
+        merged[head], total[head] = _merge(out[head].to(lse.dtype), lse[head], found, sums)
+    return merged, total
 
 
 def _attend(q: Tensor, layout: BlockLayout, terms: RemainderTerms, scale: float) -> tuple[Tensor, Tensor]:
@@ -120,21 +117,19 @@ def _attend(q: Tensor, layout: BlockLayout, terms: RemainderTerms, scale: float)
     queries = layout.split(q)[0, 0]
     keys, values, bias = (terms.keys * scale)[0, 0].T, terms.values[0, 0], terms.bias[0, 0]
     slopes = None if terms.slopes is None else terms.slopes[0, 0].to(q.dtype)
-    outs, sums = [], []
+    out, sums = q.new_empty(*queries.shape[:2], values.shape[-1]), q.new_empty(queries.shape[:2])
     chunk = max(1, _CHUNK_SCORES // (queries.shape[1] * max(1, values.shape[0])))
     for start in range(0, queries.shape[0], chunk):
-        rows = queries[start : start + chunk]
-        own = bias[start : start + chunk, None]
+        part = slice(start, start + chunk)
+        own = bias[part, None]
         empty = own.isneginf().all(-1, keepdim=True)
-        scores = torch.baddbmm(own.masked_fill(empty, 0.0), rows, keys.expand(len(rows), -1, -1))
-        peak = scores.amax(-1)
+        scores = torch.baddbmm(own.masked_fill(empty, 0.0), queries[part], keys.expand(len(own), -1, -1))
         weights = scores.softmax(-1)
         found = weights @ values
-        outs.append(found if slopes is None else torch.baddbmm(found, rows, slopes[start : start + chunk]))
+        out[part] = found if slopes is None else torch.baddbmm(found, queries[part], slopes[part])
         # The row sum is the largest score less the log of its weight.
-        sums.append((peak - weights.amax(-1).log()).masked_fill(empty[..., 0], -math.inf))
-    joined = layout.join(torch.cat([torch.cat(outs), torch.cat(sums)[..., None]], -1)[None, None])
-    return joined[..., :-1], joined[..., -1]
+        sums[part] = (scores.amax(-1) - weights.amax(-1).log()).masked_fill(empty[..., 0], -math.inf)
+    return layout.join(out[None, None]), layout.join(sums[None, None, ..., None])[..., 0]
 
 
 def _merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:

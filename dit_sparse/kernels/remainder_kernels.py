@@ -1,4 +1,4 @@
-"""Triton kernel: means, variances and products of blocks. Oracle: `block_moments`' path in plain torch.
+"""Triton kernel: means, mean squares and products of blocks. Oracle: `block_moments`' path in plain torch.
 
 Grid: (blocks x tiles of value channels, heads, batch). Imported by its launcher when that first runs.
 """
@@ -18,10 +18,10 @@ def store_row(base, row, channels, end):
 
 @triton.jit
 def moments_kernel(
-    x, v, mean, variance, v_mean, products, offsets,
+    x, v, mean, square, v_mean, products, offsets,
     x_sb, x_sh, x_sn, v_sb, v_sh, v_sn, m_sb, m_sh, m_sm, vm_sb, vm_sh, vm_sm, p_sb, p_sh, p_sm, p_sd, f_sb, f_sh,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
-    PARTS: tl.constexpr, VALUES: tl.constexpr, PRODUCTS: tl.constexpr, UPCAST: tl.constexpr,
+    PARTS: tl.constexpr, CENTRED: tl.constexpr, VALUES: tl.constexpr, PRODUCTS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Moments of one block; `BLOCK_DV` channels of the values. The second pass over the block finds it in the cache."""
     b, h = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
@@ -39,12 +39,13 @@ def moments_kernel(
     for first in tl.range(start, end, BLOCK_N):
         total += tl.sum(load_tile(x, first + tl.arange(0, BLOCK_N), end, x_sn, D, BLOCK_D, True).to(tl.float32), 0)
     middle = total / size
+    origin = middle if CENTRED else tl.zeros([BLOCK_D], tl.float32)
     squares = tl.zeros([BLOCK_D], tl.float32)
     acc = tl.zeros([BLOCK_D, BLOCK_DV], tl.float32)
     for first in tl.range(start, end, BLOCK_N):
         positions = first + tl.arange(0, BLOCK_N)
         tokens = load_tile(x, positions, end, x_sn, D, BLOCK_D, True)
-        apart = tl.where((positions < end)[:, None], tokens.to(tl.float32) - middle[None, :], 0.0)
+        apart = tl.where((positions < end)[:, None], tokens.to(tl.float32) - origin[None, :], 0.0)
         squares += tl.sum(apart * apart, 0)
         if VALUES:
             inside = (positions < end)[:, None] & (v_channels < v_end)[None, :]
@@ -55,7 +56,7 @@ def moments_kernel(
                 acc += multiply(tl.trans(apart.to(values.dtype)), values, UPCAST)
     row = b * m_sb + h * m_sh + block * m_sm
     store_row(mean + row, middle, channels, D)
-    store_row(variance + row, squares / size, channels, D)
+    store_row(square + row, squares / size, channels, D)
     if VALUES:
         store_row(v_mean + b * vm_sb + h * vm_sh + block * vm_sm + part * BLOCK_DV, v_total / size, v_channels, v_end)
     if PRODUCTS:
