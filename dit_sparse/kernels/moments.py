@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from dit_sparse.kernels.block_layout import BlockLayout
-from dit_sparse.kernels.score_tiles import device_of, use_triton
-from dit_sparse.kernels.triton_backend import broadcast_strides, interpreted, padded
+from dit_sparse.kernels.score_tiles import use_triton
+from dit_sparse.kernels.triton_launch import broadcast_strides, interpreted, on_device_of, padded, rows_of
 
 __all__ = ["Moments", "block_moments"]
 
@@ -75,8 +75,8 @@ def moments_by_triton(
 
     from dit_sparse.kernels.remainder_kernels import moments_kernel
 
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    values = x if v is None else v if v.stride(-1) == 1 else v.contiguous()
+    x = rows_of(x)
+    values = x if v is None else rows_of(v)
     offsets = layout.offsets.contiguous()
     batch, heads, _, dim = x.shape
     blocks, v_dim = offsets.shape[-1] - 1, values.shape[-1]
@@ -85,7 +85,7 @@ def moments_by_triton(
     found = x.new_empty(batch, heads, blocks, dim, v_dim) if products else mean[..., None]
     block_dv = min(_LARGEST_TILE, padded(v_dim))
     parts = 1 if v is None else triton.cdiv(v_dim, block_dv)
-    with device_of(x):
+    with on_device_of(x):
         moments_kernel[blocks * parts, heads, batch](
             x, values, mean, square, v_mean, found, offsets,
             *x.stride()[:3], *values.stride()[:3], *mean.stride()[:3], *v_mean.stride()[:3], *found.stride()[:4],

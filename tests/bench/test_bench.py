@@ -15,6 +15,7 @@ from dit_sparse.bench import report as reports
 from dit_sparse.bench import sections, shapes, timing
 from dit_sparse.bench.sections import Row
 from dit_sparse.bench.shapes import Shape, inputs, random_plan
+from dit_sparse.kernels import BACKENDS
 
 CPU = torch.device("cpu")
 TINY = Shape(2, 16, 300)
@@ -52,6 +53,25 @@ def test_the_check_passes_what_is_right_and_nothing_else() -> None:
     for wrong in (dense, right * 1.001, right * float("nan")):
         with pytest.raises(RuntimeError, match="relative error"):
             timing.check(wrong, q, k, v, plan)
+
+
+@pytest.mark.parametrize("remainder", ["mean", "value", "mass"])
+def test_the_check_knows_remainders(remainder) -> None:
+    q, k, v = inputs(TINY, CPU, torch.float32)[0]
+    plan = random_plan(TINY, 32, 0.5, CPU).with_remainder(remainder)
+    right, without = (
+        BACKENDS["gather"].forward(q, k, v, p, scale=0.25, return_lse=False)[0]
+        for p in (plan, plan.with_remainder("none"))
+    )
+    assert timing.check(right, q, k, v, plan) < 1e-5
+    for wrong in (without, right * 1.001):
+        with pytest.raises(RuntimeError, match="relative error"):
+            timing.check(wrong, q, k, v, plan)
+
+
+def test_remainders_are_rows_of_their_own() -> None:
+    rows = list(sections.kernel_rows("tiny", 32, (0.5,), ("gather",), 2, CPU, ("none", "value")))
+    assert [(row.kernel, row.remainder) for row in rows] == [("cpu", ""), ("gather", "none"), ("gather", "value")]
 
 
 def test_ratios_are_to_the_fastest_dense_kernel() -> None:

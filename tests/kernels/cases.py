@@ -6,9 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dit_sparse.bench.plain import exact_terms, plain_attention
 from dit_sparse.kernels import BACKENDS
-from dit_sparse.kernels.block_layout import BlockLayout
-from dit_sparse.kernels.remainder import remainder_terms
 from dit_sparse.types import AttentionPlan, BlockMask, TokenOrder
 
 EVEN = [0, 16, 32, 48, 64, 80, 96]
@@ -71,8 +70,7 @@ def assert_as_good_as_torch(
     In float64 the oracle rounds as coarsely as what it judges, so there it is 64 units.
     """
     plain = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).nan_to_num(0.0)
-    scores = (q @ k.transpose(-1, -2) * scale).masked_fill(~mask, float("-inf"))
-    _judge(got, oracle(q, k, v, mask, scale), plain, scores)
+    _judge(got, oracle(q, k, v, mask, scale), plain, plain_attention(q, k, v, mask, scale)[1])
 
 
 def assert_plan_as_good_as_torch(
@@ -80,33 +78,13 @@ def assert_plan_as_good_as_torch(
 ) -> None:
     """As `assert_as_good_as_torch`, for a plan with a remainder; the oracle is the reference backend in float64."""
     want = BACKENDS["reference"].forward(q.double(), k.double(), v.double(), plan, scale=scale, return_lse=True)
-    _judge(got, want, *with_remainder_in_dtype(q, k, v, plan, scale))
+    terms = exact_terms(q, k, v, plan, scale)
+    blocks = plan.block_mask.block_of(plan.block_mask.q_offsets)
+    _judge(got, want, *plain_attention(q, k, v, position_mask(plan), scale, terms, blocks))
 
 
-def with_remainder_in_dtype(
-    q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Output and scores `[B, H, N, N + Mk]` of the plan's definition, all in the inputs' dtype, from exact terms."""
-    mask = position_mask(plan)
-    layouts = [BlockLayout(o.offsets, o.geometry, o.num_tokens) for o in (plan.q_order, plan.kv_order)]
-    exact = q.double(), k.double(), v.double()
-    terms = remainder_terms(*exact, *layouts, plan.block_mask.kept_blocks, scale, plan.remainder)
-    block = plan.block_mask.block_of(plan.block_mask.q_offsets).expand(*q.shape[:2], -1)
-    bias = terms.bias.gather(2, block[..., None].expand(-1, -1, -1, terms.bias.shape[-1]))
-    pooled = q @ terms.keys.to(q.dtype).transpose(-1, -2) * scale + bias.to(q.dtype)
-    scores = (q @ k.transpose(-1, -2) * scale).masked_fill(~mask, float("-inf"))
-    scores = torch.cat([scores, pooled], -1)
-    probs = scores.softmax(-1).nan_to_num(0.0)
-    out = probs @ torch.cat([v, terms.values.to(v.dtype)], 2)
-    if terms.slopes is not None:
-        b, h = torch.arange(q.shape[0])[:, None, None], torch.arange(q.shape[1])[None, :, None]
-        slopes = terms.slopes.to(q.dtype)[b, h, block]
-        out = out + probs[..., k.shape[2] :].sum(-1, keepdim=True) * (q[..., None, :] @ slopes)[..., 0, :]
-    return out, scores
-
-
-def _judge(got: tuple[Tensor, Tensor | None], want: tuple[Tensor, Tensor], plain: Tensor, scores: Tensor) -> None:
-    """Compare output and row sums with float64's; `plain` and `scores` are torch's in the inputs' dtype."""
+def _judge(got: tuple[Tensor, Tensor | None], want: tuple[Tensor, Tensor], plain: Tensor, sums: Tensor) -> None:
+    """Compare output and row sums with float64's; `plain` and `sums` are torch's in the inputs' dtype."""
     (out, lse), (want, want_lse), dtype = got, want, plain.dtype
     eps = torch.finfo(dtype).eps * (32 if dtype == torch.float64 else 1)
     assert out.dtype == dtype
@@ -120,7 +98,7 @@ def _judge(got: tuple[Tensor, Tensor | None], want: tuple[Tensor, Tensor], plain
     assert torch.equal(lse.isneginf(), empty)
     assert not out[empty].any()
     error = (lse - want_lse)[~empty].abs()
-    plain_error = (scores.to(lse.dtype).logsumexp(-1) - want_lse)[~empty].abs()
+    plain_error = (sums - want_lse)[~empty].abs()
     if error.numel():
         peak = want_lse[~empty].abs().max()
         units = 64 if dtype == torch.float64 else 2
