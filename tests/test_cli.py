@@ -56,6 +56,7 @@ def _prompts(*prompts: str) -> str:
 def test_generates_reports_and_resumes(model, capsys):
     command = ["generate", _prompts("# two", "a red ball", "a blue square"), "--model", model, *SMALL]
     command += ["--density", "0.3", "--block=8", "--warmup", "0.5", "--num-samples", "2", "--out", "out"]
+    command += ["--remainder", "mean"]
     assert _main(*command) == 0
     output = capsys.readouterr().out
     assert "4 made, of 4, in out" in output
@@ -68,6 +69,7 @@ def test_generates_reports_and_resumes(model, capsys):
     assert all(Path("out", line["file"]).stat().st_size for line in lines)
     assert lines[0]["config"]["warmup"] == 0.5
     assert lines[0]["config"]["block"] == 8
+    assert lines[0]["config"]["remainder"] == "mean"
 
     before = {path: path.stat().st_mtime_ns for path in _tree(Path("out"))}
     assert _main(*command) == 0
@@ -164,6 +166,7 @@ BAD_OPTIONS = [
     (["--windw", "4x4x4"], "no such option: --windw"),
     (["--hieght", "64"], "did you mean --height"),
     (["--warmup", "7"], "warmup"),
+    (["--remainder", "maen"], "--remainder must be one of method, none, mean, value, mass, got 'maen'"),
     (["--block"], "no value"),
     (["--height", "63"], "height"),
     (["--width", "0"], "--width must be at least 1"),

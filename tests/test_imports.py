@@ -16,7 +16,8 @@ MAY_IMPORT = {
     "compact_kernel": set(),
     "compact": {"compact_kernel"},
     "block_mask": {"compact"},
-    "types": {"block_mask"},
+    "token_order": set(),
+    "types": {"block_mask", "token_order"},
     "kernels": {"types", "block_mask"},
     "reorder": {"types", "block_mask", "kernels"},
     "masks": {"types", "block_mask", "kernels", "reorder"},
@@ -56,6 +57,7 @@ LATE = {
     "modulate_kernel.py",
     "norm_rope_kernel.py",
     "permute_kernel.py",
+    "remainder_kernels.py",
     "score_kernels.py",
     "triton_kernels.py",
 }

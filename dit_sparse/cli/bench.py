@@ -23,6 +23,7 @@ def kernels(
         str | None, typer.Option(help="Such as hopper,triton.", show_default="those that run here")
     ] = None,
     sections: Annotated[str, typer.Option(help="What is timed.")] = "kernels,neighborhood,search,movement",
+    remainders: Annotated[str, typer.Option(help="Such as none,mean,value.")] = "none",
     rounds: Annotated[int, typer.Option(min=1, help="Times each kernel is timed.")] = 9,
     out: Annotated[Path | None, typer.Option(help="JSON file for the report.")] = None,
 ) -> None:
@@ -40,6 +41,7 @@ def kernels(
             densities=[float(density) for density in densities.split(",")],
             backends=None if backends is None else backends.split(","),
             sections=sections.split(","),
+            remainders=remainders.split(","),  # type: ignore[arg-type]
             rounds=rounds,
             save=lambda report: None if out is None else write_report(report, out),
         )

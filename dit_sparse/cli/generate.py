@@ -58,7 +58,8 @@ def generate(
     """Make a video of every prompt, or an image with a model that makes images.
 
     The method's own parameters are options too, such as `--window 4x12x16`, and so are those of the schedule:
-    `--warmup 0.2`, `--dense-layers 0,1`, `--refresh 0.5,0.75`. The same command again goes on where it stopped.
+    `--warmup 0.2`, `--dense-layers 0,1`, `--refresh 0.5,0.75`, `--remainder mean`. The same command again goes on where
+    it stopped.
     """
     own = [parameter.name or "" for parameter in context.command.params if parameter.name != "arguments"]
     console = Console(stderr=True)

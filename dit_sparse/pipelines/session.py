@@ -218,7 +218,8 @@ class Session:
         planning = None
         if decision.action == "plan":
             planning = Stopwatch(q.device)
-            plan = self.schedule.method_at(site.step, site.num_steps).plan(q, k, v, site, previous)
+            method = self.schedule.method_at(site.step, site.num_steps)
+            plan = self.schedule.finish(method.plan(q, k, v, site, previous))
             planning.stop()
             at_rest = plan if self.schedule.method.scope == "grid" else _at_rest(plan)  # one plan may lie about
             self.previous[key] = Previous(at_rest, None if previous is None else previous.lse, site.step)

@@ -84,6 +84,19 @@ def test_sparse_equals_dense_attention_under_the_plans_own_mask(pipe, render, me
     assert (got - dense).abs().max() > 1e-3 * want.abs().max(), "sparsity changed nothing"
 
 
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+@pytest.mark.parametrize("at_rest", [False, True])
+def test_every_method_has_a_remainder(pipe, render, method, at_rest, monkeypatch) -> None:
+    """A run with it equals one in which the reference computes every call, and it changes the latents."""
+    if at_rest:
+        monkeypatch.setattr("dit_sparse.pipelines.session._at_rest", lambda plan: plan.pack())
+    without = render(sparsify(pipe, method))
+    got = render(sparsify(pipe, Schedule(method, remainder="value")))
+    want = render(sparsify(pipe, Schedule(method, remainder="value"), backend="reference"))
+    assert (got - want).abs().max() <= 1e-4 * want.abs().max()
+    assert (got - without).abs().max() > 1e-3 * want.abs().max()
+
+
 def test_a_shared_order_is_taken_once_a_forward(pipe, render, monkeypatch) -> None:
     """Tokens stand in tile order through all blocks, no call moves them, and the pictures stay the same."""
     method, calls = Neighborhood(window=(1, 5, 7), tile=(1, 4, 4)), []
