@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from diffusers.models.attention_dispatch import (
@@ -16,6 +18,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from dit_sparse.kernels import dense_attention
+from dit_sparse.pipelines.attend_operator import attend_compiled, register
 from dit_sparse.pipelines.layout import Layout
 from dit_sparse.pipelines.session import Session
 from dit_sparse.types import TokenGrid, TokenOrder
@@ -51,15 +54,35 @@ class SparseProcessor:
         self.session = session
         self.layer = layer
         self.num_layers = num_layers
+        self._number = register(self)
 
-    def dense(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """The model's own attention of `[B, N, H, D]`, as `[B, H, N, D]`; on a GPU by the fastest kernel.
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        vars(twin).update(copy.deepcopy(vars(self), memo))
+        twin._number = register(twin)
+        return twin
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Attention of `[B, H, N, D]` with any strides, as the session decides; `mask` is for the dense calls."""
+        if torch.compiler.is_compiling():
+            return attend_compiled(q, k, v, mask, self._number)
+        return self.attend_eagerly(q, k, v, mask)
+
+    def attend_eagerly(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        dense = functools.partial(self.dense, q, k, v, mask)
+        return self.session.attend(self.layer, self.num_layers, q, k, v, dense)
+
+    def dense(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """The model's own attention of `[B, H, N, D]`; on a GPU by the fastest kernel.
 
         Where somebody has chosen a kernel, for this processor or for all of diffusers, it is that one.
         """
-        if query.is_cuda and uses_default_backend(self):
-            return dense_attention(*(x.transpose(1, 2) for x in (query, key, value)))
-        return dispatch_attention_fn(query, key, value, backend=self._attention_backend).transpose(1, 2)
+        if q.is_cuda and mask is None and uses_default_backend(self):
+            return dense_attention(q, k, v)
+        query, key, value = (x.transpose(1, 2) for x in (q, k, v))
+        options = {"attn_mask": mask, "backend": self._attention_backend}
+        return dispatch_attention_fn(query, key, value, **options).transpose(1, 2)
 
 
 class FamilyAdapter(ABC):

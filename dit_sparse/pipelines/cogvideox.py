@@ -48,14 +48,13 @@ class SparseCogVideoXAttnProcessor(SparseProcessor, CogVideoXAttnProcessor2_0):
         q, k, v = (x.unflatten(2, (attn.heads, -1)).transpose(1, 2) for x in projected)
         q = prepare(q, attn.norm_q, image_rotary_emb, text_len)
         k = prepare(k, attn.norm_k, image_rotary_emb, text_len)
-
-        def dense() -> Tensor:
-            # CogVideoX leaves the user no choice of an attention backend.
-            return dense_attention(q, k, v) if q.is_cuda else F.scaled_dot_product_attention(q, k, v)
-
-        out = self.session.attend(self.layer, self.num_layers, q, k, v, dense)
+        out = self.attend(q, k, v)
         out = attn.to_out[1](attn.to_out[0](out.transpose(1, 2).flatten(2, 3)))
         return out[:, text_len:], out[:, :text_len]
+
+    def dense(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """CogVideoX leaves the user no choice of an attention backend."""
+        return dense_attention(q, k, v) if q.is_cuda else F.scaled_dot_product_attention(q, k, v)
 
     def project(self, attn: Attention, x: Tensor) -> tuple[Tensor, ...]:
         """Query, key and value `[B, N, H * D]` of `x`."""

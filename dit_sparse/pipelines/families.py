@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from diffusers.utils.torch_utils import unwrap_module
 
 from dit_sparse.pipelines.adapter import FamilyAdapter
 from dit_sparse.pipelines.cogvideox import CogVideoXAdapter
@@ -24,9 +25,9 @@ FAMILIES = {adapter.transformer_class: adapter for adapter in _ADAPTERS}
 
 
 def transformers_of(pipe: Any) -> dict[str, torch.nn.Module]:
-    """The transformers of `pipe` by component name."""
+    """The transformers of `pipe` by component name, taken out of `torch.compile`."""
     names = ("transformer", "transformer_2")
-    return {name: module for name in names if (module := getattr(pipe, name, None)) is not None}
+    return {name: unwrap_module(module) for name in names if (module := getattr(pipe, name, None)) is not None}
 
 
 def adapter_for(pipe: Any) -> FamilyAdapter:

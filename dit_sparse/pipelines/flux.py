@@ -1,6 +1,5 @@
 """FLUX.1: where its attention lets the toolkit in."""
 
-import functools
 from typing import Any, ClassVar
 
 import torch
@@ -47,8 +46,7 @@ class SparseFluxAttnProcessor(SparseProcessor, FluxAttnProcessor):
             raise ValueError("FLUX's attention_mask must be None with sparse attention, got one; unsparsify")
         query, key, value = project(attn, hidden_states, encoder_hidden_states, image_rotary_emb)
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-        dense = functools.partial(self.dense, query, key, value)
-        out = self.session.attend(self.layer, self.num_layers, q, k, v, dense)
+        out = self.attend(q, k, v)
         out = out.transpose(1, 2).flatten(2, 3).to(query.dtype)
         if encoder_hidden_states is None:
             return out

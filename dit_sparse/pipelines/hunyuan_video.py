@@ -4,7 +4,6 @@ import math
 from typing import Any, ClassVar
 
 import torch
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_hunyuan_video import (
     HunyuanVideoAttnProcessor2_0,
@@ -55,14 +54,7 @@ class SparseHunyuanVideoAttnProcessor(SparseProcessor, HunyuanVideoAttnProcessor
             raise ValueError(f"attention_mask must be key padding {padding}, got {tuple(attention_mask.shape)}")
         query, key, value = project(attn, hidden_states, encoder_hidden_states, image_rotary_emb)
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-
-        def dense() -> Tensor:
-            if q.is_cuda and self.session.knows_padding and uses_default_backend(self):
-                return self.session.attend_densely(q, k, v)
-            options = {"attn_mask": attention_mask, "backend": self._attention_backend}
-            return dispatch_attention_fn(query, key, value, **options).transpose(1, 2)
-
-        out = self.session.attend(self.layer, self.num_layers, q, k, v, dense)
+        out = self.attend(q, k, v, attention_mask)
         out = out.transpose(1, 2).flatten(2, 3).to(query.dtype)
         if encoder_hidden_states is None:
             return out, None
@@ -72,6 +64,12 @@ class SparseHunyuanVideoAttnProcessor(SparseProcessor, HunyuanVideoAttnProcessor
         if getattr(attn, "to_add_out", None) is not None:
             text = attn.to_add_out(text)
         return video, text
+
+    def dense(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Where the padding is known it is left out instead of masked."""
+        if q.is_cuda and self.session.knows_padding and uses_default_backend(self):
+            return self.session.attend_densely(q, k, v)
+        return super().dense(q, k, v, mask)
 
 
 def project(

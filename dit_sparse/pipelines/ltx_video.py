@@ -1,6 +1,5 @@
 """LTX-Video: where its attention lets the toolkit in."""
 
-import functools
 from typing import Any, ClassVar
 
 import torch
@@ -48,8 +47,7 @@ class SparseLTXVideoAttnProcessor(SparseProcessor, LTXVideoAttnProcessor):
             query, key = apply_rotary_emb(query, image_rotary_emb), apply_rotary_emb(key, image_rotary_emb)
         query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in (query, key, attn.to_v(hidden_states)))
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-        dense = functools.partial(self.dense, query, key, value)
-        out = self.session.attend(self.layer, self.num_layers, q, k, v, dense)
+        out = self.attend(q, k, v)
         return attn.to_out[1](attn.to_out[0](out.transpose(1, 2).flatten(2, 3).to(query.dtype)))
 
 

@@ -29,7 +29,6 @@ class _WatchingSession(Session):
         super().__init__(Schedule(Dense()))
         self._observer = observer
 
-    @torch.compiler.disable
     def attend(self, layer: int, num_layers: int, q: Tensor, k: Tensor, v: Tensor, dense: DenseAttention) -> Tensor:
         if self._forward is None or not self.steps.inside_run:
             return dense()

@@ -160,7 +160,6 @@ class Session:
         self._unnamed_forwards = (self.steps.step, count)
         return f"forward {count}"
 
-    @torch.compiler.disable
     def attend(self, layer: int, num_layers: int, q: Tensor, k: Tensor, v: Tensor, dense: DenseAttention) -> Tensor:
         """One self-attention call.
 

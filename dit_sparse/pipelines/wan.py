@@ -1,6 +1,5 @@
 """Wan 2.1 and 2.2: where its attention lets the toolkit in."""
 
-import functools
 import math
 from typing import Any, ClassVar
 
@@ -48,8 +47,7 @@ class SparseWanAttnProcessor(SparseProcessor, WanAttnProcessor):
             raise ValueError("Wan's self-attention has no mask to combine with sparse blocks, got an attention_mask")
         query, key, value = project(attn, hidden_states, rotary_emb)
         q, k, v = (t.transpose(1, 2) for t in (query, key, value))
-        dense = functools.partial(self.dense, query, key, value)
-        out = self.session.attend(self.layer, self.num_layers, q, k, v, dense)
+        out = self.attend(q, k, v)
         out = out.transpose(1, 2).flatten(2, 3).type_as(query)
         return attn.to_out[1](attn.to_out[0](out))
 

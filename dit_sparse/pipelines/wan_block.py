@@ -13,12 +13,13 @@ from dit_sparse.kernels import add_gated, layer_norm
 from dit_sparse.pipelines.norm_rotate import is_watched
 
 _OFF = "_dit_sparse_unfused"
+_upstream_forward = WanTransformerBlock.forward  # Dynamo does not trace it through the class
 
 
 def fuse_block(block: WanTransformerBlock) -> None:
     """Give `block` the fused forward, unless something else, such as a cache, stands around its own already."""
     block.__dict__.pop(_OFF, None)
-    if "forward" not in block.__dict__:
+    if "forward" not in block.__dict__ and type(block) is WanTransformerBlock:
         block.forward = MethodType(fused_forward, block)
 
 
@@ -39,7 +40,7 @@ def fused_forward(
 ) -> torch.Tensor:
     """The forward of `WanTransformerBlock`, on tokens `[B, N, C]`; arguments and result as there."""
     if not _applies(block, hidden_states, temb):
-        return type(block).forward(block, hidden_states, encoder_hidden_states, temb, rotary_emb)
+        return _upstream_forward(block, hidden_states, encoder_hidden_states, temb, rotary_emb)
     shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (block.scale_shift_table + temb.float()).chunk(6, dim=1)
     x = _normed(block.norm1, hidden_states, scale, shift)
     hidden_states = add_gated(hidden_states, block.attn1(x, None, None, rotary_emb), gate)
@@ -55,12 +56,7 @@ def _normed(norm: FP32LayerNorm, x: torch.Tensor, *modulation: torch.Tensor) -> 
 
 def _applies(block: WanTransformerBlock, hidden_states: torch.Tensor, temb: torch.Tensor) -> bool:
     """Whether the fused forward computes what upstream's does, and faster: eager, on a GPU, one timestep a sample."""
+    if torch.compiler.is_compiling() or not hidden_states.is_cuda or temb.ndim != 3:
+        return False
     norms = [block.norm1, block.norm3] + ([] if type(block.norm2) is torch.nn.Identity else [block.norm2])
-    return (
-        hidden_states.is_cuda
-        and temb.ndim == 3
-        and not torch.compiler.is_compiling()
-        and _OFF not in block.__dict__
-        and type(block) is WanTransformerBlock
-        and all(type(norm) is FP32LayerNorm and not is_watched(norm) for norm in norms)
-    )
+    return _OFF not in block.__dict__ and all(type(norm) is FP32LayerNorm and not is_watched(norm) for norm in norms)
