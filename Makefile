@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= videos
 
-.PHONY: demo test lint types check lock clean
+.PHONY: demo test lint types check check-diffusers lock clean
 
 demo: $(VENV)/.ready
 	$(BIN)/dit-sparse generate examples/prompts.txt --out $(OUT)
@@ -20,6 +20,10 @@ types: $(VENV)/.ready
 	$(BIN)/mypy
 
 check: lint types test
+
+# The guard tests on the oldest and the newest diffusers that pyproject admits, in throw-away environments.
+check-diffusers: $(VENV)/.ready
+	$(BIN)/python scripts/check_diffusers.py
 
 # The marker is made last, so an interrupted set-up starts again.
 $(VENV)/.ready: requirements.lock pyproject.toml

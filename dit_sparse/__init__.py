@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         statistics,
         unsparsify,
     )
+    from dit_sparse.presets import preset
     from dit_sparse.schedule import Schedule
     from dit_sparse.types import AttentionPlan, BlockMask, Site, TokenGrid, TokenOrder
 
@@ -45,6 +46,7 @@ _HOMES = {
         "statistics",
         "unsparsify",
     ),
+    "presets": ("preset",),
     "schedule": ("Schedule",),
     "types": ("AttentionPlan", "BlockMask", "Site", "TokenGrid", "TokenOrder"),
 }
@@ -70,6 +72,7 @@ __all__ = [
     "TokenOrder",
     "__version__",
     "load_pipeline",
+    "preset",
     "save_plan",
     "sparse_attention",
     "sparsify",

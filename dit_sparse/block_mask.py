@@ -89,9 +89,11 @@ class BlockMask:
         full = kept if partial is None else kept & ~partial
         counts, indices = compact(full)
         partial_counts, partial_indices = (None, None) if partial is None else compact(kept & partial)
-        return cls(
+        mask = cls(
             counts, indices, q_offsets, k_offsets, partial_counts, partial_indices, predicate, kept_pairs=kept_pairs
         )
+        mask.__dict__["full_blocks"] = full  # known already; making it of the lists takes a scatter
+        return mask
 
     @classmethod
     def full(cls, q_offsets: Tensor, k_offsets: Tensor) -> BlockMask:

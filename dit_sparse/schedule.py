@@ -7,9 +7,11 @@ from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, Literal
 
+import torch
+
 from dit_sparse.methods import find_method, nearest, read_parameter
 from dit_sparse.methods.parameters import check_share, takes_density, with_density
-from dit_sparse.types import Method, Previous, Site, TokenGrid
+from dit_sparse.types import REMAINDERS, AttentionPlan, Method, Previous, Site, TokenGrid, TokenOrder
 
 Action = Literal["dense", "reuse", "plan"]
 
@@ -41,9 +43,12 @@ class Schedule:
             is a share of the run, a whole number from 1 on is a step; `None` takes the method's own.
         ramp: densities that replace the method's own: the sparse steps are cut into as many equal parts, and each
             part has its density. Where a part begins, a plan is made anew. (0.5, 0.4, 0.3, 0.2) goes from 0.5 to 0.2.
+        remainder: what stands in for the blocks that the method does not keep, as in `AttentionPlan`; "method" leaves
+            it to the method, of which most say "none".
 
     Raises:
-        ValueError: a share outside its range, or a ramp for a method that has no density to change.
+        ValueError: a share outside its range, an unknown remainder, or a ramp for a method that has no density to
+            change.
     """
 
     method: Method
@@ -56,10 +61,16 @@ class Schedule:
     ramp: tuple[float, ...] | None = field(
         default=None, metadata={"help": "densities of equal parts of the sparse steps, such as 0.5,0.35,0.2"}
     )
+    remainder: Literal["method", "none", "mean", "value", "mass"] = field(
+        default="method",
+        metadata={"help": "what stands in for blocks not kept: none, mean, value or mass; method: as the method says"},
+    )
 
     def __post_init__(self) -> None:
         if not _is_share(self.warmup):
             raise ValueError(f"warmup must be from 0 to 1, got {self.warmup!r}")
+        if self.remainder not in ("method", *REMAINDERS):
+            raise ValueError(f"remainder must be one of method, {', '.join(REMAINDERS)}, got {self.remainder!r}")
         for at in self.refresh or ():
             if not (_is_number(at) and (0 <= at < 1 or (at >= 1 and at == int(at)))):
                 raise ValueError(f"refresh must be shares below 1, or whole steps from 1 on, got {at!r}")
@@ -117,6 +128,18 @@ class Schedule:
     def method_at(self, step: int, num_steps: int) -> Method:
         """The method with the density of `step`; always the same object in the same part of the ramp."""
         return self._methods[self._part(step, num_steps)]
+
+    def shared_order(self, grid: TokenGrid, device: torch.device) -> TokenOrder | None:
+        """The order that all steps share; `None` without one, and where parts of the ramp have orders of their own.
+
+        It never changes within a run, because caches add what they kept from one step to the tokens of another.
+        """
+        orders = [method.shared_order(grid, device) for method in self._methods]
+        return orders[0] if all(order is orders[0] for order in orders) else None
+
+    def finish(self, plan: AttentionPlan) -> AttentionPlan:
+        """What a method planned, with the remainder that this schedule asks for."""
+        return plan if self.remainder == "method" else plan.with_remainder(self.remainder)
 
     def key(self, site: Site) -> tuple[Any, ...]:
         """What shares a plan with this site: branches, layers and models never mix unless the method is static."""

@@ -8,20 +8,23 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from dit_sparse.block_mask import BlockMask, PackedBlockMask, TokenPredicate
+from dit_sparse.token_order import BlockGeometry, TokenOrder
 
 __all__ = [
+    "REMAINDERS",
     "AttentionPlan",
     "BlockGeometry",
     "BlockMask",
     "Method",
     "PackedPlan",
     "Previous",
+    "Remainder",
     "Scope",
     "Site",
     "TokenGrid",
@@ -109,140 +112,47 @@ class Site:
     in_order: bool = False
 
 
-class BlockGeometry(NamedTuple):
-    """What a kernel's launcher needs to know of an order's blocks on the host.
-
-    Args:
-        largest: tokens in the largest block.
-        run_start, run_end: the longest run of blocks that have this size in every batch and head.
-    """
-
-    largest: int
-    run_start: int
-    run_end: int
-
-    @classmethod
-    def of(cls, offsets: Tensor) -> BlockGeometry:
-        """Geometry of the blocks that `offsets` `[B|1, H|1, M+1]` bound; reads them back from the device."""
-        sizes = offsets.diff(dim=-1).flatten(0, 1).cpu()
-        largest = int(sizes.max())
-        even = (sizes == largest).all(0).tolist()
-        best = start = end = 0
-        for i, is_even in enumerate(even):
-            start = start if is_even else i + 1
-            if i + 1 - start > best:
-                best, end = i + 1 - start, i + 1
-        return cls(largest, end - best, end)
-
-
-@dataclass(frozen=True, eq=False)
-class TokenOrder:
-    """A permutation of the sequence cut into blocks, shared or per batch and head; blocks may be uneven.
-
-    Args:
-        index: `[B|1, H|1, N]` int64; position `i` of the order holds token `index[..., i]`.
-        inverse: `[B|1, H|1, N]` int64; token `t` stands at position `inverse[..., t]`.
-        offsets: `[B|1, H|1, M+1]` int32; block `m` covers positions `offsets[m]` to `offsets[m+1]`.
-        is_identity: the order is known to leave every token where it is, so nothing need be moved.
-
-    Raises:
-        ValueError: shapes or dtypes that do not fit each other.
-    """
-
-    index: Tensor
-    inverse: Tensor
-    offsets: Tensor
-    is_identity: bool = False
-
-    def __post_init__(self) -> None:
-        if self.index.ndim != 3 or self.index.dtype != torch.int64:
-            raise ValueError(f"index must be int64 [B|1, H|1, N], got {self.index.dtype} {tuple(self.index.shape)}")
-        if self.inverse.shape != self.index.shape:
-            raise ValueError(
-                f"inverse must have index's shape {tuple(self.index.shape)}, got {tuple(self.inverse.shape)}"
-            )
-        if self.offsets.ndim != 3 or self.offsets.dtype != torch.int32:
-            raise ValueError(
-                f"offsets must be int32 [B|1, H|1, M+1], got {self.offsets.dtype} {tuple(self.offsets.shape)}"
-            )
-
-    @classmethod
-    def from_index(cls, index: Tensor, offsets: Tensor, *, is_identity: bool = False) -> TokenOrder:
-        """Order from `index` (`[N]` or `[B|1, H|1, N]`) and block `offsets` (`[M+1]` or `[B|1, H|1, M+1]`)."""
-        index = index.to(torch.int64).reshape(index.shape if index.ndim == 3 else (1, 1, -1))
-        offsets = offsets.to(torch.int32).reshape(offsets.shape if offsets.ndim == 3 else (1, 1, -1))
-        positions = torch.arange(index.shape[-1], device=index.device).expand_as(index)
-        inverse = torch.empty_like(index).scatter_(-1, index, positions)
-        return cls(index, inverse, offsets, is_identity)
-
-    @property
-    def num_tokens(self) -> int:
-        return self.index.shape[-1]
-
-    @property
-    def num_blocks(self) -> int:
-        return self.offsets.shape[-1] - 1
-
-    @property
-    def block_sizes(self) -> Tensor:
-        """`[B|1, H|1, M]` int32 tokens a block."""
-        return self.offsets.diff(dim=-1)
-
-    @cached_property
-    def geometry(self) -> BlockGeometry:
-        """The blocks' sizes in short; read back from the device once an order.
-
-        Raises:
-            ValueError: `offsets` that do not rise from 0 to the number of tokens; kernels would read beyond them.
-        """
-        bounds = self.offsets.flatten(0, 1).cpu()
-        if (bounds[:, 0] != 0).any() or (bounds[:, -1] != self.num_tokens).any() or (bounds.diff(dim=-1) < 0).any():
-            raise ValueError(
-                f"offsets must rise from 0 to the {self.num_tokens} tokens, got {bounds[0].tolist()[:8]}"
-                f"{'...' if bounds.shape[1] > 8 else ''}, the last of them {int(bounds[0, -1])}"
-            )
-        return BlockGeometry.of(bounds[None])
-
-    def permute(self, x: Tensor) -> Tensor:
-        """`x` `[B, H, N, ...]` with its tokens moved into this order."""
-        return x if self.is_identity else _gather_tokens(x, self.index)
-
-    def restore(self, x: Tensor) -> Tensor:
-        """`x` `[B, H, N, ...]` in this order moved back to the sequence's own; exact inverse of `permute`."""
-        return x if self.is_identity else _gather_tokens(x, self.inverse)
-
-    def to(self, device: torch.device | str) -> TokenOrder:
-        """The same order on another device."""
-        moved = TokenOrder(self.index.to(device), self.inverse.to(device), self.offsets.to(device), self.is_identity)
-        moved.__dict__["geometry"] = self.geometry  # known already, and reading it back there would wait
-        return moved
-
-
-def _gather_tokens(x: Tensor, index: Tensor) -> Tensor:
-    if index.shape[:2] == (1, 1):
-        return x.index_select(2, index[0, 0])
-    index = index.reshape(index.shape + (1,) * (x.ndim - 3)).expand(*x.shape[:2], -1, *x.shape[3:])
-    return x.gather(2, index)
+Remainder = Literal["none", "mean", "value", "mass"]
+REMAINDERS: tuple[Remainder, ...] = get_args(Remainder)
 
 
 @dataclass(frozen=True, eq=False)
 class AttentionPlan:
-    """All that a kernel sees of a method: two token orders and the blocks kept between them.
+    """All that a kernel sees of a method: two token orders, the blocks kept between them, what the others leave.
+
+    The remainder stands in for the key blocks that a query block does not keep. A block kept in part counts as kept:
+    the keys that its predicate drops leave nothing. Let `B_j, k_j, v_j, var_j` be block j's size, mean key, mean value
+    and variance of the keys in each channel, and `q_I, q2_I` the mean query and mean squared query of query block I.
+    `m_Ij = scale^2 / 2 * sum over the channels of q2_I * var_j` is half the variance of the scores that the keys of j
+    get, were the channels independent. U(I) are the blocks not kept, not empty, and with `m_Ij` at most 2: above that a
+    few keys may hold a block's mass, of which its mean says little, and it leaves nothing.
+
+    - "none": dropped.
+    - "mean": every j in U(I) is one more key `k_j` with value `v_j` and weight `a_ij = B_j exp(scale q_i . k_j)`.
+    - "value": as "mean", and the numerator gets `(sum over U(I) of a_ij) * scale * q_i C_I` too, the first order of the
+      exponential. `C_I = sum over U(I) of w_Ij H_j`, where `H_j` is the mean over block j of `(k - k_j)^T v`, a matrix
+      of channels x channels, and `w_I` the share of each `a_ij` for the query `q_I`.
+    - "mass": as "value", with `a_ij` larger by `exp(min(m_Ij, ln B_j))`, the second order.
+
+    A query of which every block is kept has no remainder; one that keeps nothing has the remainder alone. Row sums
+    count the weights `a_ij`. With one-token blocks all but "none" equal dense attention.
 
     Args:
         q_order, kv_order: orders of the query and of the key/value tokens.
         block_mask: which key blocks each query block keeps; its offsets are those of the orders.
+        remainder: "none", "mean", "value" or "mass".
 
     Attributes:
         derived: what kernels have made of this plan, to be made once; it goes when the plan goes.
 
     Raises:
-        ValueError: the mask's block counts are not the orders'.
+        ValueError: the mask's block counts are not the orders', or an unknown remainder.
     """
 
     q_order: TokenOrder
     kv_order: TokenOrder
     block_mask: BlockMask
+    remainder: Remainder = "none"
     derived: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -250,13 +160,22 @@ class AttentionPlan:
         want = (self.q_order.num_blocks, self.kv_order.num_blocks)
         if got != want:
             raise ValueError(f"block_mask must have the orders' {want[0]} x {want[1]} blocks, got {got[0]} x {got[1]}")
+        if self.remainder not in REMAINDERS:
+            raise ValueError(f"remainder must be one of {', '.join(REMAINDERS)}, got {self.remainder!r}")
         for order in (self.q_order, self.kv_order):
             order.geometry  # noqa: B018  # read once here, so that no later call waits for the device
 
     @classmethod
-    def from_kept(cls, order: TokenOrder, kept: Tensor, **mask_options: Any) -> AttentionPlan:
+    def from_kept(
+        cls, order: TokenOrder, kept: Tensor, *, remainder: Remainder = "none", **mask_options: Any
+    ) -> AttentionPlan:
         """Plan with one `order` for queries and keys, keeping the blocks `kept` `[B|1, H|1, Mq, Mk]` (bool)."""
-        return cls(order, order, BlockMask.from_bool(kept, order.offsets, order.offsets, **mask_options))
+        mask = BlockMask.from_bool(kept, order.offsets, order.offsets, **mask_options)
+        return cls(order, order, mask, remainder)
+
+    def with_remainder(self, remainder: Remainder) -> AttentionPlan:
+        """This plan with another remainder."""
+        return self if remainder == self.remainder else replace(self, remainder=remainder)
 
     @cached_property
     def density(self) -> Tensor:
@@ -266,7 +185,8 @@ class AttentionPlan:
     def pack(self) -> PackedPlan:
         """This plan at rest; how many pairs it keeps is counted first, so that nobody need do it again."""
         pairs = self.block_mask.count_pairs(self.q_order.index, self.kv_order.index)
-        return PackedPlan(self.q_order, self.kv_order, replace(self.block_mask, kept_pairs=pairs).pack())
+        mask = replace(self.block_mask, kept_pairs=pairs).pack()
+        return PackedPlan(self.q_order, self.kv_order, mask, self.remainder)
 
     def unpack(self) -> AttentionPlan:
         """This plan, which is not at rest."""
@@ -286,7 +206,7 @@ class AttentionPlan:
         """The same plan on another device."""
         q_order = self.q_order.to(device)
         kv_order = q_order if self.kv_order is self.q_order else self.kv_order.to(device)
-        return AttentionPlan(q_order, kv_order, self.block_mask.to(device))
+        return AttentionPlan(q_order, kv_order, self.block_mask.to(device), self.remainder)
 
 
 @dataclass(frozen=True, eq=False)
@@ -299,10 +219,11 @@ class PackedPlan:
     q_order: TokenOrder
     kv_order: TokenOrder
     block_mask: PackedBlockMask
+    remainder: Remainder = "none"
 
     def unpack(self) -> AttentionPlan:
         """The plan itself, equal to the one that was packed."""
-        return AttentionPlan(self.q_order, self.kv_order, self.block_mask.unpack())
+        return AttentionPlan(self.q_order, self.kv_order, self.block_mask.unpack(), self.remainder)
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,6 +3,7 @@
     python scripts/bench_cpu.py                  # the table, about three minutes on two cores
     python scripts/bench_cpu.py --quick          # the demo model's shape only
     python scripts/bench_cpu.py --flex --out cpu.json
+    python scripts/bench_cpu.py --quick --remainder mean value mass  # what they cost over none, in the same turns
 
 Masks are random a head and keep equally many blocks a row. Each result is compared with the reference backend before it
 is timed. Dense and sparse calls take turns, and the medians are reported, so that a busy machine slows both alike.
@@ -27,9 +28,9 @@ from rich.table import Table
 from torch import Tensor
 
 from dit_sparse.bench.report import commit
-from dit_sparse.kernels import block_mass, dense_attention, get_backend
+from dit_sparse.kernels import block_mass, dense_attention, get_backend, refusal
 from dit_sparse.kernels.reference import mask_rows
-from dit_sparse.types import AttentionPlan, TokenOrder
+from dit_sparse.types import REMAINDERS, AttentionPlan, Remainder, TokenOrder
 
 DENSITIES = (1.0, 0.5, 0.25, 0.125)
 
@@ -62,6 +63,7 @@ class Row:
 
     case: Case
     kernel: str
+    remainder: str
     density: float
     time_ms: float
     dense_ms: float
@@ -98,20 +100,24 @@ def check(name: str, plan: AttentionPlan, inputs: tuple[Tensor, Tensor, Tensor],
     """Compare backend `name` with the reference in float64; also its warm-up.
 
     Raises:
-        RuntimeError: its error is more than twice that of torch's masked SDPA, plus two units in the last place.
+        RuntimeError: its error is more than twice that of torch's masked SDPA, which has no remainder, plus
+            two units in the last place.
     """
     q, k, v = inputs
     out = get_backend(name).forward(*inputs, plan, scale=scale, return_lse=False)[0]
-    want = get_backend("reference").forward(q.double(), k.double(), v.double(), plan, scale=scale, return_lse=False)[0]
+    want, of_kept = (
+        get_backend("reference").forward(q.double(), k.double(), v.double(), p, scale=scale, return_lse=False)[0]
+        for p in (plan, plan.with_remainder("none"))
+    )
     mask = mask_rows(plan, q.shape[0], q.shape[1], 0, q.shape[2])
     plain = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     error = (out - want).abs().max()
     # Not `error > ...`, which is false for NaN.
-    if not error <= 2 * (plain - want).abs().max() + 2 * torch.finfo(q.dtype).eps * want.abs().max():
-        raise RuntimeError(f"{name} differs from the reference by {float(error):.2e}")
+    if not error <= 2 * (plain - of_kept).abs().max() + 2 * torch.finfo(q.dtype).eps * want.abs().max():
+        raise RuntimeError(f"{name} with remainder {plan.remainder!r} differs from the reference by {float(error):.2e}")
 
 
-def measure(case: Case, backends: list[str], rounds: int) -> list[Row]:
+def measure(case: Case, backends: list[str], remainders: list[Remainder], rounds: int) -> list[Row]:
     """All rows of one case, every kernel and density in turn with dense SDPA."""
     torch.manual_seed(0)
     dtype = getattr(torch, case.dtype)
@@ -123,22 +129,26 @@ def measure(case: Case, backends: list[str], rounds: int) -> list[Row]:
         "dense": lambda: dense_attention(q, k, v),
         "block_mass": lambda: block_mass(q, k, lse, offsets, offsets, scale=scale),
     }
-    densities = {}
+    plans: dict[str, AttentionPlan] = {}
     for density in DENSITIES:
-        plan = random_plan(case, density)
+        drawn = random_plan(case, density)
         for name in backends:
-            check(name, plan, (q, k, v), scale)
-            label = f"{name} {density}"
-            densities[label] = float(plan.density.mean())
-            forward = get_backend(name).forward
-            calls[label] = partial(forward, q, k, v, plan, scale=scale, return_lse=False)
+            for plan in [drawn, *(drawn.with_remainder(remainder) for remainder in remainders)]:
+                if refusal(get_backend(name), q, k, v, plan) is not None:
+                    continue
+                check(name, plan, (q, k, v), scale)
+                label = f"{name} {density} {plan.remainder}"
+                plans[label] = plan
+                calls[label] = partial(get_backend(name).forward, q, k, v, plan, scale=scale, return_lse=False)
     medians = interleaved_medians(calls, rounds)
     dense = medians.pop("dense")
     rows = []
     for label, seconds in medians.items():
-        ideal = seconds / dense / densities[label] if label in densities else None
-        name, density = label.split()[0], densities.get(label, 1.0)
-        rows.append(Row(case, name, density, seconds * 1e3, dense * 1e3, seconds / dense, ideal))
+        plan = plans.get(label)
+        density = 1.0 if plan is None else float(plan.density.mean())
+        ideal = None if plan is None else seconds / dense / density
+        remainder = "" if plan is None else plan.remainder
+        rows.append(Row(case, label.split()[0], remainder, density, seconds * 1e3, dense * 1e3, seconds / dense, ideal))
     return rows
 
 
@@ -151,6 +161,7 @@ def table(rows: list[Row]) -> Table:
         "dtype",
         "block",
         "kernel",
+        "remainder",
         "density",
         "ms",
         "dense ms",
@@ -161,7 +172,7 @@ def table(rows: list[Row]) -> Table:
     for row in rows:
         ideal = "" if row.ideal_ratio is None else f"{row.ideal_ratio:.2f}"
         numbers = (f"{row.density:.3f}", f"{row.time_ms:.1f}", f"{row.dense_ms:.1f}", f"{row.dense_ratio:.3f}", ideal)
-        out.add_row(*(str(value) for value in asdict(row.case).values()), row.kernel, *numbers)
+        out.add_row(*(str(value) for value in asdict(row.case).values()), row.kernel, row.remainder, *numbers)
     return out
 
 
@@ -189,12 +200,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the demo model's shape only")
     parser.add_argument("--flex", action="store_true", help="time compiled FlexAttention too; compiles once a shape")
+    parser.add_argument("--remainder", nargs="+", choices=REMAINDERS[1:], default=[], help="time these remainders too")
     parser.add_argument("--rounds", type=int, default=9, help="timed calls of each kernel")
     parser.add_argument("--out", type=Path, help="write the rows and the environment to this JSON file")
     options = parser.parse_args()
     torch.set_grad_enabled(False)
     backends = ["gather", "flex"] if options.flex else ["gather"]
-    rows = [row for case in (CASES[:1] if options.quick else CASES) for row in measure(case, backends, options.rounds)]
+    cases = CASES[:1] if options.quick else CASES
+    rows = [row for case in cases for row in measure(case, backends, options.remainder, options.rounds)]
     Console(width=120).print(table(rows))
     if options.out is not None:
         report = {"environment": environment(), "rounds": options.rounds, "rows": [asdict(row) for row in rows]}

@@ -132,7 +132,7 @@ MODELS = {
         {"num_attention_heads": 48, "use_rotary_positional_embeddings": True},
         {"num_layers": 42},
         _cogvideox,
-        Neighborhood(window=(5, 30, 27), stride=(1, 10, 9), tile=(1, 10, 9)),
+        Neighborhood(window=(13, 15, 21), stride=(13, 3, 3), tile=(13, 3, 3)),
     ),
     "hunyuan": Model(
         HunyuanVideoTransformer3DModel,

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dit_sparse import cli
+from dit_sparse import cli, preset
 from tests.pipelines.tiny import make_tiny_wan
+from tests.pipelines.tiny_families import tiny_flux
 
 SMALL = ["--height", "64", "--width", "64", "--frames", "9", "--steps", "2", "--device", "cpu"]
 
@@ -55,6 +56,7 @@ def _prompts(*prompts: str) -> str:
 def test_generates_reports_and_resumes(model, capsys):
     command = ["generate", _prompts("# two", "a red ball", "a blue square"), "--model", model, *SMALL]
     command += ["--density", "0.3", "--block=8", "--warmup", "0.5", "--num-samples", "2", "--out", "out"]
+    command += ["--remainder", "mean"]
     assert _main(*command) == 0
     output = capsys.readouterr().out
     assert "4 made, of 4, in out" in output
@@ -67,6 +69,7 @@ def test_generates_reports_and_resumes(model, capsys):
     assert all(Path("out", line["file"]).stat().st_size for line in lines)
     assert lines[0]["config"]["warmup"] == 0.5
     assert lines[0]["config"]["block"] == 8
+    assert lines[0]["config"]["remainder"] == "mean"
 
     before = {path: path.stat().st_mtime_ns for path in _tree(Path("out"))}
     assert _main(*command) == 0
@@ -85,6 +88,48 @@ def test_compare_dense_with_a_config_file_and_standard_input(model, capsys, monk
     (line,) = [json.loads(line) for line in Path("videos/manifest.jsonl").read_text().splitlines()]
     assert line["config"]["density"] == 0.2
     assert line.keys() >= {"dense_seconds", "speedup", "psnr", "ssim"}
+
+
+def test_an_image_model_writes_png(tmp_path, capsys):
+    tiny_flux().save_pretrained("flux")
+    command = ["generate", _prompts("a red ball", "a blue square"), "--model", "flux", "--device", "cpu"]
+    command += ["--height", "32", "--width", "48", "--steps", "2", "--block", "16", "--out", "out"]
+    assert _main(*command) == 0
+    assert "2 made, of 2, in out" in capsys.readouterr().out
+    names = ["0001-a-red-ball-seed0.png", "0002-a-blue-square-seed0.png"]
+    assert sorted(path.name for path in Path("out").glob("*.png")) == names
+    assert _main(*command) == 0
+    assert "2 of 2 already done" in capsys.readouterr().out
+    for option, message in (("--frames", "--frames must be 1"), ("--height", "height must be a multiple of 2")):
+        _assert_refused(tmp_path, capsys, [*command, option, "33"], message)
+    _assert_refused(tmp_path, capsys, [*command, "--format", "gif"], "--format must be png")
+
+
+def test_a_checkpoint_takes_its_preset(capsys):
+    """Recognised by the folder's name; here a tiny model bears it."""
+    tiny_flux().save_pretrained("FLUX.1-schnell")
+    command = ["generate", "--prompt", "a red ball", "--model", "FLUX.1-schnell", "--height", "32", "--width", "48"]
+
+    def made(*options: str) -> tuple[str, dict]:
+        assert _main(*command, "--device", "cpu", *options) == 0
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("preset")]
+        return line, json.loads(Path("videos/manifest.jsonl").read_text().splitlines()[-1])
+
+    said, line = made()
+    assert said.startswith(
+        "preset flux.1-schnell: neighborhood, density 0.5, warm-up 0.25, dense layers none; its size"
+    )
+    assert line["config"] == preset("flux.1-schnell").to_config()
+    assert (line["steps"], line["guidance"], line["format"]) == (4, 0.0, "png")
+    assert line["dense_calls"] == {"warm-up": 2}
+    said, line = made("--density", "0.25", "--steps", "2")
+    assert (line["config"]["method"], line["config"]["density"], line["steps"]) == ("neighborhood", 0.25, 2)
+    assert line["config"]["warmup"] == 0.25
+    said, line = made("--method", "adaspa", "--block", "16")
+    assert said.startswith("preset flux.1-schnell: size, steps and guidance where no option says otherwise")
+    assert (line["config"]["method"], line["config"]["warmup"], line["steps"]) == ("adaspa", 0.2, 4)
+    Path("config.json").write_text('{"method": "dense"}')
+    assert made("--config", "config.json")[1]["config"]["method"] == "dense"
 
 
 def test_a_failing_prompt_gives_exit_code_1(model, capsys, monkeypatch):
@@ -121,6 +166,7 @@ BAD_OPTIONS = [
     (["--windw", "4x4x4"], "no such option: --windw"),
     (["--hieght", "64"], "did you mean --height"),
     (["--warmup", "7"], "warmup"),
+    (["--remainder", "maen"], "--remainder must be one of method, none, mean, value, mass, got 'maen'"),
     (["--block"], "no value"),
     (["--height", "63"], "height"),
     (["--width", "0"], "--width must be at least 1"),

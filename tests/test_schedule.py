@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dit_sparse.methods import METHODS, AdaSpa, Dense, Neighborhood, Paro
 from dit_sparse.schedule import Schedule
-from dit_sparse.types import AttentionPlan, Previous, Site, TokenGrid, TokenOrder
+from dit_sparse.types import REMAINDERS, AttentionPlan, Previous, Site, TokenGrid, TokenOrder
 
 GRID = TokenGrid(2, 4, 4)
 
@@ -179,3 +179,27 @@ def test_a_ramp_needs_a_density_to_change(method) -> None:
 
 def test_refresh_takes_steps_and_shares() -> None:
     assert Schedule(AdaSpa(), refresh=(10, 0.5)).refresh_steps(50) == {10, 25}
+
+
+@pytest.mark.parametrize("remainder", REMAINDERS)
+def test_a_remainder_is_set_for_any_method(remainder) -> None:
+    """Also for one that nobody here has heard of: a schedule changes the plan, not the method."""
+    planned = some_plan()
+    assert Schedule(AdaSpa()).finish(planned) is planned
+    assert Schedule(AdaSpa()).finish(planned.with_remainder("value")).remainder == "value"
+    schedule = Schedule(AdaSpa(), remainder=remainder)
+    assert schedule.finish(planned.with_remainder("mass")).remainder == remainder
+    assert Schedule.from_config(json.loads(json.dumps(schedule.to_config()))) == schedule
+
+
+def test_configs_from_before_remainders_still_load() -> None:
+    config = Schedule(AdaSpa()).to_config()
+    assert config.pop("remainder") == "method"
+    assert Schedule.from_config(config) == Schedule(AdaSpa())
+
+
+def test_an_unknown_remainder_is_refused() -> None:
+    with pytest.raises(ValueError, match="remainder must be one of method, none, mean, value, mass, got 'means'"):
+        Schedule(AdaSpa(), remainder="means")
+    with pytest.raises(ValueError, match="remainder must be one of method, none, mean, value, mass, got 3"):
+        Schedule.from_config({"method": "adaspa", "remainder": 3})

@@ -1,5 +1,6 @@
 """The carrying types: grids, orders and plans."""
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -152,6 +153,21 @@ class TestAttentionPlan:
         other = orders(1, 1, 8, blocks=3)
         with pytest.raises(ValueError, match="block_mask must have the orders' 3 x 3 blocks, got 4 x 4"):
             AttentionPlan(other, other, BlockMask.full(order.offsets, order.offsets))
+
+    def test_a_remainder_goes_wherever_the_plan_goes(self):
+        order = orders(1, 1, 8, blocks=4)
+        plan = AttentionPlan.from_kept(order, torch.eye(4, dtype=torch.bool)[None, None])
+        assert plan.remainder == "none"
+        assert plan.with_remainder("none") is plan
+        value = plan.with_remainder("value")
+        for other in (value, value.pack().unpack(), value.to("meta"), replace(value, kv_order=order)):
+            assert other.remainder == "value"
+        assert value.block_mask is plan.block_mask
+
+    def test_an_unknown_remainder_is_refused(self):
+        order = orders(1, 1, 8, blocks=4)
+        with pytest.raises(ValueError, match="remainder must be one of none, mean, value, mass, got 'means'"):
+            AttentionPlan.from_kept(order, torch.eye(4, dtype=torch.bool)[None, None], remainder="means")
 
     @pytest.mark.parametrize("shared", [False, True])
     def test_token_mask_is_in_the_sequences_own_order(self, shared):

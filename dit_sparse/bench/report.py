@@ -19,6 +19,7 @@ from rich.table import Table
 from dit_sparse.bench.sections import Row, kernel_rows, movement_rows, neighborhood_rows, search_rows
 from dit_sparse.bench.shapes import SHAPES
 from dit_sparse.kernels import BACKENDS
+from dit_sparse.types import REMAINDERS, Remainder
 
 SECTIONS = ("kernels", "neighborhood", "search", "movement")
 _SPARSE = ("hopper", "triton", "flex")
@@ -31,6 +32,7 @@ def run_sections(
     densities: Sequence[float] = (1.0, 0.5, 0.25, 0.1),
     backends: Sequence[str] | None = None,
     sections: Sequence[str] = SECTIONS,
+    remainders: Sequence[Remainder] = ("none",),
     rounds: int = 9,
     device: torch.device | str = "cuda",
     save: Callable[[dict[str, Any]], None] = lambda report: None,
@@ -41,6 +43,7 @@ def run_sections(
         shapes, blocks, densities: of the section "kernels".
         backends: sparse backends; by default all of hopper, triton and flex that run here.
         sections: any of `SECTIONS`.
+        remainders: of the section "kernels".
         rounds: turns of every kernel; a third of them for sequences above 50,000 tokens.
         device: where.
         save: called with the report after every part.
@@ -55,6 +58,7 @@ def run_sections(
     device = torch.device(device)
     _check_names("shapes", shapes, SHAPES)
     _check_names("sections", sections, SECTIONS)
+    _check_names("remainders", remainders, REMAINDERS)
     _check_names("backends", backends or (), BACKENDS)
     for name, values, valid in (("blocks", blocks, lambda x: x >= 16), ("densities", densities, lambda x: 0 < x <= 1)):
         for value in values:
@@ -72,7 +76,7 @@ def run_sections(
         "seconds": {},
     }
     able = [name for name, why in missing.items() if why is None]
-    parts = _parts(sections, shapes, blocks, densities, able, rounds, device)
+    parts = _parts(sections, shapes, blocks, densities, able, remainders, rounds, device)
     with torch.no_grad():
         for label, rows in parts:
             start = time.perf_counter()
@@ -94,6 +98,7 @@ def _parts(
     blocks: Sequence[int],
     densities: Sequence[float],
     backends: Sequence[str],
+    remainders: Sequence[Remainder],
     rounds: int,
     device: torch.device,
 ) -> Iterator[tuple[str, Iterable[Row]]]:
@@ -110,7 +115,8 @@ def _parts(
         for shape in shapes:
             for block in blocks:
                 turns = few if SHAPES[shape].tokens > 50_000 else rounds
-                yield f"kernels {shape} {block}", kernel_rows(shape, block, densities, backends, turns, device)
+                rows = kernel_rows(shape, block, densities, backends, turns, device, remainders)
+                yield f"kernels {shape} {block}", rows
 
 
 def _check_names(argument: str, names: Iterable[str], known: Iterable[str]) -> None:
@@ -153,10 +159,15 @@ def write_report(report: dict[str, Any], path: Path) -> None:
 def print_table(report: dict[str, Any], console: Console) -> None:
     """The rows as a table, then what was skipped and what failed."""
     table = Table(title="x ideal: time / (density x the fastest dense attention of the same turns)")
-    for column in ("section", "shape", "block", "kernel", "density", "ms", "TFLOP/s", "x ideal", "error"):
+    for column in ("section", "shape", "block", "kernel", "density", "remainder", "ms", "TFLOP/s", "x ideal", "error"):
         table.add_column(column, justify="left" if column in ("section", "shape", "kernel") else "right")
     for row in report["rows"]:
-        numbers = f"{row['density']:.3f}", f"{row['time_ms']:.3f}", f"{row['tflops']:.0f}" if row["tflops"] else "-"
+        numbers = (
+            f"{row['density']:.3f}",
+            row["remainder"],
+            f"{row['time_ms']:.3f}",
+            f"{row['tflops']:.0f}" if row["tflops"] else "-",
+        )
         error = "-" if row["error"] is None else f"{row['error']:.1e}"
         block = str(row["block"] or "-")
         table.add_row(row["section"], row["shape"], block, row["kernel"], *numbers, f"{row['ideal_ratio']:.2f}", error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -13,11 +14,11 @@ from dit_sparse.attention import sparse_attention
 from dit_sparse.bench.dense import Inputs, dense_calls
 from dit_sparse.bench.shapes import SHAPES, Shape, inputs, random_plan
 from dit_sparse.bench.timing import Call, check, in_turns
-from dit_sparse.kernels import BACKENDS, block_mass, dense_attention, norm_rope, permute, restore
+from dit_sparse.kernels import BACKENDS, block_mass, dense_attention, norm_rope, permute, refusal, restore
 from dit_sparse.kernels.norm_rope import norm_rope_by_torch
 from dit_sparse.masks import select_density
 from dit_sparse.methods import AdaSpa, Neighborhood
-from dit_sparse.types import AttentionPlan, Previous, Site, TokenGrid, TokenOrder
+from dit_sparse.types import AttentionPlan, Previous, Remainder, Site, TokenGrid, TokenOrder
 
 SEARCH_GRIDS = {"wan-1.3b": TokenGrid(21, 30, 52), "wan-14b": TokenGrid(21, 45, 80)}
 _LONG = 50_000
@@ -34,6 +35,7 @@ class Row:
         ideal_ratio: time over density x the fastest dense kernel of the same turns.
         tflops: of the pairs computed; 0 where that means nothing.
         error: relative, against float64; `None` where the result is no attention.
+        remainder: of the plan; empty where there is none to have.
     """
 
     section: str
@@ -45,12 +47,19 @@ class Row:
     ideal_ratio: float
     tflops: float = 0.0
     error: float | None = None
+    remainder: str = ""
 
 
 def kernel_rows(
-    name: str, block: int, densities: Sequence[float], backends: Sequence[str], rounds: int, device: torch.device
+    name: str,
+    block: int,
+    densities: Sequence[float],
+    backends: Sequence[str],
+    rounds: int,
+    device: torch.device,
+    remainders: Sequence[Remainder] = ("none",),
 ) -> Iterator[Row]:
-    """Random masks at several densities under every backend, and dense attention, all in turns."""
+    """Random masks at several densities and remainders under every backend, and dense attention, all in turns."""
     shape = SHAPES[name]
     torch.manual_seed(0)
     sets = inputs(shape, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
@@ -59,10 +68,11 @@ def kernel_rows(
     plans: dict[str, AttentionPlan | None] = dict.fromkeys(dense)
     for density in densities:
         drawn = random_plan(shape, block, density, device)
-        for backend in backends:
-            if BACKENDS[backend].refuses(*sets[0], drawn) is None:
-                calls[f"{backend} {density:g}"] = _kernel(backend, sets, drawn)
-                plans[f"{backend} {density:g}"] = drawn
+        for backend, remainder in itertools.product(backends, remainders):
+            own = drawn.with_remainder(remainder)
+            if refusal(BACKENDS[backend], *sets[0], own) is None:
+                calls[f"{backend} {density:g} {remainder}"] = _kernel(backend, sets, own)
+                plans[f"{backend} {density:g} {remainder}"] = own
     errors = {key: check(_output(calls[key]), *sets[0], plan) for key, plan in plans.items()}
     times = in_turns(calls, rounds, repeat=shape.tokens < _LONG)
     fastest = min(times[key] for key in dense)
@@ -70,9 +80,9 @@ def kernel_rows(
         density = 1.0 if plan is None else float(plan.density.mean())
         ideal = times[key] / (density * fastest)
         rate = density * shape.flops / times[key] / 1e9
-        yield Row(
-            "kernels", name, 0 if plan is None else block, key.split()[0], density, times[key], ideal, rate, errors[key]
-        )
+        size, own_remainder = (0, "") if plan is None else (block, plan.remainder)
+        kernel = key.split()[0]
+        yield Row("kernels", name, size, kernel, density, times[key], ideal, rate, errors[key], own_remainder)
 
 
 def neighborhood_rows(backends: Sequence[str], rounds: int, device: torch.device, scale: int = 1) -> Iterator[Row]:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dit_sparse.types import AttentionPlan
+from dit_sparse.bench.plain import exact_terms, plain_attention
+from dit_sparse.kernels.remainder import RemainderTerms
+from dit_sparse.types import AttentionPlan, BlockMask
 
 Call = Callable[[int], object]
 
@@ -79,15 +82,28 @@ def check(out: Tensor, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan | No
         part = slice(head, head + 1)
         keep = None if plan is None else _kept_keys(plan, head, rows)[None, None]
         queries, keys, values = q[:, part, rows], k[:, part], v[:, part]
-        scores = queries.double() @ keys.double().transpose(-1, -2) * scale
-        want = (scores if keep is None else scores.masked_fill(~keep, float("-inf"))).softmax(-1) @ values.double()
-        low = F.scaled_dot_product_attention(queries, keys, values, attn_mask=keep, scale=scale)
+        if plan is None or plan.remainder == "none":
+            low = F.scaled_dot_product_attention(queries, keys, values, attn_mask=keep, scale=scale)
+            terms = blocks = None
+        else:
+            terms = _terms(plan, head, q[:, part], keys, values, scale)
+            blocks = BlockMask.block_of(plan.block_mask.q_offsets)[..., rows]
+            low = plain_attention(queries, keys, values, keep, scale, terms, blocks)[0]
+        exact = queries.double(), keys.double(), values.double()
+        want = plain_attention(*exact, keep, scale, terms, blocks)[0]
         error, allowed = _relative(out[:, part, rows], want), 2 * _relative(low, want)
         allowed += torch.finfo(q.dtype).eps / 8
         if not error <= allowed:
             raise RuntimeError(f"head {head}: relative error {error:.1e} against float64, allowed is {allowed:.1e}")
         worst = max(worst, error)
     return worst
+
+
+def _terms(plan: AttentionPlan, head: int, q: Tensor, k: Tensor, v: Tensor, scale: float) -> RemainderTerms | None:
+    """The terms of one head, `[1, 1, ...]`, of a plan whose orders all heads share."""
+    kept = plan.block_mask.kept_blocks
+    mask = BlockMask.from_bool(kept[:, head % kept.shape[1]][:, None], plan.q_order.offsets, plan.kv_order.offsets)
+    return exact_terms(q, k, v, replace(plan, block_mask=mask), scale)
 
 
 def _kept_keys(plan: AttentionPlan, head: int, rows: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 __all__ = ["DEFAULT_METHOD", "build_schedule", "read_config", "split_arguments"]
 
 DEFAULT_METHOD = "adaspa"
-_SCHEDULE_OPTIONS = ("warmup", "dense_layers", "refresh", "ramp")
+_SCHEDULE_OPTIONS = ("warmup", "dense_layers", "refresh", "ramp", "remainder")
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -71,13 +71,18 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def build_schedule(
-    method: str | None, config_path: Path | None, options: dict[str, str], other_options: Iterable[str] = ()
+    method: str | None,
+    config_path: Path | None,
+    options: dict[str, str],
+    other_options: Iterable[str] = (),
+    preset: Schedule | None = None,
 ) -> Schedule:
     """Schedule of `method` with the parameters in `config_path`, overridden by `options` (name to text).
 
     Args:
         method: a method's name; `None` takes the config's, or `DEFAULT_METHOD`.
         other_options: names of the command's own options, for suggestions.
+        preset: what there is before `options`, where neither a method nor a config is given.
 
     Raises:
         ValueError: an unknown method, option or key (the nearest is named), or a bad value.
@@ -85,7 +90,9 @@ def build_schedule(
     from dit_sparse.methods import find_method, parameters, parse_parameter
     from dit_sparse.schedule import Schedule
 
-    config = {} if config_path is None else read_config(config_path)
+    config = {} if preset is None else preset.to_config()
+    if config_path is not None:
+        config = read_config(config_path)
     if method is not None and config.get("method", method) != method:
         # The version is that of the other method's parameters.
         config.pop("version", None)

@@ -41,7 +41,7 @@ class Manifest:
             return self._lines[key]["file"]
         taken = {line["file"] for line in self._lines.values()}
         stems = [clip.stem, f"{clip.stem}-{key[:8]}", f"{clip.stem}-{key}"]
-        names = [stem + extension(settings.format) for stem in stems]
+        names = [stem + extension(settings.format, settings.frames) for stem in stems]
         free = [name for name in names if name not in taken and not (self.folder / name).exists()]
         if not free:
             raise FileExistsError(f"{names[0]} exists in {self.folder} and is not in its {MANIFEST}; move it away")

@@ -5,16 +5,20 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dit_sparse.demo import demo_defaults, demo_model_path
 from dit_sparse.generate.request import Request
+
+if TYPE_CHECKING:
+    from dit_sparse.presets import Preset
 
 __all__ = [
     "DEMO",
     "DTYPES",
     "call_arguments",
     "call_parameters",
+    "default_fps",
     "known_defaults",
     "load_model",
     "model_name",
@@ -25,6 +29,7 @@ __all__ = [
 
 DEMO = "demo"
 DTYPES = ("float32", "float16", "bfloat16")
+_FPS = 16
 _ARGUMENTS = {
     "height": "height",
     "width": "width",
@@ -106,11 +111,12 @@ def known_defaults(request: Request) -> dict[str, Any] | None:
     asked = {name: getattr(request, name) for name in _ARGUMENTS}
     if model_name(request.model) == DEMO:
         return _fill(asked, {name: demo_defaults[argument] for name, argument in _ARGUMENTS.items()})
+    asked |= _preset_defaults(request)
     return asked if all(value is not None for value in asked.values()) else None
 
 
 def pipeline_defaults(request: Request, pipe: Any) -> dict[str, Any]:
-    """Sizes, steps and guidance of `request`, with the defaults of the pipeline's own `__call__`.
+    """Sizes, steps and guidance of `request`, with the defaults of its preset or of the pipeline's own `__call__`.
 
     Raises:
         ValueError: `request` sets something that the pipeline does not take.
@@ -123,11 +129,37 @@ def pipeline_defaults(request: Request, pipe: Any) -> dict[str, Any]:
         )
     if request.negative_prompt is not None and "negative_prompt" not in takes:
         raise ValueError(f"--negative-prompt: {type(pipe).__name__} takes none")
+    if request.negative_prompt is not None and "true_cfg_scale" in takes:
+        raise ValueError(
+            f"--negative-prompt: {type(pipe).__name__} heeds one only with true_cfg_scale, which only Python can set"
+        )
     if "num_frames" not in takes and asked["frames"] not in (None, 1):
         raise ValueError(f"--frames must be 1: {type(pipe).__name__} makes single images, got {asked['frames']}")
+    if "num_frames" not in takes and request.format not in (None, "png"):
+        raise ValueError(f"--format must be png: {type(pipe).__name__} makes single images, got {request.format}")
     if "guidance_scale" not in takes and asked["guidance"] is not None:
         raise ValueError(f"--guidance: {type(pipe).__name__} takes none")
+    asked |= _preset_defaults(request)
     return _fill(asked, {name: _default(pipe, takes, name) for name in _ARGUMENTS})
+
+
+def default_fps(request: Request) -> int:
+    """Frames a second where `request` leaves them open."""
+    preset = _preset(request)
+    return _FPS if preset is None else preset.defaults.fps or _FPS
+
+
+def _preset(request: Request) -> Preset | None:
+    from dit_sparse.presets import find_preset
+
+    return None if request.model is None else find_preset(request.model)
+
+
+def _preset_defaults(request: Request) -> dict[str, Any]:
+    """What the preset of the model says of what `request` leaves open."""
+    preset = _preset(request)
+    defaults = {} if preset is None else preset.defaults._asdict()
+    return {name: value for name, value in defaults.items() if name in _ARGUMENTS and getattr(request, name) is None}
 
 
 def call_parameters(pipe: Any) -> Mapping[str, inspect.Parameter]:

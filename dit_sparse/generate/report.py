@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -19,7 +19,18 @@ from dit_sparse.generate.models import DEMO
 from dit_sparse.generate.request import Clip
 from dit_sparse.generate.run import Job, Listener, Outcome
 
-__all__ = ["ConsoleListener", "closing_line", "loading", "output_console", "result_table", "warnings_as_lines"]
+if TYPE_CHECKING:
+    from dit_sparse.presets import Preset
+
+__all__ = [
+    "ConsoleListener",
+    "closing_line",
+    "loading",
+    "output_console",
+    "preset_line",
+    "result_table",
+    "warnings_as_lines",
+]
 
 _FILE_WIDTH = 160
 
@@ -109,6 +120,14 @@ def closing_line(job: Job, outcome: Outcome) -> str:
     if outcome.failures:
         parts.append(f"{len(outcome.failures)} failed")
     return f"{', '.join(parts)}, of {total}, in {job.request.out}"
+
+
+def preset_line(preset: Preset, takes_method: bool) -> str:
+    """One line on the preset that a run uses, with its method or for the sizes alone."""
+    row = preset.row()
+    schedule = ", ".join(f"{name} {row[name]}" for name in ("density", "warm-up", "dense layers"))
+    what = f"{row['method']}, {schedule}; its size, steps and guidance" if takes_method else "size, steps and guidance"
+    return f"preset {preset.name}: {what} where no option says otherwise (`dit-sparse presets`)"
 
 
 def output_console() -> Console:

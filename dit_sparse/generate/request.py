@@ -33,8 +33,9 @@ class Request:
         seed: of a prompt's first video; its `num_samples` videos take the seeds from there on.
         dtype, device: "auto" chooses by the machine.
         offload: how the weights are kept off the GPU, as `load_pipeline` names it.
-        format: "mp4", "gif", or "png" for a folder of frames.
-        fps: frames a second of the file.
+        format: "mp4", "gif", or "png" for a folder of frames; `None` is mp4, and png where there is one frame, which
+            is always an image of its own.
+        fps: frames a second of the file; `None` is the preset's, or 16.
         compare_dense: also render every video dense, and compare.
         overwrite: make finished videos again.
 
@@ -57,8 +58,8 @@ class Request:
     dtype: str = "auto"
     device: str = "auto"
     offload: str = "none"
-    format: str = "mp4"
-    fps: int = 16
+    format: str | None = None
+    fps: int | None = None
     compare_dense: bool = False
     overwrite: bool = False
 
@@ -69,13 +70,13 @@ class Request:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{_option(name)} must be at least 1, got {value}")
-        if self.fps > _MAX_FPS:
+        if self.fps is not None and self.fps > _MAX_FPS:
             raise ValueError(f"--fps must be at most {_MAX_FPS}, got {self.fps}")
         if self.guidance is not None and not (math.isfinite(self.guidance) and self.guidance >= 0):
             raise ValueError(f"--guidance must be a finite number of at least 0, got {self.guidance}")
         if not 0 <= self.seed <= MAX_SEED - (self.num_samples - 1):
             raise ValueError(f"--seed must be from 0 to 2**63 - 1, for every sample, got {self.seed}")
-        if self.format not in FORMATS:
+        if self.format is not None and self.format not in FORMATS:
             raise ValueError(f"--format must be one of {', '.join(FORMATS)}, got {self.format!r}")
 
 

@@ -85,7 +85,6 @@ def prepare(request: Request) -> Job:
     from dit_sparse.schedule import Schedule
 
     schedule = Schedule.from_config(dict(request.config))
-    check_writer(request.format)
     check_folder(request.out)
     manifest = Manifest(request.out)
     pipe = None
@@ -94,6 +93,7 @@ def prepare(request: Request) -> Job:
         pipe = models.load_model(request)
         values = models.pipeline_defaults(request, pipe)
     settings = _settings(request, schedule, values)
+    check_writer(settings.format)
     todo, done = _divide(request, settings, manifest)
     if todo:
         pipe = pipe or models.load_model(request)
@@ -163,8 +163,8 @@ def _settings(request: Request, schedule: Schedule, values: dict[str, Any]) -> S
         config=schedule.to_config(),
         negative_prompt=request.negative_prompt,
         dtype=models.resolve_dtype(request.dtype, models.resolve_device(request.device)),
-        format=request.format,
-        fps=request.fps,
+        format=request.format or ("png" if values["frames"] == 1 else "mp4"),
+        fps=request.fps or models.default_fps(request),
         **values,
     )
 

@@ -1,4 +1,4 @@
-"""Writes frames to a video file; what is not finished never bears the final name."""
+"""Writes frames to a video or image file; what is not finished never bears the final name."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ __all__ = ["check_writer", "extension", "is_partial", "remove_partials", "to_uin
 _PREFIX = ".partial-"
 
 
-def extension(format: str) -> str:
-    """Ending of a file name in `format`; a folder of frames has none."""
-    return "" if format == "png" else f".{format}"
+def extension(format: str, frames: int) -> str:
+    """Ending of a file name in `format`; a folder of several frames has none."""
+    return "" if format == "png" and frames > 1 else f".{format}"
 
 
 def check_writer(format: str) -> None:
@@ -54,7 +54,7 @@ def write_video(
     """Write `frames` `[T, H, W, 3]` uint8 to `path`, under another name until it is whole.
 
     Args:
-        path: the file, or the folder for "png"; what is there is replaced.
+        path: the file, or the folder for several frames in "png"; what is there is replaced.
         format: "mp4" (H.264, 4:2:0, which plays everywhere), "gif" or "png".
         when_whole: called once everything is written, right before the file takes its name.
 
@@ -136,6 +136,9 @@ def _write_gif(frames: np.ndarray, path: Path, fps: int) -> None:
 def _write_png(frames: np.ndarray, path: Path, fps: int) -> None:
     from PIL import Image
 
+    if len(frames) == 1:
+        Image.fromarray(frames[0]).save(path, format="PNG")
+        return
     path.mkdir()
     for number, frame in enumerate(frames):
         Image.fromarray(frame).save(path / f"{number:04d}.png")

@@ -6,6 +6,7 @@ from dit_sparse.kernels.backend import (
     Backend,
     BackendUnavailableError,
     get_backend,
+    refusal,
     register,
     select,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "norm_rope",
     "permute",
     "pooled_blocks",
+    "refusal",
     "register",
     "restore",
     "sample_rows",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dit_sparse.kernels.score_tiles import ScoreBackend, channels, check_offsets, device_of, tiles, use_triton
-from dit_sparse.kernels.triton_backend import broadcast_strides, interpreted
+from dit_sparse.kernels.triton_launch import broadcast_strides, interpreted
 from dit_sparse.types import BlockGeometry
 
 __all__ = ["antidiagonal_scores"]

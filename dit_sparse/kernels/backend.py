@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dit_sparse.types import AttentionPlan
 
-__all__ = ["BACKENDS", "Backend", "BackendUnavailableError", "get_backend", "register", "select"]
+__all__ = ["BACKENDS", "Backend", "BackendUnavailableError", "get_backend", "refusal", "register", "select"]
 
 
 class BackendUnavailableError(RuntimeError):
@@ -27,6 +27,8 @@ class Backend(Protocol):
 
     Attributes:
         name: what users ask for it by.
+
+    One that computes remainders names them in an attribute `remainders`; without it "none" is the only one.
     """
 
     name: str
@@ -100,10 +102,18 @@ def select(name: str, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> B
     missing = _missing(backend.name, q.device)
     if missing is not None:
         raise BackendUnavailableError(f"backend {backend.name!r} is not available on {q.device}: {missing}")
-    reason = backend.refuses(q, k, v, plan)
+    reason = refusal(backend, q, k, v, plan)
     if reason is not None:
         raise ValueError(f"backend {backend.name!r} cannot compute this call: {reason}")
     return backend
+
+
+def refusal(backend: Backend, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> str | None:
+    """Why `backend` cannot compute this call, its remainder included; `None` when it can."""
+    if not plan.block_mask.is_full and plan.remainder not in getattr(backend, "remainders", ("none",)):
+        able = [name for name, other in BACKENDS.items() if plan.remainder in getattr(other, "remainders", ())]
+        return f"it has no remainder {plan.remainder!r}; use {' or '.join(map(repr, able))}, or remainder 'none'"
+    return backend.refuses(q, k, v, plan)
 
 
 @torch.compiler.assume_constant_result
@@ -118,6 +128,6 @@ def _default_name(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> str:
         return "sdpa" if full else "gather"
     for name in ("fa3", "hopper") if full else ("hopper", "triton"):
         backend = BACKENDS[name]
-        if _missing(name, q.device) is None and backend.refuses(q, k, v, plan) is None:
+        if _missing(name, q.device) is None and refusal(backend, q, k, v, plan) is None:
             return name
     return "sdpa" if full else "flex"

@@ -7,17 +7,23 @@ for the device: the sizes of blocks are read once an order, and partial blocks a
 # The operator's schema is read from its annotations, so they must not be strings.
 
 import contextlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from dit_sparse.kernels.block_layout import BlockLayout
 from dit_sparse.kernels.flash_attention_3 import positive_scale
 from dit_sparse.kernels.partial_bits import partial_bits
-from dit_sparse.types import AttentionPlan, BlockGeometry
+from dit_sparse.kernels.remainder import RemainderTerms, remainder_terms
+from dit_sparse.types import AttentionPlan, BlockGeometry, Remainder
 
 __all__ = ["Call", "block_sparse", "register_launcher"]
+
+# Of a remainder's terms at a time; heads go through in groups.
+_TERMS_BYTES = 512 << 20
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,7 @@ class Call:
         bits: `partial_bits` of the plan; `None` without partial blocks.
         q_blocks, k_blocks: sizes of the blocks.
         scale: factor of the scores, above 0.
+        terms: of the remainder, means and slopes in the dtype of `q`; `None` without one.
     """
 
     q: Tensor
@@ -48,6 +55,13 @@ class Call:
     q_blocks: BlockGeometry
     k_blocks: BlockGeometry
     scale: float
+    terms: RemainderTerms | None = None
+
+    def heads(self, start: int, stop: int) -> "Call":
+        """The call of some heads alone."""
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        own = {name: x[:, start:stop] if x.shape[1] > 1 else x for name, x in tensors.items()}
+        return replace(self, **own)  # type: ignore[arg-type]
 
 
 _launchers: dict[str, Callable[[Call], None]] = {}
@@ -66,10 +80,12 @@ def block_sparse(
     bits = partial_bits(plan, q.shape[0], q.shape[1])
     partial = (None, None) if bits is None else (mask.partial_counts, mask.partial_indices)
     q_blocks, k_blocks = list(plan.q_order.geometry), list(plan.kv_order.geometry)
-    lists = mask.q_offsets, mask.k_offsets, mask.kv_counts, mask.kv_indices, *partial, bits
+    remainder = "none" if mask.is_full else plan.remainder
+    kept = None if remainder == "none" else mask.kept_blocks
+    lists = mask.q_offsets, mask.k_offsets, mask.kv_counts, mask.kv_indices, *partial, bits, kept
     # Only a compiler needs the operator, and its dispatch costs time on the host.
     attend = _operator if torch.compiler.is_compiling() else _attend
-    out, lse = attend(q, k, v, *lists, q_blocks, k_blocks, scale, return_lse, kernel)
+    out, lse = attend(q, k, v, *lists, q_blocks, k_blocks, scale, remainder, return_lse, kernel)
     return out, lse if return_lse else None
 
 
@@ -84,9 +100,11 @@ def _attend(
     partial_counts: Tensor | None,
     partial_indices: Tensor | None,
     bits: Tensor | None,
+    kept: Tensor | None,
     q_blocks: list[int],
     k_blocks: list[int],
     scale: float,
+    remainder: str,
     return_lse: bool,
     kernel: str,
 ) -> tuple[Tensor, Tensor]:
@@ -114,8 +132,31 @@ def _attend(
         scale=scale,
     )
     with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
-        _launchers[kernel](call)
+        for part in _with_terms(call, kept, cast(Remainder, remainder)):
+            _launchers[kernel](part)
     return out, lse
+
+
+def _with_terms(call: Call, kept: Tensor | None, remainder: Remainder) -> Iterator[Call]:
+    """`call` with the terms of its remainder, in groups of heads whose terms fit in `_TERMS_BYTES`."""
+    if kept is None:
+        yield call
+        return
+    batch, heads, _, dim = call.q.shape
+    q_blocks, k_blocks = kept.shape[-2:]
+    slopes = 0 if remainder == "mean" else (q_blocks + k_blocks) * dim * call.v.shape[-1] * call.q.element_size()
+    size = max(1, _TERMS_BYTES // max(1, batch * (3 * 4 * q_blocks * k_blocks + slopes)))
+    for start in range(0, heads, size):
+        part = call.heads(start, start + size)
+        q_layout, k_layout = (
+            BlockLayout(offsets, blocks, x.shape[2])
+            for offsets, blocks, x in ((part.q_offsets, part.q_blocks, part.q), (part.k_offsets, part.k_blocks, part.k))
+        )
+        own = kept[:, start : start + size] if kept.shape[1] > 1 else kept
+        terms = remainder_terms(part.q, part.k, part.v, q_layout, k_layout, own, part.scale, remainder)
+        yield replace(
+            part, terms=replace(terms, keys=terms.keys.to(part.q.dtype), values=terms.values.to(part.v.dtype))
+        )
 
 
 _operator = torch.library.custom_op("dit_sparse::block_sparse", mutates_args=())(_attend)

@@ -1,6 +1,7 @@
 """Backend "gather", the CPU default: dense attention of each query block with the keys it keeps, gathered.
 
-For a row of the block mask, out_i = softmax(scale * q_i K^T) V over the kept keys alone. Oracle: `reference`.
+For a row of the block mask, out_i = softmax(scale * q_i K^T) V over the kept keys alone; a remainder is added by the
+row sums. Oracle: `reference`.
 
 What makes it fast, measured on two cores:
 - rows with equally many keys run in groups of one row a thread, or a few more where rows are short, so that a thread
@@ -26,7 +27,8 @@ from torch import Tensor
 
 from dit_sparse.kernels.dense import flash_cpu, has_flash_cpu
 from dit_sparse.kernels.gather_rows import FLASH_ROWS, Batch, Group, Prepared, prepared
-from dit_sparse.types import AttentionPlan
+from dit_sparse.kernels.remainder import add_remainder
+from dit_sparse.types import REMAINDERS, AttentionPlan
 
 __all__ = ["GatherBackend"]
 
@@ -42,6 +44,7 @@ class GatherBackend:
     """Block-sparse attention on CPU out of gathers and dense products; nothing to compile."""
 
     name = "gather"
+    remainders = REMAINDERS
 
     def unavailable(self, device: torch.device) -> str | None:
         return None if device.type == "cpu" else "it runs on CPU only; use 'flex' or 'reference' here"
@@ -65,7 +68,9 @@ class GatherBackend:
         out = q.new_empty(*q.shape[:-1], v.shape[-1])
         lse = torch.empty(q.shape[:-1], dtype=_compute_dtype(q.dtype))
         rows = prepared(plan, max(k.shape[-1], v.shape[-1]), torch.get_num_threads())
-        _Call(q, k, v, out, lse, rows, plan, scale, return_lse).run()
+        _Call(q, k, v, out, lse, rows, plan, scale, return_lse or plan.remainder != "none").run()
+        if plan.remainder != "none":
+            out, lse = add_remainder(q, k, v, plan, scale, out, lse)
         return out.to(dtype), lse if return_lse else None
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dit_sparse.kernels.block_sparse import Call, block_sparse, register_launcher
-from dit_sparse.kernels.triton_backend import broadcast_strides, triton_unavailable
+from dit_sparse.kernels.triton_launch import broadcast_strides, triton_unavailable
 from dit_sparse.types import AttentionPlan, BlockGeometry
 
 __all__ = ["HopperBackend"]

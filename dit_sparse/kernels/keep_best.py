@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dit_sparse.kernels.score_tiles import ScoreBackend, device_of, use_triton
-from dit_sparse.kernels.triton_backend import broadcast_strides, padded
+from dit_sparse.kernels.triton_launch import broadcast_strides, padded
 
 __all__ = ["keep_best", "keep_ranks", "takes_kernel"]
 

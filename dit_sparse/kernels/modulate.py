@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dit_sparse.kernels.triton_backend import broadcast_strides, on_device_of, rows_of, takes_kernel
+from dit_sparse.kernels.triton_launch import broadcast_strides, on_device_of, rows_of, takes_kernel
 
 __all__ = ["add_gated", "layer_norm"]
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dit_sparse.kernels.triton_backend import on_device_of, rows_of, takes_kernel
+from dit_sparse.kernels.triton_launch import on_device_of, rows_of, takes_kernel
 
 __all__ = ["norm_rope", "norm_rope_by_torch", "norm_rope_by_triton", "rotate"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dit_sparse.kernels.triton_backend import broadcast_strides, on_device_of, rows_of, takes_kernel
+from dit_sparse.kernels.triton_launch import broadcast_strides, on_device_of, rows_of, takes_kernel
 from dit_sparse.types import TokenOrder
 
 __all__ = ["gather_by_triton", "permute", "restore"]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dit_sparse.kernels.score_tiles import ScoreBackend, channels, check_offsets, device_of, use_triton
-from dit_sparse.kernels.triton_backend import broadcast_strides
+from dit_sparse.kernels.triton_launch import broadcast_strides
 
 __all__ = ["pooled_blocks"]
 

@@ -1,4 +1,4 @@
-"""Backend "reference": softmax(scale * q k^T, masked) v in plain torch under the plan's token mask.
+"""Backend "reference": softmax(scale * q k^T, masked) v in plain torch under the plan's token mask, and its remainder.
 
 The oracle of the other backends. Any device, dtype and block shape; float32 inside, float64 for float64 inputs. Query
 rows are taken a few at a time, so that the N x N mask never exists whole. It has a backward, through autograd.
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from dit_sparse.block_mask import BlockMask
-from dit_sparse.types import AttentionPlan
+from dit_sparse.kernels.remainder import add_remainder
+from dit_sparse.types import REMAINDERS, AttentionPlan
 
 __all__ = ["ReferenceBackend", "mask_rows"]
 
@@ -21,6 +22,7 @@ class ReferenceBackend:
     """Dense attention under the plan's own mask: slow, exact, accepts everything."""
 
     name = "reference"
+    remainders = REMAINDERS
 
     def unavailable(self, device: torch.device) -> str | None:
         return None
@@ -40,9 +42,12 @@ class ReferenceBackend:
             keep = mask_rows(plan, q.shape[0], q.shape[1], start, stop)
             scores = (q[:, :, start:stop].to(compute) @ keys * scale).masked_fill(~keep, float("-inf"))
             probs = scores.softmax(-1).masked_fill(~keep, 0.0)
-            outs.append((probs @ values).to(q.dtype))
+            outs.append(probs @ values)
             sums.append(scores.logsumexp(-1))
-        return torch.cat(outs, 2), torch.cat(sums, 2) if return_lse else None
+        out, lse = torch.cat(outs, 2), torch.cat(sums, 2)
+        if plan.remainder != "none":
+            out, lse = add_remainder(q.to(compute), k.to(compute), v.to(compute), plan, scale, out, lse)
+        return out.to(q.dtype), lse if return_lse else None
 
 
 def mask_rows(plan: AttentionPlan, batch: int, heads: int, start: int, stop: int) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dit_sparse.kernels.backend import BackendUnavailableError
-from dit_sparse.kernels.triton_backend import interpreted, padded, triton_unavailable
+from dit_sparse.kernels.triton_launch import interpreted, padded, triton_unavailable
 from dit_sparse.types import BlockGeometry
 
 __all__ = ["ScoreBackend", "Tiles", "channels", "check_offsets", "device_of", "tiles", "use_triton"]

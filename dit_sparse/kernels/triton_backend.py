@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
 import itertools
 import math
-import os
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dit_sparse.kernels.block_sparse import Call, block_sparse, register_launcher
-from dit_sparse.types import AttentionPlan
+from dit_sparse.kernels.remainder import RemainderTerms
+from dit_sparse.kernels.triton_launch import broadcast_strides, interpreted, padded, triton_unavailable
+from dit_sparse.types import REMAINDERS, AttentionPlan
 
 __all__ = ["TritonBackend"]
 
@@ -32,9 +31,10 @@ class _Launch:
 
 
 class TritonBackend:
-    """The portable GPU kernel: any blocks, any head size up to 256, partial blocks, row sums."""
+    """The portable GPU kernel: any blocks, any head size up to 256, partial blocks, row sums, remainders."""
 
     name = "triton"
+    remainders = REMAINDERS
 
     def unavailable(self, device: torch.device) -> str | None:
         return triton_unavailable(device)
@@ -54,24 +54,6 @@ class TritonBackend:
         return block_sparse(self.name, q, k, v, plan, scale, return_lse)
 
 
-def interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def triton_unavailable(device: torch.device) -> str | None:
-    """What is missing to run Triton's kernels on `device`, and how to get it; `None` when nothing is."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is missing; pip install 'dit-sparse[gpu]'"
-    if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        if major < 8:
-            return f"it needs compute capability 8.0 or higher, this GPU has {major}.{minor}; use 'flex'"
-        return None
-    if interpreted():
-        return None
-    return "it runs on CUDA only (elsewhere under TRITON_INTERPRET=1, which is slow); use 'gather' on a CPU"
-
-
 def _launch(call: Call) -> None:
     import triton
 
@@ -86,9 +68,12 @@ def _launch(call: Call) -> None:
     fills = call.k_blocks.largest % launch.block_n == 0
     run_start, run_end = call.k_blocks[1:] if fills else (0, 0)
     num_q_blocks = call.q_offsets.shape[-1] - 1
+    means = _no_means(call) if call.terms is None else call.terms
+    slopes = means.values[..., None] if means.slopes is None else means.slopes
     forward_kernel[num_q_blocks * q_tiles, q.shape[1], q.shape[0]](
         q, call.k, v, call.out, lse,
         call.q_offsets, call.k_offsets, call.counts, call.indices, call.partial_counts, call.partial_indices, packed,
+        means.keys, means.values, means.bias, slopes,
         *(stride for x in (q, call.k, v, call.out) for stride in x.stride()[:3]), *lse.stride()[:2],
         *broadcast_strides(call.q_offsets), *broadcast_strides(call.k_offsets), *broadcast_strides(call.counts),
         *broadcast_strides(call.indices), call.indices.stride(2),
@@ -96,45 +81,23 @@ def _launch(call: Call) -> None:
         call.partial_indices.stride(2), *broadcast_strides(packed), *packed.stride()[2:4],
         packed.shape[-1], call.q_blocks.largest, run_start, run_end, call.k_blocks.largest,
         call.scale * math.log2(math.e),
+        means.bias.shape[-1], *(stride for x in (means.keys, means.values, means.bias) for stride in x.stride()[:3]),
+        *slopes.stride()[:4],
         D=q.shape[-1], DV=v.shape[-1], BLOCK_D=padded(q.shape[-1]), BLOCK_DV=padded(v.shape[-1]),
         BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, Q_TILES=q_tiles, K_TILES=k_tiles,
-        PARTIAL=bits is not None, RETURN_LSE=call.lse is not None, UPCAST=interpreted(),
+        PARTIAL=bits is not None, RETURN_LSE=call.lse is not None,
+        MEANS=call.terms is not None, SLOPES=call.terms is not None and call.terms.slopes is not None,
+        UPCAST=interpreted(),
         num_warps=launch.num_warps, num_stages=launch.num_stages,
     )  # fmt: skip
 
 
+def _no_means(call: Call) -> RemainderTerms:
+    """Stands in for terms that the kernel does not read."""
+    return RemainderTerms(call.k, call.v, call.out, None)
+
+
 register_launcher(TritonBackend.name, _launch)
-
-
-def broadcast_strides(x: Tensor) -> tuple[int, int]:
-    """Strides over batch and heads, 0 where one list serves all."""
-    return (x.stride(0) if x.shape[0] > 1 else 0), (x.stride(1) if x.shape[1] > 1 else 0)
-
-
-def takes_kernel(*tensors: Tensor | None) -> bool:
-    """Whether a Triton kernel without a backward may compute with `tensors`: on a GPU, eager, no gradients wanted."""
-    given = [x for x in tensors if x is not None]
-    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in given)
-    return (
-        given[0].is_cuda
-        and not differentiable
-        and not torch.compiler.is_compiling()
-        and triton_unavailable(given[0].device) is None
-    )
-
-
-def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Triton launches on the current device, which this makes that of `x`."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
-
-
-def rows_of(x: Tensor) -> Tensor:
-    """`x` contiguous in its last dimension, as kernels need it."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def padded(dim: int) -> int:
-    return max(16, 1 << (dim - 1).bit_length())
 
 
 def _configuration(call: Call) -> _Launch:

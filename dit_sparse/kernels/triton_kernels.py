@@ -1,7 +1,8 @@
 """Triton kernel: block-sparse attention, and the pieces that other kernels share.
 
 `forward_kernel`, for a query tile: out = softmax(scale * q K^T) V over the kept keys, with the running maximum and sum
-of FlashAttention-2 (arXiv 2307.08691, algorithm 1), in base 2. Oracle: `reference`.
+of FlashAttention-2 (arXiv 2307.08691, algorithm 1), in base 2. A remainder follows in the same pass: the means of all
+blocks are more keys, with a bias that is -inf for those kept. Oracle: `reference`.
 
 Grids are (query tiles, heads, batch). q, k, v, out are `[B, H, N, D]`, contiguous in the last dimension and with any
 strides elsewhere; lists and offsets are `[B|1, H|1, ...]`. Imported by the launchers when they first run, never with
@@ -63,6 +64,44 @@ def attend_tile(
 
 
 @triton.jit
+def attend_means(
+    q, m, total, tail, acc, keys, values, bias, start, num_blocks, k_stride, v_stride, scale,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
+    UPCAST: tl.constexpr,
+):  # fmt: skip
+    """As `attend_tile`, for the means of blocks from `start` on; `tail` is their part of the sum, rescaled with it."""
+    blocks = start + tl.arange(0, BLOCK_N)
+    means = load_tile(keys, blocks, num_blocks, k_stride, D, BLOCK_D, True)
+    own = tl.load(bias + blocks, mask=blocks < num_blocks, other=-float("inf")) * 1.4426950408889634
+    scores = multiply(q, tl.trans(means), UPCAST) * scale + own[None, :]
+    peak = tl.maximum(m, tl.max(scores, 1))
+    # A row that has seen no key yet: -inf less -inf would be NaN.
+    shift = tl.where(peak == -float("inf"), 0.0, peak)
+    weights = tl.exp2(scores - shift[:, None])
+    keep = tl.exp2(m - shift)
+    found = load_tile(values, blocks, num_blocks, v_stride, DV, BLOCK_DV, True)
+    acc = acc * keep[:, None] + multiply(weights.to(found.dtype), found, UPCAST)
+    share = tl.sum(weights, 1)
+    return peak, total * keep + share, tail * keep + share, acc
+
+
+@triton.jit
+def multiply_slopes(
+    q, slopes, rows, end, q_stride, slope_stride,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Query rows times `[D, DV]`, some channels at a time: a matrix of 256 x 256 would not fit in shared memory."""
+    SPAN: tl.constexpr = BLOCK_D if BLOCK_D < 32 else 32
+    found = tl.zeros([rows.shape[0], BLOCK_DV], tl.float32)
+    for first in tl.range(0, D, SPAN, num_stages=1):
+        channels = first + tl.arange(0, SPAN)
+        pointers = q + rows.to(tl.int64)[:, None] * q_stride + channels[None, :]
+        part = tl.load(pointers, mask=(rows < end)[:, None] & (channels < D)[None, :], other=0.0)
+        found += multiply(part, load_tile(slopes, channels, D, slope_stride, DV, BLOCK_DV, True), UPCAST)
+    return found
+
+
+@triton.jit
 def allowed_pairs(bits, rows, tile, q_block, words, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """`[BLOCK_M, BLOCK_N]` bool of a block's packed bits, `words` int32 a row, from key `tile * BLOCK_N` on.
 
@@ -82,20 +121,21 @@ def allowed_pairs(bits, rows, tile, q_block, words, BLOCK_M: tl.constexpr, BLOCK
 PLAIN_NUMBERS = [
     "lse_sb", "lse_sh", "qo_sb", "qo_sh", "ko_sb", "ko_sh", "c_sb", "c_sh", "i_sb", "i_sh", "i_sm", "pc_sb", "pc_sh",
     "pi_sb", "pi_sh", "pi_sm", "bits_sb", "bits_sh", "bits_sm", "bits_sl", "words", "q_block", "run_start", "run_end",
-    "k_size",
+    "k_size", "num_k_blocks", "bias_sb", "bias_sh", "bias_sm",
 ]  # fmt: skip
 
 
 @triton.jit(do_not_specialize=PLAIN_NUMBERS)
 def forward_kernel(
     q, k, v, out, lse,
-    q_offsets, k_offsets, counts, indices, partial_counts, partial_indices, bits,
+    q_offsets, k_offsets, counts, indices, partial_counts, partial_indices, bits, mean_k, mean_v, bias, slopes,
     q_sb, q_sh, q_sn, k_sb, k_sh, k_sn, v_sb, v_sh, v_sn, o_sb, o_sh, o_sn, lse_sb, lse_sh,
     qo_sb, qo_sh, ko_sb, ko_sh, c_sb, c_sh, i_sb, i_sh, i_sm, pc_sb, pc_sh, pi_sb, pi_sh, pi_sm,
     bits_sb, bits_sh, bits_sm, bits_sl, words, q_block, run_start, run_end, k_size, scale,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    num_k_blocks, mk_sb, mk_sh, mk_sm, mv_sb, mv_sh, mv_sm, bias_sb, bias_sh, bias_sm, slope_sb, slope_sh, slope_sm,
+    slope_sd, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, Q_TILES: tl.constexpr, K_TILES: tl.constexpr,
-    PARTIAL: tl.constexpr, RETURN_LSE: tl.constexpr, UPCAST: tl.constexpr,
+    PARTIAL: tl.constexpr, RETURN_LSE: tl.constexpr, MEANS: tl.constexpr, SLOPES: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Output and row sums of one query tile; key blocks `run_start` to `run_end` fill their tiles and need no mask."""
     b, h = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
@@ -162,6 +202,22 @@ def forward_kernel(
                 D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, True, True, UPCAST,
             )  # fmt: skip
             k_start, k_end = start_next, end_next
+    if MEANS:
+        tail = tl.zeros([BLOCK_M], tl.float32)
+        mean_k += b * mk_sb + h * mk_sh
+        mean_v += b * mv_sb + h * mv_sh
+        bias += b * bias_sb + h * bias_sh + block.to(tl.int64) * bias_sm
+        for i in tl.range(0, num_k_blocks, BLOCK_N):
+            m, total, tail, acc = attend_means(
+                queries, m, total, tail, acc, mean_k, mean_v, bias, i, num_k_blocks, mk_sm, mv_sm, scale,
+                D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, UPCAST,
+            )  # fmt: skip
+        if SLOPES:
+            slopes += b * slope_sb + h * slope_sh + block.to(tl.int64) * slope_sm
+            q += b * q_sb + h * q_sh
+            acc += tail[:, None] * multiply_slopes(
+                q, slopes, rows, end, q_sn, slope_sd, D, DV, BLOCK_D, BLOCK_DV, UPCAST
+            )
 
     empty = total == 0.0
     acc = acc / tl.where(empty, 1.0, total)[:, None]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dit_sparse.kernels.score_tiles import channels, device_of, tiles
-from dit_sparse.kernels.triton_backend import broadcast_strides, interpreted
+from dit_sparse.kernels.triton_launch import broadcast_strides, interpreted
 from dit_sparse.types import BlockGeometry
 
 __all__ = ["block_mass"]

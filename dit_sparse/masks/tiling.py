@@ -28,14 +28,15 @@ class TileCost:
     """Time of a visited tile, in units of the same area of the fastest dense attention.
 
     Args:
-        block_128, block_64: of a tile of up to 128 and up to 64 tokens; smaller tiles are padded to these. Measured
-            with the `hopper` kernel on one H200 (`docs/benchmarks.md`), kernel alone.
-        cut: factor for a tile of which the window cuts a part. An estimate: it has not been timed.
+        block_128, block_64: of a tile of up to 128 and up to 64 tokens; smaller tiles are padded to these.
+        cut: factor for a tile of which the window cuts a part.
+
+    Measured with the `hopper` kernel, alone (`docs/benchmarks.md`).
     """
 
     block_128: float = 1.1
     block_64: float = 1.25
-    cut: float = 1.2
+    cut: float = 2.5
 
     def of(self, tile: Axes) -> float:
         """Time of one visited pair of tiles, in query-key pairs of dense attention; tiles are padded to blocks."""

@@ -6,7 +6,7 @@ import difflib
 import math
 from collections.abc import Iterable
 from dataclasses import MISSING, Field, dataclass, fields, replace
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from dit_sparse.types import Method
 
@@ -105,6 +105,8 @@ def _as(kind: Any, value: Any) -> Any:
     """`value` as `kind`, or None where it is not one."""
     if get_origin(kind) is tuple:
         return _as_tuple(get_args(kind), value)
+    if get_origin(kind) is Literal:
+        return value if value in get_args(kind) else None
     if kind is bool:
         return value if isinstance(value, bool) else {"true": True, "false": False}.get(str(value).lower())
     if isinstance(value, bool):
@@ -135,6 +137,8 @@ def _as_tuple(kinds: tuple[Any, ...], value: Any) -> tuple[Any, ...] | None:
 def _words(kind: Any) -> str:
     if kind is type(None):
         return "none"
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(map(str, get_args(kind)))}"
     if get_origin(kind) is tuple:
         return f"{len(get_args(kind))} numbers such as 4x8x8"
     return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}.get(kind, str(kind))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -38,7 +38,14 @@ class SparseProcessor:
     num_layers: int
     _attention_backend: AttentionBackendName | None
 
-    def __init__(self, session: Session, layer: int, num_layers: int, original: Any) -> None:
+    def __init__(
+        self, session: Session | None = None, layer: int = 0, num_layers: int = 0, original: Any = None
+    ) -> None:
+        if session is None:
+            raise ValueError(
+                f"{type(self).__name__} must be made by sparsify, got no session; unsparsify before you load an "
+                "IP-adapter, which makes processors anew and cannot run sparse"
+            )
         super().__init__()
         vars(self).update(vars(original))
         self.session = session
@@ -54,11 +61,6 @@ class SparseProcessor:
             return dense_attention(*(x.transpose(1, 2) for x in (query, key, value)))
         return dispatch_attention_fn(query, key, value, backend=self._attention_backend).transpose(1, 2)
 
-    def refuse_parallel(self) -> None:
-        """Raise ValueError under context parallelism, which cuts the sequence before it comes here."""
-        if getattr(self, "_parallel_config", None) is not None:
-            raise ValueError("context parallelism must be off with sparse attention, got a parallel config; unsparsify")
-
 
 class FamilyAdapter(ABC):
     """How one family of pipelines lets the toolkit in; stateless.
@@ -67,11 +69,16 @@ class FamilyAdapter(ABC):
         family: its name in messages.
         transformer_class: name of the diffusers class of its transformers.
         processors: our processor for each of the family's own.
+        relies_on: other functions of diffusers that the adapter replaces or must know the source of, such as a block's
+            forward.
+        float32_vae: whether the VAE stays in float32 whatever the precision of the rest.
     """
 
     family: ClassVar[str]
     transformer_class: ClassVar[str]
     processors: ClassVar[Mapping[type, type[SparseProcessor]]]
+    relies_on: ClassVar[tuple[Callable[..., Any], ...]] = ()
+    float32_vae: ClassVar[bool] = False
 
     @abstractmethod
     def attention_modules(self, transformer: Any) -> dict[str, Any]:
@@ -115,8 +122,9 @@ class FamilyAdapter(ABC):
         """Put sparse processors into the self-attention modules and return the replaced ones by module path.
 
         Raises:
-            ValueError: a processor that is not the family's own, or context parallelism.
+            ValueError: a processor that is not the family's own, or parallelism.
         """
+        _refuse_parallel(transformer)
         modules = self.attention_modules(transformer)
         for path, module in modules.items():
             self._check_processor(f"{model}.{path}", module.processor)
@@ -133,7 +141,12 @@ class FamilyAdapter(ABC):
         """Undo `fuse`."""
 
     def check_installed(self, transformer: Any, model: str) -> None:
-        """Raise ValueError where something has replaced a sparse processor: that layer would run dense unseen."""
+        """Before each forward: what was done to `transformer` after `install` must not run dense or wrong unseen.
+
+        Raises:
+            ValueError: a sparse processor was replaced, or parallelism switched on.
+        """
+        _refuse_parallel(transformer)
         for path, module in self.attention_modules(transformer).items():
             if not isinstance(module.processor, SparseProcessor):
                 raise ValueError(
@@ -148,8 +161,13 @@ class FamilyAdapter(ABC):
                 f"{path}.processor must be diffusers' {expected}, got {type(processor).__name__}; "
                 "sparsify before installing another processor"
             )
-        if getattr(processor, "_parallel_config", None) is not None:
-            raise ValueError("context parallelism must be off with sparse attention, got a parallel config")
+
+
+def _refuse_parallel(transformer: Any) -> None:
+    """Context parallelism cuts the sequence before it comes to a processor, tensor parallelism the heads."""
+    config = getattr(transformer, "_parallel_config", None)
+    if config is not None:
+        raise ValueError(f"parallelism must be off with sparse attention, got {type(config).__name__}; unsparsify")
 
 
 def modules_of(transformer: Any, name: str, *lists: str) -> dict[str, Any]:

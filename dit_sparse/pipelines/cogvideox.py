@@ -11,6 +11,7 @@ from diffusers.models.attention_processor import (
     FusedCogVideoXAttnProcessor2_0,
 )
 from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock, CogVideoXTransformer3DModel
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
@@ -85,6 +86,7 @@ class CogVideoXAdapter(FamilyAdapter):
         CogVideoXAttnProcessor2_0: SparseCogVideoXAttnProcessor,
         FusedCogVideoXAttnProcessor2_0: SparseFusedCogVideoXAttnProcessor,
     }
+    relies_on = (CogVideoXTransformer3DModel.forward, CogVideoXBlock.forward)
 
     def attention_modules(self, transformer: Any) -> dict[str, Any]:
         return modules_of(transformer, "attn1", "transformer_blocks")

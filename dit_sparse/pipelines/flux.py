@@ -4,7 +4,14 @@ import functools
 from typing import Any, ClassVar
 
 import torch
-from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor, _get_qkv_projections
+from diffusers.models.transformers.transformer_flux import (
+    FluxAttention,
+    FluxAttnProcessor,
+    FluxSingleTransformerBlock,
+    FluxTransformer2DModel,
+    FluxTransformerBlock,
+    _get_qkv_projections,
+)
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
@@ -36,7 +43,6 @@ class SparseFluxAttnProcessor(SparseProcessor, FluxAttnProcessor):
         attention_mask: torch.Tensor | None = None,
         image_rotary_emb: RotaryEmbedding | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        self.refuse_parallel()
         if attention_mask is not None:
             raise ValueError("FLUX's attention_mask must be None with sparse attention, got one; unsparsify")
         query, key, value = project(attn, hidden_states, encoder_hidden_states, image_rotary_emb)
@@ -79,6 +85,7 @@ class FluxAdapter(FamilyAdapter):
     family = "FLUX.1"
     transformer_class = "FluxTransformer2DModel"
     processors: ClassVar = {FluxAttnProcessor: SparseFluxAttnProcessor}
+    relies_on = (FluxTransformer2DModel.forward, FluxTransformerBlock.forward, FluxSingleTransformerBlock.forward)
 
     def attention_modules(self, transformer: Any) -> dict[str, Any]:
         return modules_of(transformer, "attn", "transformer_blocks", "single_transformer_blocks")

@@ -2,77 +2,94 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers.hooks import HookRegistry, ModelHook
-from diffusers.hooks.hooks import BaseState, StateManager
+from diffusers.hooks import HookRegistry
 from torch.utils.hooks import RemovableHandle
 
 from dit_sparse.pipelines.adapter import FamilyAdapter
 from dit_sparse.pipelines.session import Session
-
-HOOK_NAME = "dit_sparse"
-
-
-class _NoState(BaseState):
-    """The hook keeps no state in the registry; it only wants the name of the cache context."""
-
-    def reset(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing to reset."""
+from dit_sparse.pipelines.statistics import Stopwatch
 
 
-class SiteHook(ModelHook):
+class SiteHook:
     """Derives the token grid and the guidance branch of each forward and hands them to the session.
 
     Where the method has one order for all layers, tokens are put into it once, before the first block.
+
+    It is a hook of torch and not of diffusers, because those of accelerate and diffusers replace `forward`, and the one
+    that is taken off first, as model offload is after every run, takes the others along.
+
+    Args:
+        transformer, model: the module, and its name in the pipeline.
+        session: is told.
+        adapter: knows the family.
     """
 
-    # diffusers sets the cache context, which names the branch, on stateful hooks alone.
-    _is_stateful = True
-
-    def __init__(self, session: Session, adapter: FamilyAdapter, model: str) -> None:
-        super().__init__()
+    def __init__(self, transformer: torch.nn.Module, model: str, session: Session, adapter: FamilyAdapter) -> None:
+        self.model = model
         self.session = session
         self.adapter = adapter
-        self.model = model
-        self.context = StateManager(_NoState)
+        self._branch: str | None = None
         self._moves: list[RemovableHandle] = []
+        self._handles = [
+            transformer.register_forward_pre_hook(self._before, with_kwargs=True),
+            transformer.register_forward_hook(self._after),
+        ]
+        self._names_branches = hasattr(transformer, "cache_context")
+        if self._names_branches:
+            self._set_context: Any = transformer.cache_context
+            transformer.cache_context = self._context  # type: ignore[assignment]
 
-    def pre_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def remove(self, transformer: torch.nn.Module) -> None:
+        """Take it off."""
+        self._stop_moving()
+        for handle in self._handles:
+            handle.remove()
+        if self._names_branches:
+            del transformer.cache_context
+
+    @contextmanager
+    def _context(self, name: str, **kwargs: Any) -> Iterator[None]:
+        """diffusers' `cache_context`, by which pipelines name the guidance branch."""
+        self._branch = name
+        try:
+            with self._set_context(name, **kwargs):
+                yield
+        finally:
+            self._branch = None
+
+    @torch.compiler.disable
+    def _before(
+        self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         self._stop_moving()  # a forward before this one may have failed
         self.adapter.check_installed(module, self.model)
         inputs = _by_name(module, args, kwargs)
-        context = self.context._context
-        branch = None if context is None else context.name
         layout = self.adapter.layout(module, inputs)
         movable = self.adapter.takes_order(module, inputs)
         device = inputs["hidden_states"].device if movable else None
-        order = self.session.begin_forward(layout, self.model, branch, device)
+        order = self.session.begin_forward(layout, self.model, self._branch, device)
         if order is None:
             return args, kwargs
         # Hooks of this forward alone: modules may be replaced between two, by LoRA for one.
         self._moves, moved = self.adapter.put_in_order(module, order, inputs)
         return (args, kwargs) if not moved else ((), inputs | moved)
 
-    def post_forward(self, module: torch.nn.Module, output: Any) -> Any:
+    @torch.compiler.disable
+    def _after(self, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._stop_moving()
         self.session.end_forward()
-        return output
-
-    def deinitalize_hook(self, module: torch.nn.Module) -> torch.nn.Module:  # diffusers spells it so
-        self._stop_moving()
-        return module
 
     def _stop_moving(self) -> None:
         for handle in self._moves:
             handle.remove()
         self._moves = []
-
-    def reset_state(self, module: torch.nn.Module) -> torch.nn.Module:
-        self.context.reset()
-        return module
 
 
 def _by_name(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -81,12 +98,43 @@ def _by_name(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     return dict(zip(names, args, strict=False)) | kwargs
 
 
-def add_site_hook(transformer: torch.nn.Module, session: Session, adapter: FamilyAdapter, model: str) -> None:
-    """Register the hook on `transformer`."""
-    registry = HookRegistry.check_if_exists_or_initialize(transformer)
-    registry.register_hook(SiteHook(session, adapter, model), HOOK_NAME)
+def reset_caches(transformer: torch.nn.Module) -> None:
+    """Let caches such as FirstBlockCache forget what they kept under another attention."""
+    HookRegistry.check_if_exists_or_initialize(transformer).reset_stateful_hooks()
 
 
-def remove_site_hook(transformer: torch.nn.Module) -> None:
-    """Take the hook off `transformer`."""
-    HookRegistry.check_if_exists_or_initialize(transformer).remove_hook(HOOK_NAME, recurse=False)
+class CallRecorder:
+    """Tells a session of every call of attention modules that stay upstream's own.
+
+    The recorded time is that of the whole module, projections included.
+
+    Args:
+        modules, model: the attention of every layer by its path, and the name of their transformer in the pipeline.
+        session: is told.
+    """
+
+    def __init__(self, modules: Mapping[str, torch.nn.Module], model: str, session: Session) -> None:
+        self.model = model
+        self.session = session
+        self._watches: dict[int, Stopwatch] = {}
+        self._handles: list[RemovableHandle] = []
+        for layer, module in enumerate(modules.values()):
+            before, after = functools.partial(self._before, layer), functools.partial(self._after, layer)
+            self._handles += [
+                module.register_forward_pre_hook(before, with_kwargs=True),
+                module.register_forward_hook(after),
+            ]
+
+    def remove(self, transformer: torch.nn.Module) -> None:
+        """Take it off."""
+        for handle in self._handles:
+            handle.remove()
+
+    @torch.compiler.disable
+    def _before(self, layer: int, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tensors = (x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor))
+        self._watches[layer] = Stopwatch(next(tensors).device)
+
+    @torch.compiler.disable
+    def _after(self, layer: int, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.session.record_upstream_call(layer, self.model, self._watches.pop(layer).stop())

@@ -6,7 +6,12 @@ from typing import Any, ClassVar
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.attention_processor import Attention
-from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoAttnProcessor2_0
+from diffusers.models.transformers.transformer_hunyuan_video import (
+    HunyuanVideoAttnProcessor2_0,
+    HunyuanVideoSingleTransformerBlock,
+    HunyuanVideoTransformer3DModel,
+    HunyuanVideoTransformerBlock,
+)
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
@@ -43,7 +48,6 @@ class SparseHunyuanVideoAttnProcessor(SparseProcessor, HunyuanVideoAttnProcessor
         attention_mask: torch.Tensor | None = None,
         image_rotary_emb: RotaryEmbedding | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        self.refuse_parallel()
         batch, video_len = hidden_states.shape[:2]
         text_len = 0 if encoder_hidden_states is None else encoder_hidden_states.shape[1]
         padding = (batch, 1, 1, video_len + text_len)
@@ -105,6 +109,11 @@ class HunyuanVideoAdapter(FamilyAdapter):
     family = "HunyuanVideo"
     transformer_class = "HunyuanVideoTransformer3DModel"
     processors: ClassVar = {HunyuanVideoAttnProcessor2_0: SparseHunyuanVideoAttnProcessor}
+    relies_on = (
+        HunyuanVideoTransformer3DModel.forward,
+        HunyuanVideoTransformerBlock.forward,
+        HunyuanVideoSingleTransformerBlock.forward,
+    )
 
     def attention_modules(self, transformer: Any) -> dict[str, Any]:
         return modules_of(transformer, "attn", "transformer_blocks", "single_transformer_blocks")

@@ -27,7 +27,7 @@ def load_pipeline(
 
     Args:
         model: a folder in diffusers' format, or a hub id such as "Wan-AI/Wan2.1-T2V-1.3B-Diffusers".
-        dtype: of the weights; the VAE stays in float32, as diffusers recommends for Wan.
+        dtype: of the weights; Wan's VAE stays in float32, as diffusers recommends.
         device: a torch device.
         offload: "none", or diffusers' "model" or "group" offload, which need a GPU.
 
@@ -44,10 +44,10 @@ def load_pipeline(
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, ImportError) as error:
         raise ModelError(f"model {os.fspath(model)!r} cannot be loaded: {_first_line(error)}") from error
     try:
-        adapter_for(pipe)
+        adapter = adapter_for(pipe)
     except ValueError as error:
         raise ModelError(f"model {os.fspath(model)!r}: {error}") from error
-    if dtype != torch.float32 and getattr(pipe, "vae", None) is not None:
+    if adapter.float32_vae and dtype != torch.float32 and getattr(pipe, "vae", None) is not None:
         pipe.vae.to(torch.float32)
     try:
         return _place(pipe, device, offload)

@@ -4,7 +4,13 @@ import functools
 from typing import Any, ClassVar
 
 import torch
-from diffusers.models.transformers.transformer_ltx import LTXAttention, LTXVideoAttnProcessor, apply_rotary_emb
+from diffusers.models.transformers.transformer_ltx import (
+    LTXAttention,
+    LTXVideoAttnProcessor,
+    LTXVideoTransformer3DModel,
+    LTXVideoTransformerBlock,
+    apply_rotary_emb,
+)
 from torch.utils.hooks import RemovableHandle
 
 from dit_sparse.pipelines.adapter import (
@@ -32,7 +38,6 @@ class SparseLTXVideoAttnProcessor(SparseProcessor, LTXVideoAttnProcessor):
         attention_mask: torch.Tensor | None = None,
         image_rotary_emb: RotaryEmbedding | None = None,
     ) -> torch.Tensor:
-        self.refuse_parallel()
         if encoder_hidden_states is not None:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
         if attention_mask is not None:
@@ -54,6 +59,7 @@ class LTXVideoAdapter(FamilyAdapter):
     family = "LTX-Video"
     transformer_class = "LTXVideoTransformer3DModel"
     processors: ClassVar = {LTXVideoAttnProcessor: SparseLTXVideoAttnProcessor}
+    relies_on = (LTXVideoTransformer3DModel.forward, LTXVideoTransformerBlock.forward)
 
     def attention_modules(self, transformer: Any) -> dict[str, Any]:
         return modules_of(transformer, "attn1", "transformer_blocks")

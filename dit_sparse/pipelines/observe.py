@@ -11,8 +11,10 @@ from torch import Tensor
 
 from dit_sparse.kernels import dense_attention
 from dit_sparse.methods import Dense
+from dit_sparse.pipelines.families import adapter_for
 from dit_sparse.pipelines.session import DenseAttention, Session
 from dit_sparse.pipelines.sparsify import install, unsparsify
+from dit_sparse.pipelines.upstream import changes, message
 from dit_sparse.schedule import Schedule
 from dit_sparse.types import Site
 
@@ -45,8 +47,11 @@ def observe(pipe: Any, observer: Observer) -> Iterator[None]:
     """Show every self-attention call of `pipe`, which runs dense meanwhile, to `observer`; `pipe` is dense after it.
 
     Raises:
-        ValueError: as `sparsify`.
+        ValueError: as `sparsify`, and an installed diffusers that the family's adapter was not written for.
     """
+    adapter = adapter_for(pipe)
+    if changed := changes(adapter):
+        raise ValueError(message(adapter, changed))
     install(pipe, _WatchingSession(observer))
     try:
         yield

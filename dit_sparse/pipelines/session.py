@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import warnings
 import weakref
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn, Self
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from dit_sparse.kernels import dense_attention, select
 from dit_sparse.pipelines.layout import Group, Layout
 from dit_sparse.pipelines.statistics import CallRecord, RunStatistics, Stopwatch
 from dit_sparse.pipelines.steps import StepCounter
+from dit_sparse.pipelines.upstream import CHANGED
 from dit_sparse.schedule import Decision, Schedule
 from dit_sparse.types import AttentionPlan, PackedPlan, Previous, Site, TokenGrid, TokenOrder
 
@@ -52,13 +54,29 @@ class Session:
     def __init__(self, schedule: Schedule, backend: str = "auto") -> None:
         self.schedule = schedule
         self.backend = backend
+        self._start()
+
+    def _start(self) -> None:
         self.steps = StepCounter()
         self.statistics = RunStatistics()
         self.previous: dict[tuple[Any, ...], Previous] = {}
         self._pipelines: weakref.WeakSet[Any] = weakref.WeakSet()
         self._run = 0
+        self._warned = False
+        self._has_order = True
         self._forward: _Forward | None = None
         self._unnamed_forwards = (-1, 0)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Of a pipeline that is copied as a whole: the copy has runs of its own, and begins afresh."""
+        twin = object.__new__(type(self))
+        vars(twin).update(vars(self))
+        twin._start()
+        twin._pipelines.update(memo[id(pipe)] for pipe in self._pipelines if id(pipe) in memo)
+        return twin
+
+    def __reduce__(self) -> NoReturn:
+        raise ValueError("a sparse pipeline or transformer cannot be pickled, got one; unsparsify it first")
 
     def watch(self, pipe: Any) -> None:
         """Follow the steps of `pipe`'s scheduler, also after it is replaced."""
@@ -78,17 +96,15 @@ class Session:
         Returns:
             The order that the caller must put all tokens into for this forward; `None` for their own.
         """
-        for pipe in self._pipelines:
-            if not self.steps.watches(pipe.scheduler):
-                self.steps.watch(pipe.scheduler)
-                self.steps.adopt(pipe.scheduler)
-        if self.steps.run != self._run:
-            self._begin_run()
+        self._follow_run()
+        if branch is not None and not self.steps.inside_run:
+            self._warn_of_stranger(model)
+        # Samples with prompts of several lengths have no order in common; no branch of such a run moves its tokens,
+        # because PAB hands what one branch attended to the other.
+        self._has_order &= len(layout.groups) == 1
         order = None
-        # Samples with prompts of several lengths have no order in common.
-        if device is not None and self.steps.inside_run and len(layout.groups) == 1:
-            method = self.schedule.method_at(self.steps.step, self.steps.num_steps)
-            order = method.shared_order(layout.groups[0].grid, device)
+        if device is not None and self.steps.inside_run and self._has_order:
+            order = self.schedule.shared_order(layout.groups[0].grid, device)
             order = None if order is None or order.is_identity else order
         self._forward = _Forward(layout, model, branch or self._numbered_branch(), order)
         return order
@@ -97,9 +113,40 @@ class Session:
         """Called after each forward of a transformer."""
         self._forward = None
 
+    def record_upstream_call(self, layer: int, model: str, watch: Stopwatch) -> None:
+        """Called after a self-attention call that upstream made itself, because its code has changed."""
+        self._follow_run()
+        self.statistics.records.append(CallRecord(layer, self.steps.step, "", model, None, CHANGED, "dense", watch))
+
+    def _follow_run(self) -> None:
+        self._follow_schedulers()
+        if self.steps.run != self._run:
+            self._begin_run()
+
+    def _follow_schedulers(self) -> None:
+        pipelines = list(self._pipelines)
+        if all(self.steps.watches(pipe.scheduler) for pipe in pipelines):
+            return
+        for pipe in pipelines:
+            if not self.steps.watches(pipe.scheduler):
+                self.steps.watch(pipe.scheduler)
+                self.steps.adopt(pipe.scheduler, getattr(pipe, "_current_timestep", None))
+        self.steps.release(keep=[pipe.scheduler for pipe in pipelines])
+
+    def _warn_of_stranger(self, model: str) -> None:
+        """Only pipelines name branches, so this one drives a scheduler that is not watched; said once."""
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{model} is run by a pipeline whose scheduler is not followed, so its attention is dense; "
+                "sparsify that pipeline",
+                stacklevel=2,
+            )
+
     def _begin_run(self) -> None:
         self._run = self.steps.run
         self.statistics = RunStatistics()
+        self._has_order = True
         self._unnamed_forwards = (-1, 0)
         # A plan of the grid alone stays right; everything else belongs to the run that made it.
         # Grids differ by the prompt's length in some families, so their number has a limit.
@@ -125,7 +172,7 @@ class Session:
         if self._forward is None or not self.steps.inside_run:
             return self._dense(Decision("dense", "outside a run"), None, q, k, v, dense, layer)
         layout = self._forward.layout
-        parts = [self._part(layer, num_layers, group) for group in layout.groups]
+        parts = [self._part(layer, num_layers, group, q.shape[0]) for group in layout.groups]
         if all(part.decision.action == "dense" and not part.decision.keep_lse for part in parts):
             return self._dense(parts[0].decision, None, q, k, v, dense, layer)
         if not layout.is_padded:
@@ -156,9 +203,11 @@ class Session:
             out[rows, :, : grid.num_tokens] = dense_attention(*(x[rows, :, : grid.num_tokens] for x in (q, k, v)))
         return out
 
-    def _part(self, layer: int, num_layers: int, group: Group) -> _Part:
+    def _part(self, layer: int, num_layers: int, group: Group, batch: int) -> _Part:
         site = self._site(layer, num_layers, group.grid)
         key = self.schedule.key(site)
+        if self.schedule.method.scope == "call":
+            key += (batch,)  # FasterCache leaves a guidance branch out of some batches
         previous = self.previous.get(key)
         return _Part(site, key, previous, self.schedule.decide(site, previous))
 
@@ -169,7 +218,8 @@ class Session:
         planning = None
         if decision.action == "plan":
             planning = Stopwatch(q.device)
-            plan = self.schedule.method_at(site.step, site.num_steps).plan(q, k, v, site, previous)
+            method = self.schedule.method_at(site.step, site.num_steps)
+            plan = self.schedule.finish(method.plan(q, k, v, site, previous))
             planning.stop()
             at_rest = plan if self.schedule.method.scope == "grid" else _at_rest(plan)  # one plan may lie about
             self.previous[key] = Previous(at_rest, None if previous is None else previous.lse, site.step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any, TypeVar
@@ -11,9 +12,10 @@ from dit_sparse.methods import Paro
 from dit_sparse.methods.plan_file import axes_of, write_plans
 from dit_sparse.methods.plan_header import ModelPlans, PlanHeader, one_line
 from dit_sparse.pipelines.families import adapter_for, transformers_of
-from dit_sparse.pipelines.hooks import add_site_hook, remove_site_hook
+from dit_sparse.pipelines.hooks import CallRecorder, SiteHook, reset_caches
 from dit_sparse.pipelines.session import Session
 from dit_sparse.pipelines.statistics import RunStatistics
+from dit_sparse.pipelines.upstream import changes, message
 from dit_sparse.schedule import Schedule
 from dit_sparse.types import Method, TokenGrid
 
@@ -24,9 +26,10 @@ _INSTALLED = "_dit_sparse"
 class _Installed:
     """What `sparsify` left on a transformer: its session, and how to take it off."""
 
-    def __init__(self, session: Session, originals: dict[str, Any]) -> None:
+    def __init__(self, session: Session, originals: dict[str, Any], hook: SiteHook | CallRecorder) -> None:
         self.session = session
         self.originals = originals
+        self.hook = hook
 
 
 def sparsify(pipe: Pipeline, method: Method | Schedule, *, backend: str = "auto") -> Pipeline:
@@ -42,9 +45,12 @@ def sparsify(pipe: Pipeline, method: Method | Schedule, *, backend: str = "auto"
     Returns:
         `pipe`.
 
+    Warns:
+        UserWarning: the installed diffusers is not the one the family's adapter was written for; it runs dense.
+
     Raises:
         ValueError: an unsupported family, a dense layer that the model does not have, a foreign attention processor, or
-            context parallelism.
+            context or tensor parallelism.
     """
     return install(pipe, Session(Schedule.of(method), backend))
 
@@ -55,7 +61,14 @@ def install(pipe: Pipeline, session: Session) -> Pipeline:
     for transformer in transformers_of(pipe).values():
         session.schedule.check_layers(adapter.num_layers(transformer))
     unsparsify(pipe)
+    changed = changes(adapter)
+    if changed:
+        warnings.warn(f"{message(adapter, changed)}; attention runs dense", stacklevel=3)
     for model, transformer in transformers_of(pipe).items():
+        if changed:
+            recorder = CallRecorder(adapter.attention_modules(transformer), model, session)
+            setattr(transformer, _INSTALLED, _Installed(session, {}, recorder))
+            continue
         try:
             originals = adapter.install(transformer, model, session)
         except ValueError:
@@ -63,8 +76,9 @@ def install(pipe: Pipeline, session: Session) -> Pipeline:
             unsparsify(pipe)
             raise
         adapter.fuse(transformer)
-        add_site_hook(transformer, session, adapter, model)
-        setattr(transformer, _INSTALLED, _Installed(session, originals))
+        hook = SiteHook(transformer, model, session, adapter)
+        reset_caches(transformer)
+        setattr(transformer, _INSTALLED, _Installed(session, originals, hook))
     session.watch(pipe)
     return pipe
 
@@ -78,7 +92,8 @@ def unsparsify(pipe: Pipeline) -> Pipeline:
         for path, processor in installed.originals.items():
             transformer.get_submodule(path).processor = processor
         adapter_for(pipe).unfuse(transformer)
-        remove_site_hook(transformer)
+        installed.hook.remove(transformer)
+        reset_caches(transformer)
         installed.session.steps.release()
         delattr(transformer, _INSTALLED)
     return pipe

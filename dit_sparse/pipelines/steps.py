@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Collection
 from typing import Any
 
 
 class StepCounter:
     """Which step of which run the schedulers it watches are in.
 
-    `set_timesteps` begins a run and `step` ends a step, so both are wrapped on the instance. Steps still count when a
+    `set_timesteps` begins a run and `step` ends a step, so it listens to both on the instance. Steps still count when a
     cache skips blocks of the transformer, and schedulers without an index of their own work as well.
 
     Attributes:
@@ -34,48 +35,90 @@ class StepCounter:
         return self._sigmas[self.step] if self.step < len(self._sigmas) else None
 
     def watch(self, scheduler: Any) -> None:
-        """Wrap `scheduler`, once; a scheduler that has timesteps already is taken to be at its first step."""
-        if any(scheduler is watched for watched in self._watched):
+        """Listen to `scheduler`, once; several counters may listen to one."""
+        if self.watches(scheduler):
             return
         self._watched.append(scheduler)
-        scheduler.set_timesteps = self._begins_run(scheduler, scheduler.set_timesteps)
-        scheduler.step = self._ends_step(scheduler.step)
+        for name, listener in self._listeners.items():
+            _telling(scheduler, name).listeners.append(listener)
 
-    def adopt(self, scheduler: Any) -> None:
-        """Begin a run on a scheduler whose `set_timesteps` was called before it was watched."""
-        if getattr(scheduler, "num_inference_steps", None):
+    def adopt(self, scheduler: Any, timestep: Any = None) -> None:
+        """Take a scheduler over whose `set_timesteps` was called before it was watched.
+
+        Args:
+            scheduler: the new one.
+            timestep: the one that the pipeline is at. It tells a scheduler replaced in the middle of a run, which goes
+                on, from one replaced before it; `None` is the first.
+        """
+        if not getattr(scheduler, "num_inference_steps", None):
+            return
+        step = 0 if timestep is None else int((scheduler.timesteps - timestep).abs().argmin())
+        if 0 < step == self.step and self.num_steps == len(scheduler.timesteps):
+            self._sigmas = _sigmas_of(scheduler)
+        else:
             self._begin(scheduler)
 
     def watches(self, scheduler: Any) -> bool:
         return any(scheduler is watched for watched in self._watched)
 
-    def release(self) -> None:
-        """Unwrap every scheduler."""
-        for scheduler in self._watched:
-            del scheduler.set_timesteps, scheduler.step
-        self._watched.clear()
+    def release(self, keep: Collection[Any] = ()) -> None:
+        """Stop listening to every scheduler that is not in `keep`."""
+        for scheduler in list(self._watched):
+            if any(scheduler is other for other in keep):
+                continue
+            self._watched.remove(scheduler)
+            for name, listener in self._listeners.items():
+                _stop_telling(scheduler, name, listener)
+
+    @property
+    def _listeners(self) -> dict[str, Callable[[Any], None]]:
+        return {"set_timesteps": self._begin, "step": self._end}
 
     def _begin(self, scheduler: Any) -> None:
         self.run += 1
         self.step = 0
         self.num_steps = len(scheduler.timesteps)
-        sigmas = getattr(scheduler, "sigmas", None)
-        self._sigmas = [] if sigmas is None else [float(sigma) for sigma in sigmas]
+        self._sigmas = _sigmas_of(scheduler)
 
-    def _begins_run(self, scheduler: Any, set_timesteps: Any) -> Any:
-        @functools.wraps(set_timesteps)
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            result = set_timesteps(*args, **kwargs)
-            self._begin(scheduler)
-            return result
+    def _end(self, scheduler: Any) -> None:
+        self.step += 1
 
-        return wrapper
 
-    def _ends_step(self, step: Any) -> Any:
-        @functools.wraps(step)
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            result = step(*args, **kwargs)
-            self.step += 1
-            return result
+def _sigmas_of(scheduler: Any) -> list[float]:
+    sigmas = getattr(scheduler, "sigmas", None)
+    return [] if sigmas is None else [float(sigma) for sigma in sigmas]
 
-        return wrapper
+
+class _Telling:
+    """A method of one scheduler that tells listeners when it has run; stands in the instance's place of the method."""
+
+    def __init__(self, scheduler: Any, name: str) -> None:
+        self.method = getattr(scheduler, name)
+        self.place = scheduler, name
+        self.listeners: list[Callable[[Any], None]] = []
+        functools.update_wrapper(self, self.method)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        result = self.method(*args, **kwargs)
+        for listener in self.listeners:
+            listener(self.place[0])
+        return result
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy of the scheduler has its own method, which nobody listens to.
+        return getattr, self.place
+
+
+def _telling(scheduler: Any, name: str) -> _Telling:
+    if not isinstance(vars(scheduler).get(name), _Telling):
+        setattr(scheduler, name, _Telling(scheduler, name))
+    return vars(scheduler)[name]
+
+
+def _stop_telling(scheduler: Any, name: str, listener: Callable[[Any], None]) -> None:
+    telling = vars(scheduler).get(name)
+    if not isinstance(telling, _Telling):  # somebody has wrapped it, and theirs stays
+        return
+    telling.listeners.remove(listener)
+    if not telling.listeners:
+        delattr(scheduler, name)

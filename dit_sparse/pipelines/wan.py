@@ -5,7 +5,13 @@ import math
 from typing import Any, ClassVar
 
 import torch
-from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
+from diffusers.models.transformers.transformer_wan import (
+    WanAttention,
+    WanAttnProcessor,
+    WanTransformer3DModel,
+    WanTransformerBlock,
+    _get_qkv_projections,
+)
 from torch.utils.hooks import RemovableHandle
 
 from dit_sparse.kernels import norm_rope
@@ -36,7 +42,6 @@ class SparseWanAttnProcessor(SparseProcessor, WanAttnProcessor):
         attention_mask: torch.Tensor | None = None,
         rotary_emb: RotaryEmbedding | None = None,
     ) -> torch.Tensor:
-        self.refuse_parallel()
         if encoder_hidden_states is not None:
             return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb)
         if attention_mask is not None:
@@ -79,6 +84,8 @@ class WanAdapter(FamilyAdapter):
     family = "Wan"
     transformer_class = "WanTransformer3DModel"
     processors: ClassVar = {WanAttnProcessor: SparseWanAttnProcessor}
+    float32_vae = True
+    relies_on = (WanTransformer3DModel.forward, WanTransformerBlock.forward, _get_qkv_projections)
 
     def attention_modules(self, transformer: Any) -> dict[str, Any]:
         return modules_of(transformer, "attn1", "blocks")

@@ -56,6 +56,25 @@ def test_the_check_passes_what_is_right_and_nothing_else() -> None:
             timing.check(wrong, q, k, v, plan)
 
 
+@pytest.mark.parametrize("remainder", ["mean", "value", "mass"])
+def test_the_check_knows_remainders(remainder) -> None:
+    q, k, v = inputs(TINY, CPU, torch.float32)[0]
+    plan = random_plan(TINY, 32, 0.5, CPU).with_remainder(remainder)
+    right, without = (
+        BACKENDS["gather"].forward(q, k, v, p, scale=0.25, return_lse=False)[0]
+        for p in (plan, plan.with_remainder("none"))
+    )
+    assert timing.check(right, q, k, v, plan) < 1e-5
+    for wrong in (without, right * 1.001):
+        with pytest.raises(RuntimeError, match="relative error"):
+            timing.check(wrong, q, k, v, plan)
+
+
+def test_remainders_are_rows_of_their_own() -> None:
+    rows = list(sections.kernel_rows("tiny", 32, (0.5,), ("gather",), 2, CPU, ("none", "value")))
+    assert [(row.kernel, row.remainder) for row in rows] == [("cpu", ""), ("gather", "none"), ("gather", "value")]
+
+
 def test_ratios_are_to_the_fastest_dense_kernel() -> None:
     rows = list(sections.kernel_rows("tiny", 32, (0.5, 0.1), ("gather", "reference"), 2, CPU))
     assert [(row.kernel, round(row.density, 1)) for row in rows] == [

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dit_sparse.bench.plain import exact_terms, plain_attention
+from dit_sparse.kernels import BACKENDS
 from dit_sparse.types import AttentionPlan, BlockMask, TokenOrder
 
 EVEN = [0, 16, 32, 48, 64, 80, 96]
@@ -67,27 +69,58 @@ def assert_as_good_as_torch(
 
     In float64 the oracle rounds as coarsely as what it judges, so there it is 64 units.
     """
-    out, lse = got
-    want, want_lse = oracle(q, k, v, mask, scale)
     plain = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).nan_to_num(0.0)
-    eps = torch.finfo(q.dtype).eps * (32 if q.dtype == torch.float64 else 1)
-    assert out.dtype == q.dtype
+    _judge(got, oracle(q, k, v, mask, scale), plain, plain_attention(q, k, v, mask, scale)[1])
+
+
+def assert_plan_as_good_as_torch(
+    got: tuple[Tensor, Tensor | None], q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float
+) -> None:
+    """As `assert_as_good_as_torch`, for a plan with a remainder; the oracle is the reference backend in float64."""
+    want = BACKENDS["reference"].forward(q.double(), k.double(), v.double(), plan, scale=scale, return_lse=True)
+    terms = exact_terms(q, k, v, plan, scale)
+    blocks = plan.block_mask.block_of(plan.block_mask.q_offsets)
+    _judge(got, want, *plain_attention(q, k, v, position_mask(plan), scale, terms, blocks))
+
+
+def _judge(got: tuple[Tensor, Tensor | None], want: tuple[Tensor, Tensor], plain: Tensor, sums: Tensor) -> None:
+    """Compare output and row sums with float64's; `plain` and `sums` are torch's in the inputs' dtype."""
+    (out, lse), (want, want_lse), dtype = got, want, plain.dtype
+    eps = torch.finfo(dtype).eps * (32 if dtype == torch.float64 else 1)
+    assert out.dtype == dtype
     assert out.isfinite().all()
     allowed = 2 * (plain - want).abs().max() + 2 * eps * want.abs().max()
     assert (out - want).abs().max() <= allowed
     if lse is None:
         return
     empty = want_lse.isinf()
-    assert lse.dtype == (torch.float64 if q.dtype == torch.float64 else torch.float32)
+    assert lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert torch.equal(lse.isneginf(), empty)
     assert not out[empty].any()
-    scores = (q @ k.transpose(-1, -2) * scale).to(lse.dtype).masked_fill(~mask, float("-inf"))
     error = (lse - want_lse)[~empty].abs()
-    plain_error = (scores.logsumexp(-1) - want_lse)[~empty].abs()
+    plain_error = (sums - want_lse)[~empty].abs()
     if error.numel():
         peak = want_lse[~empty].abs().max()
-        units = 64 if q.dtype == torch.float64 else 2
+        units = 64 if dtype == torch.float64 else 2
         assert error.max() <= 2 * plain_error.max() + units * torch.finfo(lse.dtype).eps * (1 + peak)
+
+
+def remainder_plans(batch: int = 2, heads: int = 2) -> dict[str, AttentionPlan]:
+    """Plans that try a remainder: blocks of all kinds, one mask for all, partial blocks, bare and full rows."""
+    plans = {
+        name: random_plan(bounds, batch=batch, heads=heads)
+        for name, bounds in (("even", EVEN), ("ragged", RAGGED), ("text", TEXT), ("uneven", UNEVEN))
+    }
+    plans["one mask"] = random_plan(RAGGED)
+    rows = torch.rand(1, heads, 6, 6, generator=generator(5)) < 0.5
+    rows[..., 1, :], rows[..., 4, :] = True, False
+    plans["rows that keep all or nothing"] = keeping(rows, RAGGED)
+    order = random_order([RAGGED], batch, heads)
+    kept, partial = (torch.rand(batch, heads, 6, 6, generator=generator(6)) < 0.5 for _ in range(2))
+    plans["partial"] = AttentionPlan.from_kept(
+        order, kept, partial=partial & kept.roll(1, -1), predicate=lambda b, h, i, j: (i - j + 7 * h + 3 * b) % 4 == 0
+    )
+    return plans
 
 
 def full_plan(tokens: int, block: int = 16) -> AttentionPlan:

@@ -13,10 +13,14 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from dit_sparse.kernels import hopper_kernels, triton_kernels
+from dit_sparse.kernels import hopper_kernels, remainder_kernels, triton_kernels
 
 ROW_STRIDES = [f"{name}_{dim}" for name in "qkvo" for dim in ("sb", "sh", "sn")]
-LISTS = ("counts", "indices", "partial_counts", "partial_indices", "bits", "q_offsets", "k_offsets", "pace")
+ROW_STRIDES += [f"{name}_{dim}" for name in ("mk", "mv", "slope", "x", "m", "vm", "p") for dim in ("sb", "sh", "sm")]
+ROW_STRIDES += ["slope_sd", "x_sn", "p_sd"]
+DATA = ("q", "k", "v", "out", "x", "mean_k", "mean_v", "slopes", "products")
+FLOATS = ("lse", "bias", "mean", "square", "v_mean")
+LISTS = ("counts", "indices", "partial_counts", "partial_indices", "bits", "q_offsets", "k_offsets", "offsets", "pace")
 
 
 def signature(kernel, constants: dict, special: dict[str, str], data: str) -> dict[str, str]:
@@ -29,25 +33,40 @@ def signature(kernel, constants: dict, special: dict[str, str], data: str) -> di
             types[name] = special[name]
         elif name in LISTS:
             types[name] = "*i32"
-        elif name in ("lse", "scale"):
-            types[name] = "*fp32" if name == "lse" else "fp32"
+        elif name in ("scale", *FLOATS):
+            types[name] = "fp32" if name == "scale" else "*fp32"
         else:
-            types[name] = f"*{data}" if name in ("q", "k", "v", "out") else "i32"
+            types[name] = f"*{data}" if name in DATA else "i32"
     return types
 
 
 def portable(job: dict):
     constants = dict(
         D=job["dim"], DV=job["dim"], BLOCK_D=job["padded"], BLOCK_DV=job["padded"], BLOCK_M=job["block_m"],
-        BLOCK_N=job["block_n"], Q_TILES=1, K_TILES=1, PARTIAL=job["partial"], RETURN_LSE=True, UPCAST=False,
+        BLOCK_N=job["block_n"], Q_TILES=1, K_TILES=1, PARTIAL=job["partial"], RETURN_LSE=True,
+        MEANS=job["remainder"] != "none", SLOPES=job["remainder"] == "value", UPCAST=False,
     )  # fmt: skip
-    kernel = triton_kernels.forward_kernel
+    return triton_source(triton_kernels.forward_kernel, constants, job), options_of(job)
+
+
+def moments(job: dict):
+    constants = dict(
+        D=job["dim"], DV=job["dim"], BLOCK_D=job["padded"], BLOCK_DV=min(128, job["padded"]), BLOCK_N=job["block_n"],
+        PARTS=-(-job["dim"] // 128), CENTRED=True, VALUES=True, PRODUCTS=job["remainder"] == "value", UPCAST=False,
+    )  # fmt: skip
+    return triton_source(remainder_kernels.moments_kernel, constants, job), options_of(job)
+
+
+def options_of(job: dict) -> dict[str, int]:
+    return dict(num_warps=job["warps"], num_stages=job["stages"])
+
+
+def triton_source(kernel, constants: dict, job: dict) -> ASTSource:
     types = signature(kernel, constants, {}, job["dtype"])
     # What a launch finds out of its arguments: tensors and their rows begin at multiples of 16.
     aligned = [i for i, name in enumerate(kernel.arg_names) if types[name][0] == "*" or name in ROW_STRIDES]
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
-    source = ASTSource(kernel, types, constexprs=constants, attrs=attributes)
-    return source, dict(num_warps=job["warps"], num_stages=job["stages"])
+    return ASTSource(kernel, types, constexprs=constants, attrs=attributes)
 
 
 def hopper(job: dict):
@@ -72,7 +91,7 @@ def hopper(job: dict):
 
 
 def report(job: dict) -> dict:
-    source, options = {"triton": portable, "hopper": hopper}[job["kernel"]](job)
+    source, options = {"triton": portable, "moments": moments, "hopper": hopper}[job["kernel"]](job)
     log = io.StringIO()
     with contextlib.redirect_stdout(log):
         compiled = triton.compile(source, target=GPUTarget("cuda", job["target"], 32), options=options)

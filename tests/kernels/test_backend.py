@@ -38,6 +38,22 @@ def test_a_refusal_is_an_error_that_says_why() -> None:
         select("sdpa", q, k, v, plan)
 
 
+@pytest.mark.parametrize("name", ["hopper", "flex", "fa4", "flashinfer"])
+def test_a_remainder_that_a_backend_lacks_is_refused_by_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = cases.random_plan(cases.EVEN).with_remainder("mean")
+    q, k, v = cases.inputs(plan, 1, 1, 16)
+    monkeypatch.setattr(get_backend(name), "unavailable", lambda device: None, raising=False)
+    with pytest.raises(ValueError, match=f"'{name}' cannot compute this call: it has no remainder 'mean'; use 'ref"):
+        select(name, q, k, v, plan)
+
+
+def test_auto_takes_a_backend_with_the_plans_remainder() -> None:
+    sparse, full = (plan.with_remainder("value") for plan in (cases.random_plan(cases.EVEN), cases.full_plan(96)))
+    q, k, v = cases.inputs(sparse, 1, 1, 16)
+    assert select("auto", q, k, v, sparse).name == "gather"
+    assert select("auto", q, k, v, full).name == "sdpa"
+
+
 def test_an_unavailable_backend_is_an_error_that_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = cases.full_plan(96)
     q, k, v = cases.inputs(plan, 1, 1, 16)

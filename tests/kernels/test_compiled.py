@@ -12,19 +12,21 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from dit_sparse.kernels.triton_backend import configuration, padded
+from dit_sparse.kernels.triton_backend import configuration
+from dit_sparse.kernels.triton_launch import padded
 
 PROGRAM = Path(__file__).with_name("compile_kernels.py")
 # Bytes of shared memory that a thread block may have, by compute capability.
 LIMITS = {80: 166912, 86: 101376, 90: 232448, 100: 232448, 120: 101376}
 PORTABLE = [
-    (80, 128, 128, "bf16", True),
-    (86, 64, 256, "bf16", True),
-    (90, 128, 128, "bf16", True),
-    (90, 128, 64, "bf16", False),
-    (100, 128, 128, "fp16", True),
-    (120, 128, 128, "bf16", True),
-    (120, 64, 256, "fp32", False),
+    (80, 128, 128, "bf16", True, "value"),
+    (86, 64, 256, "bf16", True, "value"),
+    (90, 128, 128, "bf16", True, "none"),
+    (90, 64, 128, "bf16", False, "value"),
+    (90, 128, 64, "bf16", False, "mean"),
+    (100, 128, 128, "fp16", True, "value"),
+    (120, 128, 128, "bf16", True, "mean"),
+    (120, 64, 256, "fp32", False, "value"),
 ]
 HOPPER = [
     dict(dim=128, groups=2, pair=False, stages=(2, 2), registers=None, early=True, pace=False, partial=False),
@@ -46,7 +48,7 @@ def compile_kernels(jobs: list[dict]) -> list[dict]:
 
 def test_the_portable_kernel_fits() -> None:
     jobs = []
-    for target, block, dim, dtype, partial in PORTABLE:
+    for target, block, dim, dtype, partial, remainder in PORTABLE:
         itemsize = 4 if dtype == "fp32" else 2
         launch = configuration(block, block, dim, dim, itemsize, target // 10, LIMITS[target], partial)
         jobs.append(
@@ -57,12 +59,36 @@ def test_the_portable_kernel_fits() -> None:
                 dim=dim,
                 padded=padded(dim),
                 partial=partial,
+                remainder=remainder,
                 block_m=launch.block_m,
                 block_n=launch.block_n,
                 warps=launch.num_warps,
                 stages=launch.num_stages,
             )
         )
+    for job, found in zip(jobs, compile_kernels(jobs), strict=True):
+        assert found["shared"] <= LIMITS[job["target"]], job
+
+
+def test_the_kernel_of_moments_fits() -> None:
+    jobs = [
+        dict(
+            kernel="moments",
+            target=target,
+            dtype=dtype,
+            dim=dim,
+            padded=padded(dim),
+            remainder=remainder,
+            block_n=16 if dtype == "fp32" else 32,
+            warps=8 if remainder == "value" else 4,
+            stages=3,
+        )
+        for target, dim, dtype, remainder in (
+            (80, 128, "bf16", "value"),
+            (90, 128, "bf16", "mean"),
+            (86, 256, "fp32", "value"),
+        )
+    ]
     for job, found in zip(jobs, compile_kernels(jobs), strict=True):
         assert found["shared"] <= LIMITS[job["target"]], job
 

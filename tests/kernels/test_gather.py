@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dit_sparse.kernels import gather, gather_rows, get_backend
-from dit_sparse.types import AttentionPlan, BlockMask
+from dit_sparse.types import AttentionPlan, BlockMask, Remainder
 from tests.kernels import cases
 
 GATHER = get_backend("gather")
@@ -204,3 +204,27 @@ def test_nan_goes_in_and_comes_out(whole: bool) -> None:
     assert lse is not None
     assert lse[..., 5].isnan().all()
     assert not out[..., 6:, :].isnan().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("remainder", ["mean", "value", "mass"])
+def test_remainders_of_every_plan(remainder: Remainder, dtype: torch.dtype) -> None:
+    for plan in cases.remainder_plans().values():
+        plan = plan.with_remainder(remainder)
+        q, k, v = cases.inputs(plan, 2, 2, 40, dtype)
+        cases.assert_plan_as_good_as_torch(run(q, k, v, plan), q, k, v, plan, 0.3)
+
+
+def test_a_remainder_of_query_blocks_wide_enough_for_the_flash_operator() -> None:
+    bounds = [0, 200, 400, 590]
+    plan = cases.keeping(torch.eye(3, dtype=torch.bool)[None, None], bounds, remainder="value")
+    q, k, v = cases.inputs(plan, 1, 2, 40)
+    cases.assert_plan_as_good_as_torch(run(q, k, v, plan, 0.1), q, k, v, plan, 0.1)
+
+
+def test_a_remainder_needs_no_row_sums_from_the_caller() -> None:
+    plan = cases.random_plan(cases.RAGGED).with_remainder("mean")
+    q, k, v = cases.inputs(plan, 1, 1, 16)
+    out, lse = GATHER.forward(q, k, v, plan, scale=0.3, return_lse=False)
+    assert lse is None
+    assert torch.equal(out, run(q, k, v, plan)[0])

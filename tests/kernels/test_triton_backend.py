@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from dit_sparse import sparse_attention
-from dit_sparse.kernels import get_backend, partial_bits
-from dit_sparse.types import AttentionPlan, BlockMask
+from dit_sparse.kernels import block_sparse, get_backend, partial_bits
+from dit_sparse.types import AttentionPlan, BlockMask, Remainder
 from tests.kernels import cases
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -180,7 +180,8 @@ def test_torchs_compiler_takes_a_call_as_one_graph() -> None:
     assert torch.allclose(compiled(q, k, v), attend(q, k, v), atol=1e-5)
 
 
-def test_the_operator_follows_torchs_rules() -> None:
+@pytest.mark.parametrize("remainder", ["none", "value"])
+def test_the_operator_follows_torchs_rules(remainder: Remainder) -> None:
     plan = cases.random_plan(cases.RAGGED, heads=2).to(DEVICE)
     mask = plan.block_mask
     for strided in (False, True):
@@ -188,7 +189,59 @@ def test_the_operator_follows_torchs_rules() -> None:
         if strided:
             q = q.transpose(1, 2).contiguous().transpose(1, 2)
         lists = mask.q_offsets, mask.k_offsets, mask.kv_counts, mask.kv_indices, None, None, None
+        lists += (None if remainder == "none" else mask.kept_blocks,)
         geometry = list(plan.q_order.geometry), list(plan.kv_order.geometry)
         torch.library.opcheck(
-            torch.ops.dit_sparse.block_sparse.default, (q, k, v, *lists, *geometry, 0.3, True, "triton")
+            torch.ops.dit_sparse.block_sparse.default, (q, k, v, *lists, *geometry, 0.3, remainder, True, "triton")
         )
+
+
+@pytest.mark.parametrize("name", list(cases.remainder_plans()))
+def test_remainders_of_every_plan(name: str) -> None:
+    plan = cases.remainder_plans()[name].with_remainder("value")
+    q, k, v = cases.inputs(plan, 2, 2, 16)
+    cases.assert_plan_as_good_as_torch(run(q, k, v, plan), q, k, v, plan, 0.3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("remainder", ["mean", "value", "mass"])
+def test_every_remainder_in_every_dtype(remainder: Remainder, dtype: torch.dtype) -> None:
+    plan = cases.random_plan(cases.RAGGED, heads=2).with_remainder(remainder)
+    q, k, v = cases.inputs(plan, 1, 2, 40, dtype)
+    cases.assert_plan_as_good_as_torch(run(q, k, v, plan), q, k, v, plan, 0.3)
+
+
+@pytest.mark.parametrize("remainder", ["mean", "value"])
+def test_a_remainder_of_more_blocks_than_a_tile_holds(remainder: Remainder) -> None:
+    """The tail's weights are rescaled when a later tile raises the maximum."""
+    kept = torch.eye(50, dtype=torch.bool)[None, None]
+    plan = cases.keeping(kept, [*range(0, 200, 4), 200], remainder=remainder)
+    q, k, v = cases.inputs(plan, 1, 1, 24)
+    k[..., 150:, :] += 0.3 * q[..., :50, :]
+    cases.assert_plan_as_good_as_torch(run(q, k, v, plan), q, k, v, plan, 0.3)
+
+
+def test_heads_whose_terms_do_not_fit_go_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = cases.random_plan(cases.RAGGED, heads=3).with_remainder("value")
+    q, k, v = cases.inputs(plan, 2, 3, 16)
+    whole = run(q, k, v, plan)
+    monkeypatch.setattr(block_sparse, "_TERMS_BYTES", 1 << 16)
+    groups = []
+    heads = block_sparse.Call.heads
+    monkeypatch.setattr(block_sparse.Call, "heads", lambda *a: groups.append(a[1:]) or heads(*a))
+    got = run(q, k, v, plan)
+    assert len(set(groups)) > 1
+    for one, other in zip(got, whole, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("remainder", ["mean", "value"])
+def test_a_remainder_in_torchs_compiler_and_with_values_of_their_own_size(remainder: Remainder) -> None:
+    plan = cases.random_plan(cases.RAGGED, heads=2).with_remainder(remainder).to(DEVICE)
+    q, k, v = (x.to(DEVICE) for x in cases.inputs(plan, 1, 2, 16))
+    v = v[..., :10]
+    compiled = torch.compile(
+        lambda q, k, v: sparse_attention(q, k, v, plan, backend="triton"), fullgraph=True, backend="aot_eager"
+    )
+    want = sparse_attention(q, k, v, plan, backend="reference")
+    torch.testing.assert_close(compiled(q, k, v), want, rtol=1e-4, atol=1e-5)

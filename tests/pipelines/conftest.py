@@ -11,6 +11,7 @@ import torch
 from diffusers import WanPipeline
 from torch import Tensor
 
+from tests.pipelines.families import FAMILIES, Family
 from tests.pipelines.tiny import make_tiny_wan, tiny_wan
 
 Render = Callable[..., Tensor]
@@ -19,6 +20,11 @@ Render = Callable[..., Tensor]
 @pytest.fixture
 def pipe() -> WanPipeline:
     return tiny_wan(fine=True)
+
+
+@pytest.fixture(params=FAMILIES, ids=str)
+def family(request: pytest.FixtureRequest) -> Family:
+    return request.param
 
 
 @pytest.fixture(scope="session")

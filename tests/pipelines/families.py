@@ -51,8 +51,7 @@ class Family:
             prompt,
             num_inference_steps=steps,
             generator=torch.Generator().manual_seed(seed),
-            output_type="latent",
-            **{**self.arguments, **options},
+            **{"output_type": "latent", **self.arguments, **options},
         )
         return result.images if hasattr(result, "images") else result.frames
 

@@ -128,3 +128,12 @@ def test_ltx_video_refuses_tokens_that_are_no_grid() -> None:
         inputs = {"hidden_states": hidden, **dict(zip(("num_frames", "height", "width"), sizes, strict=True))}
         with pytest.raises(ValueError, match="must multiply to the 300 tokens"):
             adapter.layout(None, inputs)
+
+
+def test_flux_refuses_an_ip_adapter_that_is_loaded_after_sparsify() -> None:
+    """diffusers makes the processors that have no adapter anew, by their class alone."""
+    pipe = sparsify(tiny_flux(), AdaSpa())
+    with pytest.raises(
+        ValueError, match="SparseFluxAttnProcessor must be made by sparsify, got no session; unsparsify"
+    ):
+        pipe.transformer._convert_ip_adapter_attn_to_diffusers([])

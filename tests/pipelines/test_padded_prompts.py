@@ -94,7 +94,7 @@ def test_dense_attention_of_the_real_tokens_alone() -> None:
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 3, 2, 20, 8)
     session = Session(Schedule(AdaSpa()))
-    session.begin_forward(Layout(TokenGrid(1, 3, 4, 8), (8, 3, 3)), "transformer", "cond")
+    session.begin_forward(Layout(TokenGrid(1, 3, 4, 8), (8, 3, 3)), "transformer", None)
     mask = torch.arange(20) < torch.tensor([20, 15, 15])[:, None]
     want = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
     got = session.attend_densely(q, k, v)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from diffusers import (
@@ -35,16 +38,47 @@ def test_steps_of_a_scheduler(scheduler) -> None:
         x = torch.randn(1, 4, 2, 4, 4)
         for step, t in enumerate(scheduler.timesteps):
             assert (counter.run, counter.step, counter.num_steps) == (run, step, 6)
-            extra = (
-                {"old_pred_original_sample": None}
-                if "old_pred_original_sample" in scheduler.step.__code__.co_varnames
-                else {}
-            )
-            x = scheduler.step(x, t, x, **extra)[0]
+            x = scheduler.step(x, t, x)[0]
         assert not counter.inside_run
     counter.release()
     assert "step" not in vars(scheduler)
     assert "set_timesteps" not in vars(scheduler)
+
+
+def test_two_counters_of_one_scheduler() -> None:
+    """Two pipelines may share a scheduler, and one of them may be unsparsified."""
+    scheduler, first, second = FlowMatchEulerDiscreteScheduler(), StepCounter(), StepCounter()
+    first.watch(scheduler)
+    second.watch(scheduler)
+    scheduler.set_timesteps(3)
+    first.release()
+    scheduler.step(torch.zeros(1), scheduler.timesteps[0], torch.zeros(1))
+    assert (first.step, second.step) == (0, 1)
+    second.release()
+    assert not vars(scheduler).keys() & {"step", "set_timesteps"}
+
+
+def test_somebody_elses_wrapper_stays() -> None:
+    scheduler, counter = FlowMatchEulerDiscreteScheduler(), StepCounter()
+    counter.watch(scheduler)
+    telling, calls = scheduler.step, []
+    scheduler.step = lambda *args, **kwargs: (calls.append(1), telling(*args, **kwargs))[1]
+    counter.release()
+    scheduler.set_timesteps(3)
+    scheduler.step(torch.zeros(1), scheduler.timesteps[0], torch.zeros(1))
+    assert calls == [1]
+
+
+@pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"])
+def test_a_copy_of_a_scheduler_is_one_of_its_own(twin_of) -> None:
+    scheduler, counter = FlowMatchEulerDiscreteScheduler(), StepCounter()
+    counter.watch(scheduler)
+    scheduler.set_timesteps(4)
+    twin = twin_of(scheduler)
+    twin.step(torch.zeros(1), twin.timesteps[0], torch.zeros(1))
+    assert (counter.step, scheduler.step_index, twin.step_index) == (0, None, 1)
+    scheduler.step(torch.zeros(1), scheduler.timesteps[0], torch.zeros(1))
+    assert (counter.step, twin.step_index) == (1, 1)
 
 
 def test_sigma_is_the_schedulers() -> None:

@@ -13,6 +13,8 @@ from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 from dit_sparse import AdaSpa, sparsify, unsparsify
 from dit_sparse.pipelines import wan_block
 
+pytestmark = pytest.mark.guard
+
 
 class CountingHook(ModelHook):
     """Stands around a block as a cache does."""

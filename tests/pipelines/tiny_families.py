@@ -63,9 +63,10 @@ def tiny_cogvideox(*, patch_size_t: int | None = None, rotary: bool = True, **op
             use_rotary_positional_embeddings=rotary,
             **options,
         )
+        widened(transformer)
         tokenizer = tiny_tokenizer()
         text_encoder = _t5(len(tokenizer))
-    pipe = CogVideoXPipeline(tokenizer, text_encoder, vae.eval(), widened(transformer), CogVideoXDDIMScheduler())
+    pipe = CogVideoXPipeline(tokenizer, text_encoder, vae.eval(), transformer, CogVideoXDDIMScheduler())
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -96,6 +97,7 @@ def tiny_hunyuan_video(**options: Any) -> HunyuanVideoPipeline:
             rope_axes_dim=(4, 6, 6),
             **options,
         )
+        widened(transformer)
         tokenizer = tiny_tokenizer()
         llama = LlamaModel(
             LlamaConfig(
@@ -111,7 +113,7 @@ def tiny_hunyuan_video(**options: Any) -> HunyuanVideoPipeline:
     pipe = HunyuanVideoPipeline(
         llama.eval(),
         tokenizer,
-        widened(transformer),
+        transformer,
         vae.eval(),
         FlowMatchEulerDiscreteScheduler(shift=7.0),
         clip,
@@ -149,10 +151,11 @@ def tiny_flux(**options: Any) -> FluxPipeline:
             guidance_embeds=True,
             **options,
         )
+        widened(transformer)
         tokenizer = tiny_tokenizer(77)
         clip, t5 = _clip(len(tokenizer)), _t5(len(tokenizer))
     pipe = FluxPipeline(
-        FlowMatchEulerDiscreteScheduler(), vae.eval(), clip, tokenizer, t5, tiny_tokenizer(), widened(transformer)
+        FlowMatchEulerDiscreteScheduler(), vae.eval(), clip, tokenizer, t5, tiny_tokenizer(), transformer
     )
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -192,10 +195,11 @@ def tiny_ltx_video(**options: Any) -> LTXPipeline:
             caption_channels=TEXT_DIM,
             **options,
         )
+        widened(transformer)
         tokenizer = tiny_tokenizer()
         t5 = _t5(len(tokenizer))
     scheduler = FlowMatchEulerDiscreteScheduler()
-    pipe = LTXPipeline(scheduler, vae.eval(), t5, tokenizer, widened(transformer))
+    pipe = LTXPipeline(scheduler, vae.eval(), t5, tokenizer, transformer)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -1,0 +1,106 @@
+"""`dit-sparse calibrate` and `inspect`: plan files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from dit_sparse.cli import options as opt
+from dit_sparse.cli.app import print_json, user_errors
+
+
+def calibrate(
+    prompts: Annotated[Path | None, opt.option("Text file, UTF-8, one prompt a line; one or two are enough.")] = None,
+    prompt: opt.Prompt = None,
+    model: opt.Model = None,
+    density: Annotated[float, opt.option("Share of query-key pairs computed.")] = 0.3,
+    threshold: Annotated[
+        str, opt.option("head: each head gets the density; global: one threshold for all heads.")
+    ] = "head",
+    shared_from: Annotated[float, opt.option("Share of the run from which one mask serves all steps.")] = 0.5,
+    out: Annotated[Path, opt.option("The plan file.", opt.OUTPUT)] = Path("plan.safetensors"),
+    scratch: Annotated[Path | None, opt.option("Folder for large files meanwhile.", opt.OUTPUT)] = None,
+    height: opt.Height = None,
+    width: opt.Width = None,
+    frames: opt.Frames = None,
+    steps: opt.Steps = None,
+    guidance: opt.Guidance = None,
+    seed: Annotated[int, opt.option("Seed of each prompt's noise.", opt.SAMPLING)] = 0,
+    negative_prompt: opt.NegativePrompt = None,
+    block: Annotated[int, opt.option("Tokens a block.", opt.METRICS)] = 64,
+    sigma: Annotated[
+        float | None, opt.option("A block is sparse when this share of it is small.", opt.METRICS, default="0.99")
+    ] = None,
+    epsilon: Annotated[
+        float | None, opt.option("A weight below this is small.", opt.METRICS, default="the mean weight")
+    ] = None,
+    alpha: Annotated[
+        float | None, opt.option("Sparsity against quantisation incoherence.", opt.METRICS, default="1")
+    ] = None,
+    sample_blocks: Annotated[int | None, opt.option("Query blocks compared a head.", opt.METRICS, default="16")] = None,
+    dtype: opt.Dtype = "auto",
+    device: opt.Device = "auto",
+    offload: opt.Offload = "none",
+) -> None:
+    """Choose token orders and masks once, for `generate --method paro --plan-file`.
+
+    The model runs dense over the prompts twice. The plan serves this model and size, and any prompt and steps.
+    """
+    console = Console(stderr=True)
+    with user_errors():
+        from dit_sparse.calibrate import Calibration, command, summary
+        from dit_sparse.calibrate.describe import describe
+        from dit_sparse.generate import Request, report
+        from dit_sparse.methods import Paro
+
+        given: dict[str, Any] = {"sigma": sigma, "epsilon": epsilon, "alpha": alpha, "sample_blocks": sample_blocks}
+        method = Paro(density, block, **{name: value for name, value in given.items() if value is not None})
+        calibration = Calibration(method, threshold, shared_from, seed)  # type: ignore[arg-type]
+        request = Request(
+            prompts=tuple(opt.collect_prompts([] if prompts is None else [str(prompts)], prompt)),
+            config={},
+            out=out.absolute().parent,
+            model=model,
+            height=height,
+            width=width,
+            frames=frames,
+            steps=steps,
+            guidance=guidance,
+            seed=seed,
+            negative_prompt=negative_prompt,
+            dtype=dtype,
+            device=device,
+            offload=offload,
+        )
+        with report.warnings_as_lines(console):
+            with report.loading(console, model):
+                pipe, arguments = command.prepare(request, calibration)
+            file = command.calibrate_with_progress(pipe, request, out, calibration, arguments, scratch, console)
+    report.output_console().print(summary(describe(file)))
+
+
+def inspect(
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan file.")],
+    out: Annotated[Path | None, typer.Option(help="PNG file to draw orders and masks to.")] = None,
+    as_json: opt.Json = False,
+) -> None:
+    """Show what is in a plan file: orders, densities and masks of every layer and head."""
+    with user_errors():
+        from dit_sparse.calibrate import describe, draw, layer_table, slot_table, summary
+        from dit_sparse.generate.report import output_console
+        from dit_sparse.methods.plan_file import PlanFile
+
+        file = PlanFile.open(plan)
+        description = describe(file)
+        if out is not None:
+            draw(file, out)
+    if as_json:
+        print_json(description)
+        return
+    console = output_console()
+    console.print(summary(description))
+    for name, plans in description["models"].items():
+        console.print(slot_table(name, plans), layer_table(name, plans))

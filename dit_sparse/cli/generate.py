@@ -1,0 +1,147 @@
+"""`dit-sparse generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from dit_sparse.cli import options as opt
+from dit_sparse.cli.app import INTERRUPTED, print_error, user_errors
+
+if TYPE_CHECKING:
+    from dit_sparse.generate import Job, Request
+
+
+def generate(
+    context: typer.Context,
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="PROMPTS", help="Text file, UTF-8, one prompt a line; - is standard input."),
+    ] = None,
+    prompt: opt.Prompt = None,
+    model: opt.Model = None,
+    method: Annotated[
+        str | None, opt.option("Method: see `dit-sparse methods`.", default="the model's preset, or adaspa")
+    ] = None,
+    density: Annotated[str | None, opt.option("Share of query-key pairs computed.", default="the method's")] = None,
+    config: Annotated[
+        Path | None, opt.option("JSON file with the method and its parameters; options override it.")
+    ] = None,
+    height: opt.Height = None,
+    width: opt.Width = None,
+    frames: opt.Frames = None,
+    steps: opt.Steps = None,
+    guidance: opt.Guidance = None,
+    seed: Annotated[int, opt.option("Seed of a prompt's first video.", opt.SAMPLING)] = 0,
+    num_samples: Annotated[int, opt.option("Videos a prompt, with the next seeds.", opt.SAMPLING)] = 1,
+    negative_prompt: opt.NegativePrompt = None,
+    dtype: opt.Dtype = "auto",
+    device: opt.Device = "auto",
+    offload: opt.Offload = "none",
+    out: Annotated[Path, opt.option("Folder of the videos.", opt.OUTPUT)] = Path("videos"),
+    format: Annotated[
+        str | None, opt.option("mp4, gif, or png for frames.", opt.OUTPUT, default="mp4, png for an image")
+    ] = None,
+    fps: Annotated[
+        int | None, opt.option("Frames a second of the file.", opt.OUTPUT, default="the preset's, or 16")
+    ] = None,
+    compare_dense: Annotated[
+        bool, opt.option("Also render dense, and compare.", opt.OUTPUT, flag="--compare-dense")
+    ] = False,
+    overwrite: Annotated[bool, opt.option("Make finished videos again.", opt.OUTPUT, flag="--overwrite")] = False,
+) -> None:
+    """Make a video of every prompt, or an image with a model that makes images.
+
+    The method's own parameters are options too, such as `--window 4x12x16`, and so are those of the schedule:
+    `--warmup 0.2`, `--dense-layers 0,1`, `--refresh 0.5,0.75`, `--remainder mean`. The same command again goes on where
+    it stopped.
+    """
+    own = [parameter.name or "" for parameter in context.command.params if parameter.name != "arguments"]
+    console = Console(stderr=True)
+    with _interruptible(console, out):
+        with user_errors():
+            from dit_sparse.generate.config import build_schedule, split_arguments
+            from dit_sparse.generate.report import preset_line
+            from dit_sparse.generate.request import Request
+            from dit_sparse.presets import find_preset
+
+            positional, options = split_arguments([*(arguments or ()), *context.args])
+            if density is not None:
+                options["density"] = density
+            prompts = opt.collect_prompts(positional, prompt)
+            preset = None if model is None else find_preset(model)
+            takes_method = method is None and config is None
+            start = preset.schedule if preset is not None and takes_method else None
+            schedule = build_schedule(method, config, options, own, start)
+            request = Request(
+                prompts=tuple(prompts),
+                config=schedule.to_config(),
+                out=out,
+                model=model,
+                height=height,
+                width=width,
+                frames=frames,
+                steps=steps,
+                guidance=guidance,
+                seed=seed,
+                num_samples=num_samples,
+                negative_prompt=negative_prompt,
+                dtype=dtype,
+                device=device,
+                offload=offload,
+                format=format,
+                fps=fps,
+                compare_dense=compare_dense,
+                overwrite=overwrite,
+            )
+        if preset is not None:
+            console.print(preset_line(preset, takes_method), markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(_generate(request, console))
+
+
+def _generate(request: Request, console: Console) -> int:
+    from dit_sparse.generate import report
+    from dit_sparse.generate.run import prepare, run
+
+    with report.warnings_as_lines(console):
+        with user_errors(), report.loading(console, request.model):
+            job = prepare(request)
+        _warn_of_unknown_words(job, console)
+        try:
+            with report.ConsoleListener(console) as listener:
+                outcome = run(job, listener)
+        except OSError as error:
+            print_error(f"{request.out} cannot be written: {error}")
+            return 1
+    output = report.output_console()
+    if outcome.lines:
+        output.print(report.result_table(outcome.lines))
+    output.print(report.closing_line(job, outcome), markup=False, highlight=False, soft_wrap=True)
+    return 1 if outcome.failures else 0
+
+
+def _warn_of_unknown_words(job: Job, console: Console) -> None:
+    from dit_sparse.demo import unknown_words
+    from dit_sparse.generate.models import DEMO
+
+    if job.settings.model != DEMO:
+        return
+    unknown = dict.fromkeys(word for clip in job.todo for word in unknown_words(clip.prompt))
+    if unknown:
+        text = f"warning: the demo model ignores words that it does not know: {', '.join(unknown)}"
+        console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def _interruptible(console: Console, out: Path) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        text = f"interrupted; finished videos are in {out}, and the same command goes on from there"
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(INTERRUPTED) from None

@@ -1,0 +1,97 @@
+"""Means, variances and products of blocks of tokens: all that a remainder knows of a block."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dit_sparse.kernels.block_layout import BlockLayout
+from dit_sparse.kernels.score_tiles import use_triton
+from dit_sparse.kernels.triton_launch import broadcast_strides, interpreted, on_device_of, padded, rows_of
+
+__all__ = ["Moments", "block_moments"]
+
+_LARGEST_TILE = 128  # value channels that one program holds products of
+
+
+class Moments(NamedTuple):
+    """Moments of every block, in float32 (float64 for float64); zeros for an empty block.
+
+    Args:
+        mean: `[B, H, M, D]` of the tokens `x`.
+        square: `[B, H, M, D]` mean square in each channel, of `x - mean` (the variance) or of `x` itself.
+        v_mean: `[B, H, M, DV]` of the tokens `v`; `None` without.
+        products: `[B, H, M, D, DV]` mean of `(x - mean)^T v`, in the dtype of `x`; `None` where not wanted.
+    """
+
+    mean: Tensor
+    square: Tensor
+    v_mean: Tensor | None = None
+    products: Tensor | None = None
+
+
+def block_moments(
+    x: Tensor, layout: BlockLayout, v: Tensor | None = None, *, centred: bool = True, products: bool = False
+) -> Moments:
+    """Moments of every block of `x` `[B, H, N, D]`, and of `v` `[B, H, N, DV]` with it.
+
+    Args:
+        x, v: the tokens, in the order that `layout` cuts.
+        layout: their blocks.
+        centred: whether `square` is the variance.
+        products: whether they are wanted; `v` must be given, and `centred`.
+
+    On a GPU one kernel reads `x` and `v` once; where gradients are wanted, or the dtype is float64, it is plain torch.
+    """
+    given = [x] if v is None else [x, v]
+    learns = torch.is_grad_enabled() and any(t.requires_grad for t in given)
+    if not learns and max(t.shape[-1] for t in given) <= 256 and use_triton("auto", *given):
+        return moments_by_triton(x, layout, v, centred=centred, products=products)
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    sizes = layout.sizes.clamp(min=1)[..., None].to(compute)
+    parts = layout.split(x.to(compute))
+    mean = parts.sum(3) / sizes
+    apart = parts - mean[..., None, :] if centred else parts
+    if centred and not layout.is_even:
+        # The padding of short blocks is no token, so it must not differ from the mean.
+        inside = torch.arange(parts.shape[3], device=x.device) < layout.sizes[..., None]
+        apart = apart * inside[..., None]
+    square = apart.square().sum(3) / sizes
+    if v is None:
+        return Moments(mean, square)
+    values = layout.split(v.to(compute))
+    v_mean = values.sum(3) / sizes
+    found = (apart.transpose(-1, -2) @ values / sizes[..., None]).to(x.dtype) if products else None
+    return Moments(mean, square, v_mean, found)
+
+
+def moments_by_triton(
+    x: Tensor, layout: BlockLayout, v: Tensor | None = None, *, centred: bool = True, products: bool = False
+) -> Moments:
+    """As `block_moments`, by the kernel."""
+    import triton
+
+    from dit_sparse.kernels.remainder_kernels import moments_kernel
+
+    x = rows_of(x)
+    values = x if v is None else rows_of(v)
+    offsets = layout.offsets.contiguous()
+    batch, heads, _, dim = x.shape
+    blocks, v_dim = offsets.shape[-1] - 1, values.shape[-1]
+    mean, square = (torch.empty(batch, heads, blocks, dim, dtype=torch.float32, device=x.device) for _ in range(2))
+    v_mean = mean if v is None else torch.empty(batch, heads, blocks, v_dim, dtype=torch.float32, device=x.device)
+    found = x.new_empty(batch, heads, blocks, dim, v_dim) if products else mean[..., None]
+    block_dv = min(_LARGEST_TILE, padded(v_dim))
+    parts = 1 if v is None else triton.cdiv(v_dim, block_dv)
+    with on_device_of(x):
+        moments_kernel[blocks * parts, heads, batch](
+            x, values, mean, square, v_mean, found, offsets,
+            *x.stride()[:3], *values.stride()[:3], *mean.stride()[:3], *v_mean.stride()[:3], *found.stride()[:4],
+            *broadcast_strides(offsets),
+            D=dim, DV=v_dim, BLOCK_D=padded(dim), BLOCK_DV=block_dv, BLOCK_N=16 if x.dtype == torch.float32 else 32,
+            PARTS=parts, CENTRED=centred, VALUES=v is not None, PRODUCTS=products, UPCAST=interpreted(),
+            num_warps=8 if products else 4,
+        )  # fmt: skip
+    return Moments(mean, square, None if v is None else v_mean, found if products else None)

@@ -1,0 +1,171 @@
+"""What to start from with a public checkpoint: method, schedule, size and steps, found by the checkpoint's name.
+
+The settings are conservative readings of published ones; docs/presets.md says for each what was measured and what not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from dit_sparse.methods import AdaSpa, Neighborhood, nearest
+from dit_sparse.schedule import Schedule
+
+__all__ = ["PRESETS", "Defaults", "Preset", "find_preset", "preset"]
+
+_ADASPA = "AdaSpa, arXiv 2502.21079"
+_SVG = "Sparse VideoGen, arXiv 2502.01776"
+_GNA = "Generalized Neighborhood Attention, arXiv 2504.16922"
+_PARO = "PAROAttention, arXiv 2506.16054"
+_SPEED = "speed at density 0.2, random weights"
+
+
+class Defaults(NamedTuple):
+    """Size in pixels, frames, steps and guidance scale, by the names that a request has for them.
+
+    `fps` is frames a second of the file; images have none.
+    """
+
+    height: int
+    width: int
+    frames: int
+    steps: int
+    guidance: float
+    fps: int | None = None
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Defaults for one checkpoint.
+
+    Args:
+        name: what it is called here.
+        models: repositories on the hub; a model is recognised by what stands after the last slash.
+        schedule: the method and when it applies.
+        defaults: size, steps and guidance that the checkpoint is published with.
+        source: the papers that method, density, warm-up and dense layers come from.
+        measured: what has been measured here on a model of this shape; empty for nothing.
+    """
+
+    name: str
+    models: tuple[str, ...]
+    schedule: Schedule
+    defaults: Defaults
+    source: str
+    measured: str = ""
+
+    def row(self) -> dict[str, str]:
+        """Its line of the table of presets, by column."""
+        config, defaults = self.schedule.to_config(), self.defaults
+        return {
+            "name": self.name,
+            "checkpoints": ", ".join(self.models),
+            "method": config["method"],
+            "density": f"{config['density']:g}",
+            "warm-up": f"{self.schedule.warmup:g}",
+            "dense layers": ", ".join(map(str, self.schedule.dense_layers)) or "none",
+            "size": f"{defaults.height}x{defaults.width}",
+            "frames": str(defaults.frames),
+            "steps": str(defaults.steps),
+            "guidance": f"{defaults.guidance:g}",
+            "from": self.source,
+            "measured": self.measured or "nothing",
+        }
+
+
+_PRESETS = (
+    Preset(
+        "wan2.1-1.3b",
+        ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers",),
+        Schedule(AdaSpa(density=0.3), warmup=0.3, dense_layers=(0,)),
+        Defaults(480, 832, 81, 50, 5.0, 16),
+        f"method: {_ADASPA}; warm-up and first layer: {_SVG}",
+        _SPEED,
+    ),
+    Preset(
+        "wan2.1-14b",
+        ("Wan-AI/Wan2.1-T2V-14B-Diffusers", "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers"),
+        Schedule(AdaSpa(density=0.25), warmup=0.3, dense_layers=(0,)),
+        Defaults(720, 1280, 81, 50, 5.0, 16),
+        f"method: {_ADASPA}; density, warm-up and first layer: {_SVG}",
+        _SPEED,
+    ),
+    Preset(
+        "wan2.2-5b",
+        ("Wan-AI/Wan2.2-TI2V-5B-Diffusers",),
+        Schedule(AdaSpa(density=0.3), warmup=0.3, dense_layers=(0,)),
+        Defaults(704, 1280, 121, 50, 5.0, 24),
+        f"method: {_ADASPA}; warm-up and first layer: {_SVG}, for Wan 2.1",
+    ),
+    Preset(
+        "wan2.2-a14b",
+        ("Wan-AI/Wan2.2-T2V-A14B-Diffusers", "Wan-AI/Wan2.2-I2V-A14B-Diffusers"),
+        Schedule(AdaSpa(density=0.25), warmup=0.3, dense_layers=(0,)),
+        Defaults(720, 1280, 81, 40, 4.0, 16),
+        f"method: {_ADASPA}; density, warm-up and first layer: {_SVG}, for Wan 2.1",
+    ),
+    Preset(
+        "cogvideox-2b",
+        ("zai-org/CogVideoX-2b", "THUDM/CogVideoX-2b"),
+        Schedule(AdaSpa(density=0.5), warmup=0.2, dense_layers=(0,)),
+        Defaults(480, 720, 49, 50, 6.0, 8),
+        f"method and warm-up: {_ADASPA}; density: {_PARO}; first layer: {_SVG}",
+    ),
+    Preset(
+        "cogvideox-5b",
+        ("zai-org/CogVideoX-5b", "THUDM/CogVideoX-5b"),
+        Schedule(AdaSpa(density=0.5), warmup=0.2, dense_layers=(0,)),
+        Defaults(480, 720, 49, 50, 6.0, 8),
+        f"method and warm-up: {_ADASPA}; density: {_PARO}; first layer: {_SVG}",
+        _SPEED,
+    ),
+    Preset(
+        "cogvideox1.5-5b",
+        ("zai-org/CogVideoX1.5-5B", "THUDM/CogVideoX1.5-5B"),
+        Schedule(AdaSpa(density=0.35), warmup=0.2, dense_layers=(0,)),
+        Defaults(768, 1360, 81, 50, 6.0, 16),
+        f"method and warm-up: {_ADASPA}, at density 0.2; first layer: {_SVG}",
+    ),
+    Preset(
+        "hunyuanvideo",
+        ("hunyuanvideo-community/HunyuanVideo",),
+        Schedule(AdaSpa(density=0.25), warmup=0.2, dense_layers=(0,)),
+        Defaults(720, 1280, 129, 50, 6.0, 24),
+        f"method and warm-up: {_ADASPA}, at density 0.2; density and first layer: {_SVG}",
+        _SPEED,
+    ),
+    Preset(
+        "flux.1-dev",
+        ("black-forest-labs/FLUX.1-dev",),
+        Schedule(Neighborhood(density=0.5, stride=(1, 16, 16)), warmup=0.3),
+        Defaults(1024, 1024, 1, 28, 3.5),
+        f"method and stride: {_GNA}, at density 0.1 and 4096x4096; density and warm-up: our own choice",
+    ),
+    Preset(
+        "flux.1-schnell",
+        ("black-forest-labs/FLUX.1-schnell",),
+        Schedule(Neighborhood(density=0.5, stride=(1, 16, 16)), warmup=0.25),
+        Defaults(1024, 1024, 1, 4, 0.0),
+        f"method and stride: {_GNA}, for FLUX.1-dev; density and warm-up: our own choice",
+    ),
+)
+PRESETS = {preset.name: preset for preset in _PRESETS}
+
+
+def preset(name: str) -> Schedule:
+    """The schedule of the preset called `name`, such as "wan2.1-14b", or of the checkpoint `name`.
+
+    Raises:
+        ValueError: no such preset; the nearest name is given.
+    """
+    found = PRESETS.get(name.lower()) or find_preset(name)
+    if found is None:
+        raise ValueError(f"unknown preset {name!r}; {nearest(name.lower(), PRESETS)}; `dit-sparse presets` lists them")
+    return found.schedule
+
+
+def find_preset(model: str) -> Preset | None:
+    """The preset for a hub id, or for a folder that bears the repository's name; `None` where there is none."""
+    last = model.rstrip("/").rpartition("/")[2].lower()
+    own = (p for p in _PRESETS if last in (known.rpartition("/")[2].lower() for known in p.models))
+    return next(own, None)

@@ -1,0 +1,106 @@
+"""Presets fit their checkpoints, are found by name, run, and stand in the documentation as they are in the code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from dit_sparse import Schedule, cli, preset, sparsify, statistics
+from dit_sparse.pipelines.families import FAMILIES as ADAPTERS
+from dit_sparse.presets import PRESETS, find_preset
+from tests.pipelines.families import FAMILIES
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+
+
+def _pipe(patch: dict[str, Any], temporal: int, spatial: int) -> Any:
+    """What a pipeline tells an adapter of sizes, by the public configuration of its transformer and VAE."""
+    transformer = SimpleNamespace(config=SimpleNamespace(**patch))
+    scales = {"vae_scale_factor_temporal": temporal, "vae_scale_factor_spatial": spatial, "vae_scale_factor": spatial}
+    return SimpleNamespace(transformer=transformer, transformer_2=None, **scales)
+
+
+WAN, WAN_5B = (_pipe({"patch_size": (1, 2, 2)}, 4, spatial) for spatial in (8, 16))
+COGVIDEOX, COGVIDEOX_1_5 = (
+    _pipe({"patch_size": 2, "patch_size_t": patch_t, "max_text_seq_length": 226}, 4, 8) for patch_t in (None, 2)
+)
+# Family, sizes, transformer blocks, and tokens of the video that the preset makes.
+CHECKPOINTS = {
+    "wan2.1-1.3b": ("wan", WAN, 30, 32_760),
+    "wan2.1-14b": ("wan", WAN, 40, 75_600),
+    "wan2.2-5b": ("wan", WAN_5B, 30, 27_280),
+    "wan2.2-a14b": ("wan", WAN, 40, 75_600),
+    "cogvideox-2b": ("cogvideox", COGVIDEOX, 30, 17_550),
+    "cogvideox-5b": ("cogvideox", COGVIDEOX, 42, 17_550),
+    "cogvideox1.5-5b": ("cogvideox", COGVIDEOX_1_5, 42, 44_880),
+    "hunyuanvideo": ("hunyuan_video", _pipe({"patch_size": 2, "patch_size_t": 1}, 4, 8), 60, 118_800),
+    "flux.1-dev": ("flux", _pipe({}, 1, 8), 57, 4_096),
+    "flux.1-schnell": ("flux", _pipe({}, 1, 8), 57, 4_096),
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_fits_its_checkpoint(name: str) -> None:
+    family, pipe, layers, tokens = CHECKPOINTS[name]
+    defaults = PRESETS[name].defaults
+    adapter = next(a for a in ADAPTERS.values() if type(a).__module__.endswith(f".{family}"))
+    grid = adapter.token_grid(pipe, defaults.height, defaults.width, defaults.frames)
+    assert grid.video_len == tokens
+    PRESETS[name].schedule.check(grid, layers)
+    assert 0 < PRESETS[name].schedule.warmup_steps(defaults.steps) < defaults.steps
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_runs(name: str) -> None:
+    """On the family's tiny model."""
+    family = next(f for f in FAMILIES if f.name == CHECKPOINTS[name][0])
+    pipe = sparsify(family.make(), preset(name))
+    family.run(pipe)
+    schedule, run = PRESETS[name].schedule, statistics(pipe)
+    wanted = {"warm-up", "layer"} if schedule.dense_layers else {"warm-up"}
+    assert set(run.dense_calls) <= wanted | {"every block kept"}
+    assert wanted <= set(run.dense_calls)
+
+
+def test_found_by_repository_or_by_a_folder_of_its_name() -> None:
+    for name, entry in PRESETS.items():
+        for model in entry.models:
+            assert find_preset(model) is entry
+            assert find_preset(f"/models/{model.rpartition('/')[2].lower()}/") is entry
+            assert preset(model) == preset(name.upper()) == entry.schedule
+    for model in ("demo", "Wan-AI/Wan2.1-T2V-14B-Diffusers-lora", "some/Wan2.1", "", "14b"):
+        assert find_preset(model) is None
+    assert len({model for entry in PRESETS.values() for model in entry.models}) == 15
+
+
+def test_an_unknown_preset_is_told_the_nearest() -> None:
+    with pytest.raises(ValueError, match=r"unknown preset 'wan2.1-15b'; did you mean 'wan2.1-14b'\? known: cogvideox"):
+        preset("wan2.1-15b")
+
+
+def test_a_preset_survives_its_config() -> None:
+    for entry in PRESETS.values():
+        assert Schedule.from_config(json.loads(json.dumps(entry.schedule.to_config()))) == entry.schedule
+
+
+def test_the_documentation_has_the_presets_as_they_are() -> None:
+    rows = [entry.row() for entry in PRESETS.values()]
+    header = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
+    table = "\n".join(header + ["| " + " | ".join(row.values()) + " |" for row in rows])
+    assert table in (DOCS / "presets.md").read_text("utf-8"), f"docs/presets.md must hold\n{table}"
+
+
+def test_presets_are_listed(capsys) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["presets", "--json"])
+    assert stopped.value.code == 0
+    assert json.loads(capsys.readouterr().out) == [entry.row() for entry in PRESETS.values()]
+    with pytest.raises(SystemExit):
+        cli.main(["presets"])
+    out = capsys.readouterr().out
+    assert all(name in out for name in PRESETS)
+    assert "2502.21079" in out
