@@ -21,6 +21,7 @@ import argparse
 import contextlib
 import hashlib
 import json
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -38,7 +39,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import dit_sparse
 from dit_sparse import AdaSpa, Dense, Paro, Schedule, load_pipeline, sparsify, unsparsify
 from dit_sparse.bench.report import environment, write_report
-from dit_sparse.calibrate import Calibration, calibrate
+from dit_sparse.calibrate import Calibration
+from dit_sparse.calibrate.observers import MassSums, OrderSearch
+from dit_sparse.calibrate.run import write_calibration
+from dit_sparse.calibrate.store import MassStore
 from dit_sparse.demo import demo_defaults, demo_model_path
 from dit_sparse.eval.agreement import SearchAgreement
 from dit_sparse.eval.fidelity import compare
@@ -140,6 +144,11 @@ class Bench:
 
     def videos(self, cases: Sequence[Case], prompts: Sequence[str]) -> None:
         """Render and compare every case of every prompt."""
+        missing = [case for case in cases if not all(self._row(case, prompt) for prompt in prompts)]
+        try:
+            self._calibrate(missing)
+        except Exception as error:  # noqa: BLE001  # the cases that need a plan file will say that there is none
+            self._failed("calibration", error)
         for number, prompt in enumerate(prompts, 1):
             if all(self._row(case, prompt) for case in cases):
                 continue
@@ -174,7 +183,6 @@ class Bench:
 
     def _render(self, case: Case, prompt: str) -> tuple[np.ndarray, dict[str, Any]]:
         """Frames `[T, H, W, 3]` float32 in [0, 1], and what the run did."""
-        self._calibrate(case)
         row: dict[str, Any] = {"label": case.label, "config": case.config, "prompt": prompt}
         with self._switched(case):
             start = time.perf_counter()
@@ -200,16 +208,26 @@ class Bench:
         generator = torch.Generator("cpu").manual_seed(seed)
         return self.pipe(prompt, generator=generator, **self.arguments, **options, output_type=output).frames
 
-    def _calibrate(self, case: Case) -> None:
-        """Make the plan file that the case wants, if any."""
-        method = None if case.schedule is None else case.schedule.method
-        if not isinstance(method, Paro) or method.plan_file is None or Path(method.plan_file).exists():
+    def _calibrate(self, cases: Sequence[Case]) -> None:
+        """Make the plan files that `cases` lack, of all densities from one calibration."""
+        methods = [case.schedule.method for case in cases if case.schedule is not None]
+        wanted = [method for method in methods if isinstance(method, Paro) and method.plan_file is not None]
+        lacking = [method for method in wanted if not Path(method.plan_file).exists()]
+        if not lacking:
             return
-        Path(method.plan_file).parent.mkdir(exist_ok=True)
-        start = time.perf_counter()
-        calibration = Calibration(Paro(density=method.density), seed=SEED)
-        calibrate(self.pipe, [CALIBRATION], method.plan_file, calibration, model="demo", **self.arguments)
-        self.report["calibrations"][f"{method.density:g}"] = {"seconds": time.perf_counter() - start}
+        folder, start = Path(lacking[0].plan_file).parent, time.perf_counter()
+        folder.mkdir(exist_ok=True)
+        search = OrderSearch(lacking[0])
+        with observe(self.pipe, search):
+            self._call(CALIBRATION, SEED, "latent")
+        axes, starts = search.axes(), Calibration().starts(search.num_steps)
+        with tempfile.TemporaryDirectory(dir=folder) as own, MassStore(Path(own), 1) as store:
+            with observe(self.pipe, MassSums(store, axes, lacking[0].block, starts, search.grid)):
+                self._call(CALIBRATION, SEED, "latent")
+            for method in lacking:
+                calibration = Calibration(Paro(density=method.density))
+                write_calibration(method.plan_file, calibration, search, store, axes, "demo", [CALIBRATION])
+        self.report["calibration_seconds"] = time.perf_counter() - start
 
     def searches(self, prompts: Sequence[str]) -> None:
         """Compare AdaSpa's cached searches with full ones in a dense run of each prompt, up to the last search."""
@@ -261,8 +279,7 @@ def open_report(out: Path, where: dict[str, Any], settings: dict[str, Any]) -> d
         ValueError: the one there comes from another device, version, commit or setting.
     """
     if not out.exists():
-        empty = {"calibrations": {}, "videos": [], "searches": [], "failed": {}}
-        return {"environment": where, "settings": settings, **empty}
+        return {"environment": where, "settings": settings, "videos": [], "searches": [], "failed": {}}
     report = json.loads(out.read_text("utf-8"))
     for part, now in (("environment", where), ("settings", settings)):
         for name, value in now.items():
