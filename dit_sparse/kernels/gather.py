@@ -1,7 +1,7 @@
 """Backend "gather", the CPU default: dense attention of each query block with the keys it keeps, gathered.
 
-For a row of the block mask, out_i = softmax(scale * q_i K^T) V over the kept keys alone; a remainder is added by the
-row sums. Oracle: `reference`.
+For a row of the block mask, out_i = softmax(scale * q_i K^T) V over the kept keys alone, and the block means of a
+remainder beside them. Oracle: `reference`.
 
 What makes it fast, measured on two cores:
 - rows with equally many keys run in groups of one row a thread, or a few more where rows are short, so that a thread
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from dit_sparse.kernels.dense import flash_cpu, has_flash_cpu
 from dit_sparse.kernels.gather_rows import FLASH_ROWS, Batch, Group, Prepared, prepared
-from dit_sparse.kernels.remainder import add_remainder
+from dit_sparse.kernels.remainder import HeadRemainder, attend_to_remainder, head_remainder
 from dit_sparse.types import REMAINDERS, AttentionPlan
 
 __all__ = ["GatherBackend"]
@@ -68,9 +68,7 @@ class GatherBackend:
         out = q.new_empty(*q.shape[:-1], v.shape[-1])
         lse = torch.empty(q.shape[:-1], dtype=_compute_dtype(q.dtype))
         rows = prepared(plan, max(k.shape[-1], v.shape[-1]), torch.get_num_threads())
-        _Call(q, k, v, out, lse, rows, plan, scale, return_lse or plan.remainder != "none").run()
-        if plan.remainder != "none":
-            out, lse = add_remainder(q, k, v, plan, scale, out, lse)
+        _Call(q, k, v, out, lse, rows, plan, scale, return_lse).run()
         return out.to(dtype), lse if return_lse else None
 
 
@@ -120,26 +118,44 @@ class _Call:
         for b in range(self.q.shape[0]):
             batches, empty = plan.batches[b % len(plan.batches)], plan.empty[b % len(plan.empty)]
             for h in range(self.q.shape[1]):
-                self._fill_empty(b, h, empty[h % len(empty)])
+                rest = self._remainder(b, h)
+                self._fill_empty(b, h, empty[h % len(empty)], rest)
                 for batch in batches[h % len(batches)]:
-                    self._compute(b, h, batch)
+                    self._compute(b, h, batch, rest)
 
-    def _fill_empty(self, b: int, h: int, units: Tensor) -> None:
-        if units.numel():
-            unit = self.prepared.q_unit
-            self.out[b, h].view(-1, unit, self.out.shape[-1]).index_fill_(0, units, 0.0)
-            self.lse[b, h].view(-1, unit).index_fill_(0, units, float("-inf"))
+    def _remainder(self, b: int, h: int) -> HeadRemainder | None:
+        """The remainder of one head; `None` where there is none."""
+        if self.plan.remainder == "none":
+            return None
+        rest = head_remainder(self.q, self.k, self.v, self.plan, self.scale, b, h, self.lse.dtype)
+        return None if rest.bias.isneginf().all() else rest
 
-    def _compute(self, b: int, h: int, batch: Batch) -> None:
+    def _fill_empty(self, b: int, h: int, units: Tensor, rest: HeadRemainder | None) -> None:
+        """Write the rows that keep nothing."""
+        if not units.numel():
+            return
+        unit = self.prepared.q_unit
+        out, lse = self.out[b, h].view(-1, unit, self.out.shape[-1]), self.lse[b, h].view(-1, unit)
+        if rest is None:
+            out.index_fill_(0, units, 0.0)
+            lse.index_fill_(0, units, float("-inf"))
+            return
+        found, sums = attend_to_remainder(self.q[b, h].to(lse.dtype), rest)
+        empty = sums.isneginf()[:, None]
+        found = found.masked_fill(empty, 0.0).to(out.dtype)
+        out.index_copy_(0, units, found.view(out.shape).index_select(0, units))
+        lse.index_copy_(0, units, sums.view(lse.shape).index_select(0, units))
+
+    def _compute(self, b: int, h: int, batch: Batch, rest: HeadRemainder | None) -> None:
         """Write output and, where wanted, row sums of a batch of rows."""
         rows = self._queries(self.q[b, h], batch)
-        flash = self._takes_flash(rows) and not batch.partial
+        flash = self._takes_flash(rows) and not batch.partial and rest is None
         out = self._destination(self.out[b, h], batch, rows.dtype if flash else _compute_dtype(rows.dtype))
         lse = self._buffer("lse", rows.shape[:2], self.lse.dtype) if self.return_lse else None
         if flash:
             self._by_flash(b, h, batch, rows, out, lse)
         else:
-            self._by_matmul(b, h, batch, rows, out, lse)
+            self._by_matmul(b, h, batch, rows, out, lse, rest)
         self._put(self.out[b, h], batch, out)
         if lse is not None:
             self._put(self.lse[b, h], batch, lse)
@@ -159,32 +175,54 @@ class _Call:
             if lse is not None:
                 lse[group.rows] = sums[:, 0]
 
-    def _by_matmul(self, b: int, h: int, batch: Batch, rows: Tensor, out: Tensor, lse: Tensor | None) -> None:
+    def _by_matmul(
+        self, b: int, h: int, batch: Batch, rows: Tensor, out: Tensor, lse: Tensor | None, rest: HeadRemainder | None
+    ) -> None:
         """Write output `[n, m, D]` and row sums `[n, m]` of the queries `rows`."""
         k, v = self._source("k", self.k[b, h], batch), self._source("k", self.v[b, h], batch)
         rows = rows.to(out.dtype)
-        buffer = self._buffer("scores", (batch.size, rows.shape[1], batch.keys), out.dtype)
+        columns = batch.keys + (0 if rest is None else rest.bias.shape[1])
+        buffer = self._buffer("scores", (batch.size, rows.shape[1], columns), out.dtype)
+        blocks = None if rest is None else self._blocks(rest, batch)
         for group, q, attended in zip(batch.groups, rows.split(batch.size), out.split(batch.size), strict=True):
-            scores = buffer[: len(q)]
+            both = buffer[: len(q)]
+            scores, others = both[..., : batch.keys], both[..., batch.keys :]
             keys = k.take(group).to(out.dtype)
             torch.baddbmm(scores, q, keys.transpose(1, 2), beta=0, alpha=self.scale, out=scores)
             nothing = None
             if batch.partial:
                 allowed = self._allowed(b, h, batch, group)
                 scores[..., -batch.partial :].masked_fill_(~allowed, float("-inf"))
-                if batch.partial == scores.shape[-1]:
+                if batch.partial == batch.keys:
                     nothing = ~allowed.any(-1)  # rows of which the predicate keeps no key
-            sums = scores.amax(-1) if lse is not None else None
-            torch.softmax(scores, -1, out=scores)
+            if rest is not None and blocks is not None:
+                bias = rest.bias[blocks[group.rows]]
+                torch.baddbmm(bias, q, rest.keys.expand(len(q), -1, -1), out=others)
+                nothing = None if nothing is None else nothing & bias.isneginf().all(-1)
+            sums = both.amax(-1) if lse is not None else None
+            torch.softmax(both, -1, out=both)
             if sums is not None:
-                sums -= scores.amax(-1).log_()
+                sums -= both.amax(-1).log_()
             torch.bmm(scores, v.take(group).to(out.dtype), out=attended)
+            if rest is not None:
+                attended.baddbmm_(others, rest.values.expand(len(q), -1, -1))
+                if rest.first_order is not None:
+                    first_order = self._queries(rest.first_order, batch)[group.rows]
+                    attended.addcmul_(others.sum(-1, keepdim=True), first_order)
             if nothing is not None:
                 attended.masked_fill_(nothing[..., None], 0.0)
                 if sums is not None:
                     sums.masked_fill_(nothing, float("-inf"))
             if lse is not None and sums is not None:
                 lse[group.rows] = sums
+
+    def _blocks(self, rest: HeadRemainder, batch: Batch) -> Tensor:
+        """`[n, 1]` int64 query block of each row, or `[n, m]` of each query where rows are of several blocks."""
+        unit = self.prepared.q_unit
+        starts = rest.layout.offsets[0, 0, 1:].long()
+        blocks = torch.searchsorted(starts, batch.q_units * unit, right=True)
+        one = blocks[:, :1]
+        return one if torch.equal(one.expand_as(blocks), blocks) else blocks.repeat_interleave(unit, 1)
 
     def _source(self, name: str, x: Tensor, batch: Batch) -> _Source:
         """Tokens of `x` `[N, D]` for a batch's rows, copied group by group into the buffer `name`."""
