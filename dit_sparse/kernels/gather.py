@@ -20,14 +20,15 @@ from __future__ import annotations
 
 import math
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dit_sparse.kernels.dense import flash_cpu, has_flash_cpu
 from dit_sparse.kernels.gather_rows import FLASH_ROWS, Batch, Group, Prepared, prepared
-from dit_sparse.kernels.remainder import HeadRemainder, attend_to_remainder, head_remainder
+from dit_sparse.kernels.remainder import HeadRemainder, head_remainder
 from dit_sparse.types import REMAINDERS, AttentionPlan
 
 __all__ = ["GatherBackend"]
@@ -100,6 +101,15 @@ class _Source:
 
 
 @dataclass(frozen=True)
+class _Head:
+    """Keys and values of one head, block means behind them where there is a remainder."""
+
+    k: Tensor
+    v: Tensor
+    remainder: HeadRemainder | None
+
+
+@dataclass(frozen=True)
 class _Call:
     """One call: its tensors and its prepared plan."""
 
@@ -118,44 +128,42 @@ class _Call:
         for b in range(self.q.shape[0]):
             batches, empty = plan.batches[b % len(plan.batches)], plan.empty[b % len(plan.empty)]
             for h in range(self.q.shape[1]):
-                rest = self._remainder(b, h)
-                self._fill_empty(b, h, empty[h % len(empty)], rest)
+                head = self._head(b, h)
+                self._fill_empty(b, h, empty[h % len(empty)])
                 for batch in batches[h % len(batches)]:
-                    self._compute(b, h, batch, rest)
+                    self._compute(b, h, batch, head)
 
-    def _remainder(self, b: int, h: int) -> HeadRemainder | None:
-        """The remainder of one head; `None` where there is none."""
-        if self.plan.remainder == "none":
-            return None
+    def _head(self, b: int, h: int) -> _Head:
+        k, v = self.k[b, h], self.v[b, h]
+        if not self.prepared.means:
+            return _Head(k, v, None)
         rest = head_remainder(self.q, self.k, self.v, self.plan, self.scale, b, h, self.lse.dtype)
-        return None if rest.bias.isneginf().all() else rest
+        spare = self.prepared.means - rest.values.shape[0]
+        k, v = (
+            torch.cat([x, F.pad(means, (0, 0, 0, spare)).to(x.dtype)], out=self._extended(name, x))
+            for name, x, means in (("k and means", k, rest.keys), ("v and means", v, rest.values))
+        )
+        return _Head(k, v, replace(rest, bias=F.pad(rest.bias, (0, spare), value=float("-inf"))))
 
-    def _fill_empty(self, b: int, h: int, units: Tensor, rest: HeadRemainder | None) -> None:
-        """Write the rows that keep nothing."""
-        if not units.numel():
-            return
-        unit = self.prepared.q_unit
-        out, lse = self.out[b, h].view(-1, unit, self.out.shape[-1]), self.lse[b, h].view(-1, unit)
-        if rest is None:
-            out.index_fill_(0, units, 0.0)
-            lse.index_fill_(0, units, float("-inf"))
-            return
-        found, sums = attend_to_remainder(self.q[b, h].to(lse.dtype), rest)
-        empty = sums.isneginf()[:, None]
-        found = found.masked_fill(empty, 0.0).to(out.dtype)
-        out.index_copy_(0, units, found.view(out.shape).index_select(0, units))
-        lse.index_copy_(0, units, sums.view(lse.shape).index_select(0, units))
+    def _extended(self, name: str, x: Tensor) -> Tensor:
+        return self._buffer(name, (x.shape[0] + self.prepared.means, x.shape[1]), x.dtype)
 
-    def _compute(self, b: int, h: int, batch: Batch, rest: HeadRemainder | None) -> None:
+    def _fill_empty(self, b: int, h: int, units: Tensor) -> None:
+        if units.numel():
+            unit = self.prepared.q_unit
+            self.out[b, h].view(-1, unit, self.out.shape[-1]).index_fill_(0, units, 0.0)
+            self.lse[b, h].view(-1, unit).index_fill_(0, units, float("-inf"))
+
+    def _compute(self, b: int, h: int, batch: Batch, head: _Head) -> None:
         """Write output and, where wanted, row sums of a batch of rows."""
         rows = self._queries(self.q[b, h], batch)
-        flash = self._takes_flash(rows) and not batch.partial and rest is None
+        flash = self._takes_flash(rows) and not batch.partial and head.remainder is None
         out = self._destination(self.out[b, h], batch, rows.dtype if flash else _compute_dtype(rows.dtype))
         lse = self._buffer("lse", rows.shape[:2], self.lse.dtype) if self.return_lse else None
         if flash:
-            self._by_flash(b, h, batch, rows, out, lse)
+            self._by_flash(head, batch, rows, out, lse)
         else:
-            self._by_matmul(b, h, batch, rows, out, lse, rest)
+            self._by_matmul(b, h, head, batch, rows, out, lse)
         self._put(self.out[b, h], batch, out)
         if lse is not None:
             self._put(self.lse[b, h], batch, lse)
@@ -165,9 +173,9 @@ class _Call:
             return False
         return rows.dtype == torch.bfloat16 or rows.shape[1] >= FLASH_ROWS
 
-    def _by_flash(self, b: int, h: int, batch: Batch, rows: Tensor, out: Tensor, lse: Tensor | None) -> None:
+    def _by_flash(self, head: _Head, batch: Batch, rows: Tensor, out: Tensor, lse: Tensor | None) -> None:
         """Write output `[n, m, D]` and row sums `[n, m]` of the queries `rows`."""
-        k, v = self._source("k", self.k[b, h], batch), self._source("v", self.v[b, h], batch)
+        k, v = self._source("k", head.k, batch), self._source("v", head.v, batch)
         for group in batch.groups:
             q = rows[group.rows, None]
             attended, sums = flash_cpu(q, k.take(group)[:, None], v.take(group)[:, None], self.scale)
@@ -176,39 +184,34 @@ class _Call:
                 lse[group.rows] = sums[:, 0]
 
     def _by_matmul(
-        self, b: int, h: int, batch: Batch, rows: Tensor, out: Tensor, lse: Tensor | None, rest: HeadRemainder | None
+        self, b: int, h: int, head: _Head, batch: Batch, rows: Tensor, out: Tensor, lse: Tensor | None
     ) -> None:
         """Write output `[n, m, D]` and row sums `[n, m]` of the queries `rows`."""
-        k, v = self._source("k", self.k[b, h], batch), self._source("k", self.v[b, h], batch)
+        k, v = self._source("k", head.k, batch), self._source("k", head.v, batch)
         rows = rows.to(out.dtype)
-        columns = batch.keys + (0 if rest is None else rest.bias.shape[1])
-        buffer = self._buffer("scores", (batch.size, rows.shape[1], columns), out.dtype)
+        buffer = self._buffer("scores", (batch.size, rows.shape[1], batch.keys), out.dtype)
+        means, rest = self.prepared.means, head.remainder
         blocks = None if rest is None else self._blocks(rest, batch)
         for group, q, attended in zip(batch.groups, rows.split(batch.size), out.split(batch.size), strict=True):
-            both = buffer[: len(q)]
-            scores, others = both[..., : batch.keys], both[..., batch.keys :]
+            scores = buffer[: len(q)]
             keys = k.take(group).to(out.dtype)
             torch.baddbmm(scores, q, keys.transpose(1, 2), beta=0, alpha=self.scale, out=scores)
+            if rest is not None and blocks is not None:
+                scores[..., :means] += rest.bias[blocks[group.rows]]
             nothing = None
             if batch.partial:
                 allowed = self._allowed(b, h, batch, group)
                 scores[..., -batch.partial :].masked_fill_(~allowed, float("-inf"))
-                if batch.partial == batch.keys:
-                    nothing = ~allowed.any(-1)  # rows of which the predicate keeps no key
-            if rest is not None and blocks is not None:
-                bias = rest.bias[blocks[group.rows]]
-                torch.baddbmm(bias, q, rest.keys.expand(len(q), -1, -1), out=others)
-                nothing = None if nothing is None else nothing & bias.isneginf().all(-1)
-            sums = both.amax(-1) if lse is not None else None
-            torch.softmax(both, -1, out=both)
+            if batch.partial + means == batch.keys:
+                nothing = scores.amax(-1).isneginf()  # rows without a key
+            sums = scores.amax(-1) if lse is not None else None
+            torch.softmax(scores, -1, out=scores)
             if sums is not None:
-                sums -= both.amax(-1).log_()
+                sums -= scores.amax(-1).log_()
             torch.bmm(scores, v.take(group).to(out.dtype), out=attended)
-            if rest is not None:
-                attended.baddbmm_(others, rest.values.expand(len(q), -1, -1))
-                if rest.first_order is not None:
-                    first_order = self._queries(rest.first_order, batch)[group.rows]
-                    attended.addcmul_(others.sum(-1, keepdim=True), first_order)
+            if rest is not None and rest.first_order is not None:
+                share = scores[..., :means].sum(-1, keepdim=True)
+                attended.addcmul_(share, self._queries(rest.first_order, batch)[group.rows])
             if nothing is not None:
                 attended.masked_fill_(nothing[..., None], 0.0)
                 if sums is not None:
@@ -278,7 +281,8 @@ class _Call:
             return group.allowed[key]
         q_index, k_index = (order.index[b % order.index.shape[0], h % order.index.shape[1]] for order in orders)
         q_token = q_index.view(-1, self.prepared.q_unit)[batch.q_units[group.rows]].flatten(1)
-        k_token = k_index.view(-1, self.prepared.k_unit)[group.k_units].view(len(q_token), -1)[:, -batch.partial :]
+        units = group.k_units.view(len(q_token), -1)[:, -(batch.partial // self.prepared.k_unit) :]
+        k_token = k_index.view(-1, self.prepared.k_unit)[units].flatten(1)
         allowed = predicate(torch.tensor(b), torch.tensor(h), q_token[:, :, None], k_token[:, None, :])
         allowed = allowed.expand(q_token.shape[0], q_token.shape[1], k_token.shape[1])
         if self.prepared.remembered_bytes + allowed.numel() <= _REMEMBERED_BYTES:

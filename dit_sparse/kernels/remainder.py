@@ -76,8 +76,8 @@ def remainder_terms(
         return RemainderTerms(keys.mean, keys.v_mean, bias, None)
     weights = _softmax((queries.mean * scale) @ keys.mean.transpose(-1, -2) + bias)
     products = keys.products.flatten(3)
-    slopes = (weights.to(products.dtype) @ products).unflatten(-1, keys.products.shape[3:])
-    return RemainderTerms(keys.mean, keys.v_mean, bias, slopes * scale)
+    slopes = ((weights * scale).to(products.dtype) @ products).unflatten(-1, keys.products.shape[3:])
+    return RemainderTerms(keys.mean, keys.v_mean, bias, slopes)
 
 
 def _softmax(scores: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ class HeadRemainder:
     """The remainder of one head, in the dtype that it is computed in: keys with a bias beside the kept ones.
 
     Args:
-        keys: `[D, Mk]` block means times the scale.
+        keys: `[Mk, D]` block means.
         values: `[Mk, DV]`.
         bias: `[Mq, Mk]`.
         first_order: `[Nq, DV]` each query times its block's slopes; `None` for "mean".
@@ -116,10 +116,8 @@ def head_remainder(
     first_order = None
     if terms.slopes is not None:
         first_order = q_layout.join(q_layout.split(q[own].to(dtype)) @ terms.slopes.to(dtype))[0, 0]
-    keys = (terms.keys[0, 0] * scale).T
-    return HeadRemainder(
-        keys.to(dtype), terms.values[0, 0].to(dtype), terms.bias[0, 0].to(dtype), first_order, q_layout
-    )
+    keys, values, bias = (x[0, 0].to(dtype) for x in (terms.keys, terms.values, terms.bias))
+    return HeadRemainder(keys, values, bias, first_order, q_layout)
 
 
 def add_remainder(
@@ -138,13 +136,14 @@ def add_remainder(
     """
     merged, total = torch.empty_like(out, dtype=lse.dtype), torch.empty_like(lse)
     for b, h in itertools.product(*map(range, q.shape[:2])):
-        found, sums = attend_to_remainder(q[b, h].to(lse.dtype), head_remainder(q, k, v, plan, scale, b, h, lse.dtype))
+        head = head_remainder(q, k, v, plan, scale, b, h, lse.dtype)
+        found, sums = _attend(q[b, h].to(lse.dtype) * scale, head)
         merged[b, h], total[b, h] = _merge(out[b, h].to(lse.dtype), lse[b, h], found, sums)
     return merged, total
 
 
-def attend_to_remainder(q: Tensor, head: HeadRemainder) -> tuple[Tensor, Tensor]:
-    """The remainder alone: output `[Nq, DV]` and row sums `[Nq]` of the queries `[Nq, D]`."""
+def _attend(q: Tensor, head: HeadRemainder) -> tuple[Tensor, Tensor]:
+    """The remainder alone: output `[Nq, DV]` and row sums `[Nq]` of the scaled queries `[Nq, D]`."""
     queries = head.layout.split(q[None, None])[0, 0]
     out, sums = q.new_empty(*queries.shape[:2], head.values.shape[-1]), q.new_empty(queries.shape[:2])
     chunk = max(1, _CHUNK_SCORES // (queries.shape[1] * max(1, head.values.shape[0])))
@@ -152,7 +151,7 @@ def attend_to_remainder(q: Tensor, head: HeadRemainder) -> tuple[Tensor, Tensor]
         part = slice(start, start + chunk)
         own = head.bias[part, None]
         empty = own.isneginf().all(-1, keepdim=True)
-        scores = torch.baddbmm(own.masked_fill(empty, 0.0), queries[part], head.keys.expand(len(own), -1, -1))
+        scores = torch.baddbmm(own.masked_fill(empty, 0.0), queries[part], head.keys.T.expand(len(own), -1, -1))
         weights = scores.softmax(-1)
         out[part] = weights @ head.values
         # The row sum is the largest score less the log of its weight.
