@@ -66,10 +66,9 @@ def remainder_terms(
     keys = block_moments(k, k_layout, v, products=first_order)
     queries = block_moments(q, q_layout, centred=False)
     assert keys.v_mean is not None
-    sizes = k_layout.sizes.to(keys.mean.dtype)[..., None, :]
+    log_sizes = k_layout.sizes.to(keys.mean.dtype).log()[..., None, :]  # -inf for an empty block
     spread = queries.square @ (keys.square * (scale * scale / 2)).transpose(-1, -2)
-    out = kept | (spread > LARGEST_SPREAD) | (sizes == 0)
-    log_sizes = sizes.clamp(min=1).log()
+    out = (spread > LARGEST_SPREAD).logical_or_(kept)
     bias = log_sizes + torch.minimum(spread, log_sizes) if remainder == "mass" else log_sizes.expand(spread.shape)
     bias = bias.masked_fill(out, -math.inf)
     if keys.products is None:
