@@ -307,7 +307,7 @@ class PackedBlockMask:
         full = unpack_bits(self.full_bits, blocks)
         if self.partial_bits is None:
             mask = BlockMask.from_bool(full, self.q_offsets, self.k_offsets, kept_pairs=self.kept_pairs)
-            return replace(mask, is_full=self.is_full)
+            return replace(mask, is_full=True) if self.is_full else mask
         partial = unpack_bits(self.partial_bits, blocks)
         return BlockMask.from_bool(
             full | partial,

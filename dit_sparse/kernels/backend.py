@@ -12,9 +12,18 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from dit_sparse.types import AttentionPlan
+from dit_sparse.types import AttentionPlan, Remainder
 
-__all__ = ["BACKENDS", "Backend", "BackendUnavailableError", "get_backend", "refusal", "register", "select"]
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "BackendUnavailableError",
+    "check_remainder",
+    "get_backend",
+    "refusal",
+    "register",
+    "select",
+]
 
 
 class BackendUnavailableError(RuntimeError):
@@ -110,10 +119,26 @@ def select(name: str, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> B
 
 def refusal(backend: Backend, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> str | None:
     """Why `backend` cannot compute this call, its remainder included; `None` when it can."""
-    if not plan.block_mask.is_full and plan.remainder not in getattr(backend, "remainders", ("none",)):
-        able = [name for name, other in BACKENDS.items() if plan.remainder in getattr(other, "remainders", ())]
-        return f"it has no remainder {plan.remainder!r}; use {' or '.join(map(repr, able))}, or remainder 'none'"
-    return backend.refuses(q, k, v, plan)
+    lacks = None if plan.block_mask.is_full else _lacks(backend, plan.remainder)
+    return lacks or backend.refuses(q, k, v, plan)
+
+
+def check_remainder(name: str, remainder: Remainder) -> None:
+    """Whether the backend called `name` computes `remainder`; for callers who want to know before a run.
+
+    Raises:
+        ValueError: it does not, or there is no such backend.
+    """
+    lacks = None if name == "auto" else _lacks(get_backend(name), remainder)
+    if lacks is not None:
+        raise ValueError(f"backend {name!r} cannot be used: {lacks}")
+
+
+def _lacks(backend: Backend, remainder: Remainder) -> str | None:
+    if remainder in getattr(backend, "remainders", ("none",)):
+        return None
+    able = [name for name, other in BACKENDS.items() if remainder in getattr(other, "remainders", ())]
+    return f"it has no remainder {remainder!r}; use {' or '.join(map(repr, able))}, or remainder 'none'"
 
 
 @torch.compiler.assume_constant_result

@@ -1,7 +1,7 @@
 """Backend "gather", the CPU default: dense attention of each query block with the keys it keeps, gathered.
 
-For a row of the block mask, out_i = softmax(scale * q_i K^T) V over the kept keys alone; a remainder is added by the
-row sums. Oracle: `reference`.
+For a row of the block mask, out_i = softmax(scale * q_i K^T) V over the kept keys alone, and the block means of a
+remainder beside them. Oracle: `reference`.
 
 What makes it fast, measured on two cores:
 - rows with equally many keys run in groups of one row a thread, or a few more where rows are short, so that a thread
@@ -20,14 +20,15 @@ from __future__ import annotations
 
 import math
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dit_sparse.kernels.dense import flash_cpu, has_flash_cpu
 from dit_sparse.kernels.gather_rows import FLASH_ROWS, Batch, Group, Prepared, prepared
-from dit_sparse.kernels.remainder import add_remainder
+from dit_sparse.kernels.remainder import HeadRemainder, head_remainder
 from dit_sparse.types import REMAINDERS, AttentionPlan
 
 __all__ = ["GatherBackend"]
@@ -68,9 +69,7 @@ class GatherBackend:
         out = q.new_empty(*q.shape[:-1], v.shape[-1])
         lse = torch.empty(q.shape[:-1], dtype=_compute_dtype(q.dtype))
         rows = prepared(plan, max(k.shape[-1], v.shape[-1]), torch.get_num_threads())
-        _Call(q, k, v, out, lse, rows, plan, scale, return_lse or plan.remainder != "none").run()
-        if plan.remainder != "none":
-            out, lse = add_remainder(q, k, v, plan, scale, out, lse)
+        _Call(q, k, v, out, lse, rows, plan, scale, return_lse).run()
         return out.to(dtype), lse if return_lse else None
 
 
@@ -102,6 +101,15 @@ class _Source:
 
 
 @dataclass(frozen=True)
+class _Head:
+    """Keys and values of one head, block means behind them where there is a remainder."""
+
+    k: Tensor
+    v: Tensor
+    remainder: HeadRemainder | None
+
+
+@dataclass(frozen=True)
 class _Call:
     """One call: its tensors and its prepared plan."""
 
@@ -120,9 +128,25 @@ class _Call:
         for b in range(self.q.shape[0]):
             batches, empty = plan.batches[b % len(plan.batches)], plan.empty[b % len(plan.empty)]
             for h in range(self.q.shape[1]):
+                head = self._head(b, h)
                 self._fill_empty(b, h, empty[h % len(empty)])
                 for batch in batches[h % len(batches)]:
-                    self._compute(b, h, batch)
+                    self._compute(b, h, batch, head)
+
+    def _head(self, b: int, h: int) -> _Head:
+        k, v = self.k[b, h], self.v[b, h]
+        if not self.prepared.means:
+            return _Head(k, v, None)
+        rest = head_remainder(self.q, self.k, self.v, self.plan, self.scale, b, h, self.lse.dtype)
+        spare = self.prepared.means - rest.values.shape[0]
+        k, v = (
+            torch.cat([x, F.pad(means, (0, 0, 0, spare)).to(x.dtype)], out=self._extended(name, x))
+            for name, x, means in (("k and means", k, rest.keys), ("v and means", v, rest.values))
+        )
+        return _Head(k, v, replace(rest, bias=F.pad(rest.bias, (0, spare), value=float("-inf"))))
+
+    def _extended(self, name: str, x: Tensor) -> Tensor:
+        return self._buffer(name, (x.shape[0] + self.prepared.means, x.shape[1]), x.dtype)
 
     def _fill_empty(self, b: int, h: int, units: Tensor) -> None:
         if units.numel():
@@ -130,16 +154,16 @@ class _Call:
             self.out[b, h].view(-1, unit, self.out.shape[-1]).index_fill_(0, units, 0.0)
             self.lse[b, h].view(-1, unit).index_fill_(0, units, float("-inf"))
 
-    def _compute(self, b: int, h: int, batch: Batch) -> None:
+    def _compute(self, b: int, h: int, batch: Batch, head: _Head) -> None:
         """Write output and, where wanted, row sums of a batch of rows."""
         rows = self._queries(self.q[b, h], batch)
-        flash = self._takes_flash(rows) and not batch.partial
+        flash = self._takes_flash(rows) and not batch.partial and head.remainder is None
         out = self._destination(self.out[b, h], batch, rows.dtype if flash else _compute_dtype(rows.dtype))
         lse = self._buffer("lse", rows.shape[:2], self.lse.dtype) if self.return_lse else None
         if flash:
-            self._by_flash(b, h, batch, rows, out, lse)
+            self._by_flash(head, batch, rows, out, lse)
         else:
-            self._by_matmul(b, h, batch, rows, out, lse)
+            self._by_matmul(b, h, head, batch, rows, out, lse)
         self._put(self.out[b, h], batch, out)
         if lse is not None:
             self._put(self.lse[b, h], batch, lse)
@@ -149,9 +173,9 @@ class _Call:
             return False
         return rows.dtype == torch.bfloat16 or rows.shape[1] >= FLASH_ROWS
 
-    def _by_flash(self, b: int, h: int, batch: Batch, rows: Tensor, out: Tensor, lse: Tensor | None) -> None:
+    def _by_flash(self, head: _Head, batch: Batch, rows: Tensor, out: Tensor, lse: Tensor | None) -> None:
         """Write output `[n, m, D]` and row sums `[n, m]` of the queries `rows`."""
-        k, v = self._source("k", self.k[b, h], batch), self._source("v", self.v[b, h], batch)
+        k, v = self._source("k", head.k, batch), self._source("v", head.v, batch)
         for group in batch.groups:
             q = rows[group.rows, None]
             attended, sums = flash_cpu(q, k.take(group)[:, None], v.take(group)[:, None], self.scale)
@@ -159,32 +183,49 @@ class _Call:
             if lse is not None:
                 lse[group.rows] = sums[:, 0]
 
-    def _by_matmul(self, b: int, h: int, batch: Batch, rows: Tensor, out: Tensor, lse: Tensor | None) -> None:
+    def _by_matmul(
+        self, b: int, h: int, head: _Head, batch: Batch, rows: Tensor, out: Tensor, lse: Tensor | None
+    ) -> None:
         """Write output `[n, m, D]` and row sums `[n, m]` of the queries `rows`."""
-        k, v = self._source("k", self.k[b, h], batch), self._source("k", self.v[b, h], batch)
+        k, v = self._source("k", head.k, batch), self._source("k", head.v, batch)
         rows = rows.to(out.dtype)
         buffer = self._buffer("scores", (batch.size, rows.shape[1], batch.keys), out.dtype)
+        means, rest = self.prepared.means, head.remainder
+        blocks = None if rest is None else self._blocks(rest, batch)
         for group, q, attended in zip(batch.groups, rows.split(batch.size), out.split(batch.size), strict=True):
             scores = buffer[: len(q)]
             keys = k.take(group).to(out.dtype)
             torch.baddbmm(scores, q, keys.transpose(1, 2), beta=0, alpha=self.scale, out=scores)
+            if rest is not None and blocks is not None:
+                scores[..., :means] += rest.bias[blocks[group.rows]]
             nothing = None
             if batch.partial:
                 allowed = self._allowed(b, h, batch, group)
                 scores[..., -batch.partial :].masked_fill_(~allowed, float("-inf"))
-                if batch.partial == scores.shape[-1]:
-                    nothing = ~allowed.any(-1)  # rows of which the predicate keeps no key
+            if batch.partial + means == batch.keys:
+                nothing = scores.amax(-1).isneginf()  # rows without a key
             sums = scores.amax(-1) if lse is not None else None
             torch.softmax(scores, -1, out=scores)
             if sums is not None:
                 sums -= scores.amax(-1).log_()
             torch.bmm(scores, v.take(group).to(out.dtype), out=attended)
+            if rest is not None and rest.first_order is not None:
+                share = scores[..., :means].sum(-1, keepdim=True)
+                attended.addcmul_(share, self._queries(rest.first_order, batch)[group.rows])
             if nothing is not None:
                 attended.masked_fill_(nothing[..., None], 0.0)
                 if sums is not None:
                     sums.masked_fill_(nothing, float("-inf"))
             if lse is not None and sums is not None:
                 lse[group.rows] = sums
+
+    def _blocks(self, rest: HeadRemainder, batch: Batch) -> Tensor:
+        """`[n, 1]` int64 query block of each row, or `[n, m]` of each query where rows are of several blocks."""
+        unit = self.prepared.q_unit
+        starts = rest.layout.offsets[0, 0, 1:].long()
+        blocks = torch.searchsorted(starts, batch.q_units * unit, right=True)
+        one = blocks[:, :1]
+        return one if torch.equal(one.expand_as(blocks), blocks) else blocks.repeat_interleave(unit, 1)
 
     def _source(self, name: str, x: Tensor, batch: Batch) -> _Source:
         """Tokens of `x` `[N, D]` for a batch's rows, copied group by group into the buffer `name`."""
@@ -240,7 +281,8 @@ class _Call:
             return group.allowed[key]
         q_index, k_index = (order.index[b % order.index.shape[0], h % order.index.shape[1]] for order in orders)
         q_token = q_index.view(-1, self.prepared.q_unit)[batch.q_units[group.rows]].flatten(1)
-        k_token = k_index.view(-1, self.prepared.k_unit)[group.k_units].view(len(q_token), -1)[:, -batch.partial :]
+        units = group.k_units.view(len(q_token), -1)[:, -(batch.partial // self.prepared.k_unit) :]
+        k_token = k_index.view(-1, self.prepared.k_unit)[units].flatten(1)
         allowed = predicate(torch.tensor(b), torch.tensor(h), q_token[:, :, None], k_token[:, None, :])
         allowed = allowed.expand(q_token.shape[0], q_token.shape[1], k_token.shape[1])
         if self.prepared.remembered_bytes + allowed.numel() <= _REMEMBERED_BYTES:

@@ -1,7 +1,11 @@
-"""How the gather backend cuts a plan into batches of equal rows; done once, as plans last many steps."""
+"""How the gather backend cuts a plan into batches of equal rows; done once, as plans last many steps.
+
+With a remainder the block means stand behind the keys as more key units, and every row begins with them.
+"""
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections import defaultdict
 from collections.abc import Iterator
@@ -19,6 +23,8 @@ __all__ = ["FLASH_ROWS", "Batch", "Group", "Prepared", "prepared"]
 FLASH_ROWS = 192
 # Keys and scores of one thread's rows; a core's L2 cache has 1 to 2 MB.
 _CACHE_BYTES = 1 << 20
+# Tokens of a key unit at most where block means are units too: the last of those is filled up.
+_LARGEST_MEANS_UNIT = 32
 
 
 @dataclass(frozen=True)
@@ -27,7 +33,7 @@ class Group:
 
     Args:
         rows: which rows of the batch.
-        k_units: int64 key units of each row in turn, those of partial blocks last in each row.
+        k_units: int64 key units of each row in turn, first those of block means, last those of partial blocks.
         k_start: the first of them where they are one run, so that a view does; else `None`.
     """
 
@@ -44,7 +50,7 @@ class Batch:
     Args:
         q_units: `[n, mq]` int64 query units of each row.
         q_start: the first of them where they are one run; else `None`.
-        keys: key tokens of a row.
+        keys: key tokens of a row, block means among them.
         partial: tokens at the end of each row that the predicate refines.
         size: rows in a group; the last may have fewer.
         groups: all rows in turn.
@@ -60,12 +66,20 @@ class Batch:
 
 @dataclass
 class Prepared:
-    """A plan cut up: `batches[b][h]`, query units that keep nothing, and tokens in a unit of queries and of keys."""
+    """A plan cut up.
+
+    Args:
+        batches: of each batch and head.
+        empty: query units that have no key, of each batch and head.
+        q_unit, k_unit: tokens in a unit of queries and of keys.
+        means: block means in whole units, the last ones of no block; 0 without a remainder.
+    """
 
     batches: list[list[list[Batch]]]
     empty: list[list[Tensor]]
     q_unit: int
     k_unit: int
+    means: int
     remembered_bytes: int = 0
 
 
@@ -86,15 +100,18 @@ def _prepare(plan: AttentionPlan, dim: int, threads: int) -> Prepared:
     lists = [mask.kv_counts, mask.kv_indices, mask.q_offsets, mask.k_offsets]
     if mask.partial_counts is not None and mask.partial_indices is not None:
         lists += [mask.partial_counts, mask.partial_indices]
-    q_unit, k_unit = _unit(mask.q_offsets), _unit(mask.k_offsets)
-    prepared = Prepared([], [], q_unit, k_unit)
+    q_unit, k_unit, means = _unit(mask.q_offsets), _unit(mask.k_offsets), 0
+    if plan.remainder != "none":
+        k_unit = math.gcd(k_unit, _LARGEST_MEANS_UNIT)
+        means = -(-mask.num_k_blocks // k_unit) * k_unit
+    prepared = Prepared([], [], q_unit, k_unit, means)
     for b in range(max(x.shape[0] for x in lists)):
         heads = []
         for h in range(max(x.shape[1] for x in lists)):
             counts, indices, q_offsets, k_offsets, *partial = (x[b % x.shape[0], h % x.shape[1]].numpy() for x in lists)
             whole = [row[:count] for row, count in zip(indices, counts, strict=True)]
             parts = [row[:count] for row, count in zip(partial[1], partial[0], strict=True)] if partial else []
-            rows = _Rows(q_offsets // q_unit, k_offsets // k_unit, q_unit, k_unit, dim, threads)
+            rows = _Rows(q_offsets // q_unit, k_offsets // k_unit, q_unit, k_unit, means, dim, threads)
             heads.append(rows.cut(whole, parts))
         prepared.batches.append([batches for batches, _ in heads])
         prepared.empty.append([empty for _, empty in heads])
@@ -114,6 +131,7 @@ class _Rows:
     k_bounds: np.ndarray
     q_unit: int
     k_unit: int
+    means: int
     dim: int
     threads: int
 
@@ -121,8 +139,9 @@ class _Rows:
         """Batches of the rows that keep the key blocks `whole` and `parts`, and the query units that keep nothing."""
         classes: dict[tuple[int, int, int], list[tuple[np.ndarray, np.ndarray]]] = defaultdict(list)
         empty = [np.empty(0, np.int64)]
+        means = np.arange(self.means // self.k_unit) + self.k_bounds[-1]
         for q_units, keys, partial in self._stacked(whole, parts):
-            k_units = _units(self.k_bounds, keys)
+            k_units = np.concatenate([means, _units(self.k_bounds, keys)])
             refined = _units(self.k_bounds, partial)
             if k_units.size + refined.size == 0:
                 empty.append(q_units)

@@ -14,6 +14,7 @@ from dit_sparse.kernels.triton_launch import broadcast_strides, interpreted, on_
 __all__ = ["Moments", "block_moments"]
 
 _LARGEST_TILE = 128  # value channels that one program holds products of
+_CHUNK_ELEMENTS = 1 << 16
 
 
 class Moments(NamedTuple):
@@ -45,26 +46,39 @@ def block_moments(
 
     On a GPU one kernel reads `x` and `v` once; where gradients are wanted, or the dtype is float64, it is plain torch.
     """
-    given = [x] if v is None else [x, v]
-    learns = torch.is_grad_enabled() and any(t.requires_grad for t in given)
-    if not learns and max(t.shape[-1] for t in given) <= 256 and use_triton("auto", *given):
+    inputs = [x] if v is None else [x, v]
+    learns = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+    if not learns and max(t.shape[-1] for t in inputs) <= 256 and use_triton("auto", *inputs):
         return moments_by_triton(x, layout, v, centred=centred, products=products)
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
-    sizes = layout.sizes.clamp(min=1)[..., None].to(compute)
-    parts = layout.split(x.to(compute))
-    mean = parts.sum(3) / sizes
-    apart = parts - mean[..., None, :] if centred else parts
-    if centred and not layout.is_even:
+    parts, sizes = layout.split(x.to(compute)), layout.sizes[..., None]
+    # Small pieces, because fresh memory costs more than the arithmetic.
+    step = max(1, _CHUNK_ELEMENTS // max(1, parts[:, :, :1].numel()))
+    values = [None] * parts.shape[2] if v is None else layout.split(v.to(compute)).split(step, 2)
+    given = zip(parts.split(step, 2), values, sizes.split(step, 2), strict=False)
+    pieces = [_moments(part, value, size, centred, products) for part, value, size in given]
+
+    def joined(name: str) -> Tensor:
+        return torch.cat([getattr(piece, name) for piece in pieces], 2)
+
+    found = joined("products").to(x.dtype) if products else None
+    return Moments(joined("mean"), joined("square"), None if v is None else joined("v_mean"), found)
+
+
+def _moments(parts: Tensor, values: Tensor | None, sizes: Tensor, centred: bool, products: bool) -> Moments:
+    """Moments of blocks `[B, H, M, L, D]` of `sizes` `[B|1, H|1, M, 1]`, padded with zeros."""
+    count = sizes.clamp(min=1).to(parts.dtype)
+    mean = parts.sum(3) / count
+    apart = parts
+    if centred:
         # The padding of short blocks is no token, so it must not differ from the mean.
-        inside = torch.arange(parts.shape[3], device=x.device) < layout.sizes[..., None]
-        apart = apart * inside[..., None]
-    square = apart.square().sum(3) / sizes
-    if v is None:
+        inside = torch.arange(parts.shape[3], device=parts.device) < sizes
+        apart = (parts - mean[..., None, :]) * inside[..., None]
+    square = apart.square().sum(3) / count
+    if values is None:
         return Moments(mean, square)
-    values = layout.split(v.to(compute))
-    v_mean = values.sum(3) / sizes
-    found = (apart.transpose(-1, -2) @ values / sizes[..., None]).to(x.dtype) if products else None
-    return Moments(mean, square, v_mean, found)
+    found = apart.transpose(-1, -2) @ values / count[..., None] if products else None
+    return Moments(mean, square, values.sum(3) / count, found)
 
 
 def moments_by_triton(

@@ -18,7 +18,7 @@ from dit_sparse.kernels.block_layout import BlockLayout
 from dit_sparse.kernels.moments import block_moments
 from dit_sparse.types import AttentionPlan, Remainder
 
-__all__ = ["RemainderTerms", "add_remainder", "remainder_terms"]
+__all__ = ["HeadRemainder", "RemainderTerms", "add_remainder", "head_remainder", "remainder_terms"]
 
 LARGEST_SPREAD = 2.0
 """Of `m_Ij`; above it a block leaves no remainder for a query block. The scores then vary by 2 around their mean."""
@@ -66,18 +66,17 @@ def remainder_terms(
     keys = block_moments(k, k_layout, v, products=first_order)
     queries = block_moments(q, q_layout, centred=False)
     assert keys.v_mean is not None
-    sizes = k_layout.sizes.to(keys.mean.dtype)[..., None, :]
+    log_sizes = k_layout.sizes.to(keys.mean.dtype).log()[..., None, :]  # -inf for an empty block
     spread = queries.square @ (keys.square * (scale * scale / 2)).transpose(-1, -2)
-    out = kept | (spread > LARGEST_SPREAD) | (sizes == 0)
-    log_sizes = sizes.clamp(min=1).log()
+    out = (spread > LARGEST_SPREAD).logical_or_(kept)
     bias = log_sizes + torch.minimum(spread, log_sizes) if remainder == "mass" else log_sizes.expand(spread.shape)
     bias = bias.masked_fill(out, -math.inf)
     if keys.products is None:
         return RemainderTerms(keys.mean, keys.v_mean, bias, None)
     weights = _softmax((queries.mean * scale) @ keys.mean.transpose(-1, -2) + bias)
     products = keys.products.flatten(3)
-    slopes = (weights.to(products.dtype) @ products).unflatten(-1, keys.products.shape[3:])
-    return RemainderTerms(keys.mean, keys.v_mean, bias, slopes * scale)
+    slopes = ((weights * scale).to(products.dtype) @ products).unflatten(-1, keys.products.shape[3:])
+    return RemainderTerms(keys.mean, keys.v_mean, bias, slopes)
 
 
 def _softmax(scores: Tensor) -> Tensor:
@@ -86,50 +85,79 @@ def _softmax(scores: Tensor) -> Tensor:
     return scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
 
 
+@dataclass(frozen=True)
+class HeadRemainder:
+    """The remainder of one head, in the dtype that it is computed in: keys with a bias beside the kept ones.
+
+    Args:
+        keys: `[Mk, D]` block means.
+        values: `[Mk, DV]`.
+        bias: `[Mq, Mk]`.
+        first_order: `[Nq, DV]` each query times its block's slopes; `None` for "mean".
+        layout: the query blocks.
+    """
+
+    keys: Tensor
+    values: Tensor
+    bias: Tensor
+    first_order: Tensor | None
+    layout: BlockLayout
+
+
+def head_remainder(
+    q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, batch: int, head: int, dtype: torch.dtype
+) -> HeadRemainder:
+    """The remainder of one head of `plan`, as the slopes of all take much room; arguments as in `Backend.forward`."""
+    own = (slice(batch, batch + 1), slice(head, head + 1))
+    q_layout, k_layout = (BlockLayout.of_head(order, batch, head) for order in (plan.q_order, plan.kv_order))
+    kept = plan.block_mask.kept_blocks.expand(*q.shape[:2], -1, -1)[own]
+    terms = remainder_terms(q[own], k[own], v[own], q_layout, k_layout, kept, scale, plan.remainder)
+    first_order = None
+    if terms.slopes is not None:
+        first_order = q_layout.join(q_layout.split(q[own].to(dtype)) @ terms.slopes.to(dtype))[0, 0]
+    keys, values, bias = (x[0, 0].to(dtype) for x in (terms.keys, terms.values, terms.bias))
+    return HeadRemainder(keys, values, bias, first_order, q_layout)
+
+
 def add_remainder(
     q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Attention to the kept blocks and the remainder of the others.
 
     Args:
-        q, k, v: `[B, H, N, D]` in the plan's orders, in float32, or float64.
+        q, k, v: `[B, H, N, D]` in the plan's orders.
         plan: with a remainder other than "none".
         scale: factor of the scores.
         out, lse: `[B, H, Nq, DV]` and `[B, H, Nq]`, of the kept blocks.
 
     Returns:
-        Output in float32, or float64 for float64, and the row sums with the remainder in them.
+        Output and row sums with the remainder in them, in the dtype of `lse`.
     """
-    kept = plan.block_mask.kept_blocks.expand(*q.shape[:2], -1, -1)
     merged, total = torch.empty_like(out, dtype=lse.dtype), torch.empty_like(lse)
-    # Head by head, because the slopes of all heads would take much room.
     for b, h in itertools.product(*map(range, q.shape[:2])):
-        head = (slice(b, b + 1), slice(h, h + 1))
-        q_layout, k_layout = (BlockLayout.of_head(order, b, h) for order in (plan.q_order, plan.kv_order))
-        terms = remainder_terms(q[head], k[head], v[head], q_layout, k_layout, kept[head], scale, plan.remainder)
-        found, sums = _attend(q[head].to(lse.dtype), q_layout, terms, scale)
-        merged[head], total[head] = _merge(out[head].to(lse.dtype), lse[head], found, sums)
+        head = head_remainder(q, k, v, plan, scale, b, h, lse.dtype)
+        found, sums = _attend(q[b, h].to(lse.dtype) * scale, head)
+        merged[b, h], total[b, h] = _merge(out[b, h].to(lse.dtype), lse[b, h], found, sums)
     return merged, total
 
 
-def _attend(q: Tensor, layout: BlockLayout, terms: RemainderTerms, scale: float) -> tuple[Tensor, Tensor]:
-    """The remainder alone of one head: output `[1, 1, Nq, DV]` and row sums `[1, 1, Nq]`."""
-    queries = layout.split(q)[0, 0]
-    keys, values, bias = (terms.keys * scale)[0, 0].T, terms.values[0, 0], terms.bias[0, 0]
-    slopes = None if terms.slopes is None else terms.slopes[0, 0].to(q.dtype)
-    out, sums = q.new_empty(*queries.shape[:2], values.shape[-1]), q.new_empty(queries.shape[:2])
-    chunk = max(1, _CHUNK_SCORES // (queries.shape[1] * max(1, values.shape[0])))
+def _attend(q: Tensor, head: HeadRemainder) -> tuple[Tensor, Tensor]:
+    """The remainder alone: output `[Nq, DV]` and row sums `[Nq]` of the scaled queries `[Nq, D]`."""
+    queries = head.layout.split(q[None, None])[0, 0]
+    out, sums = q.new_empty(*queries.shape[:2], head.values.shape[-1]), q.new_empty(queries.shape[:2])
+    chunk = max(1, _CHUNK_SCORES // (queries.shape[1] * max(1, head.values.shape[0])))
     for start in range(0, queries.shape[0], chunk):
         part = slice(start, start + chunk)
-        own = bias[part, None]
+        own = head.bias[part, None]
         empty = own.isneginf().all(-1, keepdim=True)
-        scores = torch.baddbmm(own.masked_fill(empty, 0.0), queries[part], keys.expand(len(own), -1, -1))
+        scores = torch.baddbmm(own.masked_fill(empty, 0.0), queries[part], head.keys.T.expand(len(own), -1, -1))
         weights = scores.softmax(-1)
-        found = weights @ values
-        out[part] = found if slopes is None else torch.baddbmm(found, queries[part], slopes[part])
+        out[part] = weights @ head.values
         # The row sum is the largest score less the log of its weight.
         sums[part] = (scores.amax(-1) - weights.amax(-1).log()).masked_fill(empty[..., 0], -math.inf)
-    return layout.join(out[None, None]), layout.join(sums[None, None, ..., None])[..., 0]
+    found = head.layout.join(out[None, None])[0, 0]
+    found = found if head.first_order is None else found + head.first_order
+    return found, head.layout.join(sums[None, None, ..., None])[0, 0, :, 0]
 
 
 def _merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any, TypeVar
 
+from dit_sparse.kernels import check_remainder
 from dit_sparse.methods import Paro
 from dit_sparse.methods.plan_file import axes_of, write_plans
 from dit_sparse.methods.plan_header import ModelPlans, PlanHeader, one_line
@@ -49,10 +50,13 @@ def sparsify(pipe: Pipeline, method: Method | Schedule, *, backend: str = "auto"
         UserWarning: the installed diffusers is not the one the family's adapter was written for; it runs dense.
 
     Raises:
-        ValueError: an unsupported family, a dense layer that the model does not have, a foreign attention processor, or
-            context or tensor parallelism.
+        ValueError: an unsupported family, a dense layer that the model does not have, a foreign attention processor,
+            context or tensor parallelism, or a backend without the schedule's remainder.
     """
-    return install(pipe, Session(Schedule.of(method), backend))
+    schedule = Schedule.of(method)
+    if schedule.remainder != "method":
+        check_remainder(backend, schedule.remainder)
+    return install(pipe, Session(schedule, backend))
 
 
 def install(pipe: Pipeline, session: Session) -> Pipeline:

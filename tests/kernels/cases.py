@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dit_sparse.bench.plain import exact_terms, plain_attention
 from dit_sparse.kernels import BACKENDS
-from dit_sparse.types import AttentionPlan, BlockMask, TokenOrder
+from dit_sparse.types import AttentionPlan, BlockMask, Remainder, TokenOrder
 
 EVEN = [0, 16, 32, 48, 64, 80, 96]
 RAGGED = [0, 16, 32, 48, 64, 80, 91]
@@ -121,6 +121,17 @@ def remainder_plans(batch: int = 2, heads: int = 2) -> dict[str, AttentionPlan]:
         order, kept, partial=partial & kept.roll(1, -1), predicate=lambda b, h, i, j: (i - j + 7 * h + 3 * b) % 4 == 0
     )
     return plans
+
+
+def nothing_left(remainder: Remainder) -> tuple[AttentionPlan, list[Tensor]]:
+    """A plan and inputs with rows that keep nothing, some within partial blocks, and keys too wide to be pooled."""
+    kept = torch.eye(6, dtype=torch.bool)[None, None].repeat(1, 2, 1, 1)
+    kept[..., 4, :] = False
+    partial = kept.clone()
+    partial[..., :3, :] = False
+    plan = keeping(kept, RAGGED, partial=partial, predicate=lambda b, h, i, j: (i % 5 != 0) & (j <= i))
+    q, k, v = inputs(plan, 1, 2, 16)
+    return plan.with_remainder(remainder), [q, 30 * k, v]
 
 
 def full_plan(tokens: int, block: int = 16) -> AttentionPlan:

@@ -228,3 +228,12 @@ def test_a_remainder_needs_no_row_sums_from_the_caller() -> None:
     out, lse = GATHER.forward(q, k, v, plan, scale=0.3, return_lse=False)
     assert lse is None
     assert torch.equal(out, run(q, k, v, plan)[0])
+
+
+def test_rows_without_a_key_or_a_remainder_are_empty() -> None:
+    plan, (q, k, v) = cases.nothing_left("value")
+    out, lse = run(q, k, v, plan)
+    cases.assert_as_good_as_torch((out, lse), q, k, v, cases.position_mask(plan), 0.3)
+    assert lse is not None
+    assert lse[..., 64:80].isneginf().all()
+    assert lse[..., 50].isneginf().all()

@@ -176,3 +176,11 @@ def test_has_a_backward(remainder: Remainder) -> None:
     plan = cases.keeping(kept, cases.RAGGED, remainder=remainder)
     q, k, v = (x.requires_grad_() for x in cases.inputs(plan, 1, 1, 8, torch.float64))
     assert torch.autograd.gradcheck(lambda q, k, v: run(q, k, v, plan), (q, k, v), fast_mode=True)
+
+
+def test_rows_without_a_key_or_a_remainder_are_empty() -> None:
+    plan, (q, k, v) = cases.nothing_left("value")
+    out, lse = run(q, k, v, plan)
+    cases.assert_as_good_as_torch((out, lse), q, k, v, cases.position_mask(plan), 0.3)
+    assert lse[..., 64:80].isneginf().all()
+    assert lse[..., 50].isneginf().all()

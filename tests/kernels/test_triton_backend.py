@@ -245,3 +245,11 @@ def test_a_remainder_in_torchs_compiler_and_with_values_of_their_own_size(remain
     )
     want = sparse_attention(q, k, v, plan, backend="reference")
     torch.testing.assert_close(compiled(q, k, v), want, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_without_a_key_or_a_remainder_are_empty() -> None:
+    plan, (q, k, v) = cases.nothing_left("value")
+    out, lse = run(q, k, v, plan)
+    cases.assert_as_good_as_torch((out, lse), q, k, v, cases.position_mask(plan), 0.3)
+    assert lse[..., 64:80].isneginf().all()
+    assert lse[..., 50].isneginf().all()

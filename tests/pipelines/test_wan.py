@@ -97,6 +97,13 @@ def test_every_method_has_a_remainder(pipe, render, method, at_rest, monkeypatch
     assert (got - without).abs().max() > 1e-3 * want.abs().max()
 
 
+def test_a_backend_without_the_remainder_is_refused_before_the_run(pipe) -> None:
+    with pytest.raises(ValueError, match="backend 'flex' cannot be used: it has no remainder 'mean'; use 'reference'"):
+        sparsify(pipe, Schedule(AdaSpa(), remainder="mean"), backend="flex")
+    assert session_of(pipe) is None
+    assert session_of(sparsify(pipe, Schedule(AdaSpa(), remainder="none"), backend="flex")) is not None
+
+
 def test_a_shared_order_is_taken_once_a_forward(pipe, render, monkeypatch) -> None:
     """Tokens stand in tile order through all blocks, no call moves them, and the pictures stay the same."""
     method, calls = Neighborhood(window=(1, 5, 7), tile=(1, 4, 4)), []
