@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= videos
+# Test processes, one thread each.
+JOBS ?= 2
 
 .PHONY: demo test lint types check check-diffusers lock clean
 
@@ -10,7 +12,7 @@ demo: $(VENV)/.ready
 	$(BIN)/dit-sparse generate examples/prompts.txt --out $(OUT)
 
 test: $(VENV)/.ready
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
