@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -113,6 +114,14 @@ def test_two_pipelines_in_turn_and_interleaved(family) -> None:
     assert len(others) == 4
     assert all(torch.equal(other, second_want) for other in others)
     assert statistics(first).calls == want_calls
+
+
+def test_pipelines_in_threads(family) -> None:
+    pipes = [sparsify(family.make(), method) for method in METHODS]
+    wants = [family.run(pipe) for pipe in pipes]
+    with ThreadPoolExecutor(len(pipes)) as threads:
+        gots = list(threads.map(family.run, pipes))
+    assert all(torch.equal(got, want) for got, want in zip(gots, wants, strict=True))
 
 
 def test_two_pipelines_with_one_scheduler(family) -> None:

@@ -160,7 +160,7 @@ def test_processors_are_forgotten_with_their_pipeline() -> None:
     before = len(attend_operator._processors)
     pipe = sparsify(FAMILIES[0].make(), HALF)
     assert len(attend_operator._processors) == before + 2
-    FAMILIES[0].run(pipe)
+    FAMILIES[0].run(compile_blocks(pipe, "eager"))
     unsparsify(pipe)
     gc.collect()
     assert len(attend_operator._processors) == before
