@@ -30,7 +30,7 @@ def register(processor: Attends) -> Tensor:
     """The int64 number, without dimensions, by which the operator finds `processor` while it lives."""
     number = next(_numbers)
     _processors[number] = processor
-    return torch.tensor(number)
+    return torch.tensor(number, device="cpu")  # reading it must not wait for a GPU
 
 
 # A CUDA graph would replay what one step decided.

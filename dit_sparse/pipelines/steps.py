@@ -52,7 +52,7 @@ class StepCounter:
         """
         if not getattr(scheduler, "num_inference_steps", None):
             return
-        step = 0 if timestep is None else int((scheduler.timesteps - timestep).abs().argmin())
+        step = 0 if timestep is None else int((scheduler.timesteps - float(timestep)).abs().argmin())
         if 0 < step == self.step and self.num_steps == len(scheduler.timesteps):
             self._sigmas = _sigmas_of(scheduler)
         else:

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
-from diffusers import CogVideoXDPMScheduler, DiffusionPipeline, UniPCMultistepScheduler
+from diffusers import (
+    CogVideoXDPMScheduler,
+    DiffusionPipeline,
+    FluxControlNetModel,
+    FluxControlNetPipeline,
+    UniPCMultistepScheduler,
+)
 from torch import Tensor
 
-from dit_sparse import Schedule, sparsify, statistics, unsparsify
+from dit_sparse import Neighborhood, Schedule, sparsify, statistics, unsparsify
 from dit_sparse.pipelines import session_of
 from dit_sparse.pipelines.families import adapter_for
-from tests.pipelines.composed import ALL_DENSE, HALF
-from tests.pipelines.families import METHODS, Family
+from tests.pipelines.composed import ALL_DENSE, HALF, is_close
+from tests.pipelines.families import FAMILIES, METHODS, Family
+from tests.pipelines.tiny_families import widened
 
 
 def sparse(family: Family) -> Any:
@@ -105,6 +114,14 @@ def test_two_pipelines_in_turn_and_interleaved(family) -> None:
     assert len(others) == 4
     assert all(torch.equal(other, second_want) for other in others)
     assert statistics(first).calls == want_calls
+
+
+def test_pipelines_in_threads(family) -> None:
+    pipes = [sparsify(family.make(), method) for method in METHODS]
+    wants = [family.run(pipe) for pipe in pipes]
+    with ThreadPoolExecutor(len(pipes)) as threads:
+        gots = list(threads.map(family.run, pipes))
+    assert all(torch.equal(got, want) for got, want in zip(gots, wants, strict=True))
 
 
 def test_two_pipelines_with_one_scheduler(family) -> None:
@@ -212,6 +229,45 @@ def test_what_is_saved_while_sparse_is_the_dense_pipeline(family, tmp_path) -> N
     assert session_of(loaded) is None
     assert torch.equal(family.run(loaded), want)
     assert torch.equal(family.run(sparsify(loaded, Schedule(HALF, warmup=0.5))), half)
+
+
+def test_flux_under_a_controlnet() -> None:
+    """Its residuals stand in the sequence's own order, and so stay the tokens; the ControlNet itself runs dense."""
+    (flux,) = (family for family in FAMILIES if family.name == "flux")
+    image = torch.rand(1, 3, 32, 48, generator=torch.Generator().manual_seed(0))
+
+    def make() -> FluxControlNetPipeline:
+        plain = flux.make()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            own = set(inspect.signature(FluxControlNetModel.__init__).parameters)
+            config = {name: value for name, value in plain.transformer.config.items() if name in own}
+            controlnet = widened(FluxControlNetModel(**config))
+        pipe = FluxControlNetPipeline(**plain.components, controlnet=controlnet)
+        pipe.set_progress_bar_config(disable=True)
+        return pipe
+
+    want = flux.run(make(), control_image=image)
+    assert not is_close(want, flux.run(flux.make()))
+    assert torch.equal(flux.run(sparsify(make(), ALL_DENSE), control_image=image), want)
+    every_key = Schedule(Neighborhood(density=1, tile=(1, 4, 4)), warmup=0)
+    assert is_close(flux.run(sparsify(make(), every_key), control_image=image), want)
+    for method in METHODS:
+        pipe = sparsify(make(), method)
+        assert not is_close(flux.run(pipe, control_image=image), want)
+        assert set(statistics(pipe).dense_calls) == {"warm-up"}
+        assert statistics(pipe).calls == 4 * 2
+
+
+def test_an_unknown_family_is_refused_by_name() -> None:
+    pipe = FAMILIES[0].make()
+    for transformer, message in (
+        (torch.nn.Linear(1, 1), "model family of Linear is not supported, got WanPipeline; supported: Wan .*, FLUX"),
+        (None, "pipeline must have a transformer, got WanPipeline; supported: Wan "),
+    ):
+        pipe.transformer = transformer
+        with pytest.raises(ValueError, match=message):
+            sparsify(pipe, HALF)
 
 
 def test_parallelism_is_refused_before_the_run(family) -> None:

@@ -15,8 +15,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from dit_sparse import sparsify, statistics, unsparsify
 from dit_sparse.pipelines import attend_operator
 from dit_sparse.pipelines.families import adapter_for
-from tests.pipelines.composed import HALF, is_close
+from tests.pipelines.composed import HALF, composed, is_close
 from tests.pipelines.families import FAMILIES, METHODS, Family
+from tests.pipelines.test_composition_caches import CACHES
 
 
 @pytest.fixture(autouse=True)
@@ -116,6 +117,21 @@ def test_a_whole_transformer_compiles_with_breaks_around_its_hook(name: str, by:
     assert is_close(family.run(unsparsify(pipe)), dense)
 
 
+@pytest.mark.parametrize("cache", ["FirstBlockCache", "PAB"])
+def test_caches_beside_compiled_blocks(cache: str) -> None:
+    """Their hooks on blocks break the graph, with and without us."""
+
+    def enable(pipe: Any) -> None:
+        pipe.transformer.enable_cache(CACHES[cache](pipe))
+
+    eager, pipe = (composed(FAMILIES[0], enable, HALF) for _ in range(2))
+    want = FAMILIES[0].run(eager, steps=6)
+    pipe.transformer.compile_repeated_blocks(backend="eager")
+    for _ in range(2):
+        assert torch.equal(FAMILIES[0].run(pipe, steps=6), want)
+        assert statistics(pipe).calls == statistics(eager).calls
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need an NVIDIA GPU")
 def test_cuda_graphs_do_not_replay_what_one_step_decided() -> None:
@@ -144,7 +160,7 @@ def test_processors_are_forgotten_with_their_pipeline() -> None:
     before = len(attend_operator._processors)
     pipe = sparsify(FAMILIES[0].make(), HALF)
     assert len(attend_operator._processors) == before + 2
-    FAMILIES[0].run(pipe)
+    FAMILIES[0].run(compile_blocks(pipe, "eager"))
     unsparsify(pipe)
     gc.collect()
     assert len(attend_operator._processors) == before

@@ -61,6 +61,17 @@ def test_group_offload(family, compose_first: bool, level: str) -> None:
 
 
 @both_ways
+def test_layerwise_casting(family, compose_first: bool) -> None:
+    """Weights rest in float8 and are cast by hooks around each layer."""
+
+    def cast(pipe: Any) -> None:
+        pipe.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+
+    assert not torch.equal(family.run(composed(family, cast, None)), family.run(family.make()))
+    check_composes(family, cast, compose_first)
+
+
+@both_ways
 def test_fused_projections(family, compose_first: bool) -> None:
     def fuse(pipe: Any) -> None:
         pipe.transformer.fuse_qkv_projections()
