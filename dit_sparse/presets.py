@@ -156,8 +156,10 @@ def preset(name: str) -> Schedule:
     """The schedule of the preset called `name`, such as "wan2.1-14b", or of the checkpoint `name`.
 
     Raises:
-        ValueError: no such preset; the nearest name is given.
+        ValueError: no such preset, of which the nearest is named, or no name.
     """
+    if not isinstance(name, str):
+        raise ValueError(f"name of a preset must be a str such as 'wan2.1-14b', got {name!r}")
     found = PRESETS.get(name.lower()) or find_preset(name)
     if found is None:
         raise ValueError(f"unknown preset {name!r}; {nearest(name.lower(), PRESETS)}; `dit-sparse presets` lists them")

@@ -71,8 +71,10 @@ def passes(release: str, requirements: list[Requirement], tests: str) -> bool:
         (Path(inside) / "calling.pth").write_text(sysconfig.get_path("purelib") + "\n")
         install = [python, "-m", "pip", "install", "--quiet"]
         # The newest release of a range is only looked for with --upgrade, which must not reach the other packages.
-        subprocess.run([*install, "--upgrade", "--no-deps", release], check=True)
-        subprocess.run([*install, release, *others], check=True)
+        for request in ([*install, "--upgrade", "--no-deps", release], [*install, release, *others]):
+            if subprocess.run(request, check=False).returncode:
+                print(f"{release} cannot be installed with what this project asks for", flush=True)
+                return False
         show = f"from importlib.metadata import version as v; print(*[n + ' ' + v(n) for n in {_SHOWN}], sep=', ')"
         print(
             "testing",

@@ -80,6 +80,8 @@ def test_found_by_repository_or_by_a_folder_of_its_name() -> None:
 def test_an_unknown_preset_is_told_the_nearest() -> None:
     with pytest.raises(ValueError, match=r"unknown preset 'wan2.1-15b'; did you mean 'wan2.1-14b'\? known: cogvideox"):
         preset("wan2.1-15b")
+    with pytest.raises(ValueError, match=r"must be a str such as 'wan2.1-14b', got None"):
+        preset(None)  # type: ignore[arg-type]
 
 
 def test_a_preset_survives_its_config() -> None:
