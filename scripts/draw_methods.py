@@ -122,7 +122,7 @@ def draw_adaspa(calls: Mapping[int, Call]) -> Image.Image:
 
 def draw_neighborhood(calls: Mapping[int, Call]) -> Image.Image:
     """The heads of which the window holds most and least: one query's attention with its window, and block masses."""
-    method, first, found = Neighborhood(density=DENSITY), calls[0], []
+    method, first, found = Neighborhood(density=DENSITY, stride=1), calls[0], []
     plan = method.plan(first.q, first.k, first.k, first.site, None)
     mask = plan.token_mask()[0, 0]
     for layer, call in calls.items():

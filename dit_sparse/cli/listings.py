@@ -57,7 +57,10 @@ def presets(as_json: Json = False) -> None:
 def neighborhood(
     grid: Annotated[str, typer.Option(help="Tokens along frames, height, width: 30x48x80; 256x256 is one frame.")],
     window: Annotated[str | None, typer.Option(help="Keys a query sees.", show_default="from the density")] = None,
-    stride: Annotated[str, typer.Option(help="Queries that share a window.")] = "1",
+    stride: Annotated[
+        str | None,
+        typer.Option(help="Queries that share a window.", show_default="1; with a window from the density what suits"),
+    ] = None,
     dilation: Annotated[str, typer.Option(help="Distance between the keys of a window.")] = "1",
     causal: Annotated[str, typer.Option(help="true, false, or one an axis: true,false,false.")] = "false",
     tile: Annotated[str | None, typer.Option(help="Tokens of a tile.", show_default="the best")] = None,

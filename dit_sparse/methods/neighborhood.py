@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import product
-from math import prod
+from math import log, prod
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from dit_sparse.masks import NeighborhoodPredicate, best_tile, neighborhood_predicate, tile_pairs
+from dit_sparse.masks import NeighborhoodPredicate, best_tile, neighborhood_predicate, suggest_settings, tile_pairs
 from dit_sparse.masks.neighborhood import flag_per_axis, per_axis
 from dit_sparse.reorder.tiles import tile_order
 from dit_sparse.types import AttentionPlan, Previous, Scope, Site, TokenGrid, TokenOrder
@@ -21,6 +21,7 @@ Axes = tuple[int, int, int]
 
 # No window made from a density is smaller, and no axis of this length or less is cut: the frames of a 2x8x8 tile.
 _LEAST_WINDOW = (2, 8, 8)
+_TOLERANCE = 0.1
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,8 @@ class Neighborhood:
     Args:
         window: video keys that a query sees; by default made from `density` and the grid.
         stride: queries that share a window: 1 slides, `window` gives blocked attention. Where stride, window and
-            grid are multiples of `tile`, no block is partial and the kernel is fastest.
+            grid are multiples of `tile`, no block is partial and the kernel is fastest. By default 1, or with a window
+            made from `density` the one that suits it.
         dilation: distance between the keys of a window.
         causal: whether a query sees nothing after itself along an axis.
         tile: tokens of a tile; one tile is one block. By default the one that the cost model finds fastest.
@@ -50,7 +52,7 @@ class Neighborhood:
     """
 
     name: ClassVar[str] = "neighborhood"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
     paper: ClassVar[str] = "Generalized Neighborhood Attention (arXiv 2504.16922)"
     scope: ClassVar[Scope] = "grid"
     uses_lse: ClassVar[bool] = False
@@ -60,8 +62,12 @@ class Neighborhood:
         default=None,
         metadata={"help": "video keys a query sees along frames, height, width; made from density where not given"},
     )
-    stride: int | tuple[int, int, int] = field(
-        default=(1, 1, 1), metadata={"help": "queries that share a window along frames, height, width; 1 slides"}
+    stride: int | tuple[int, int, int] | None = field(
+        default=None,
+        metadata={
+            "help": "queries that share a window along frames, height, width; 1 slides; none: chosen with a window "
+            "made from density, else 1"
+        },
     )
     dilation: int | tuple[int, int, int] = field(
         default=(1, 1, 1), metadata={"help": "distance between the keys of a window along frames, height, width"}
@@ -97,13 +103,16 @@ class Neighborhood:
     def window_for(self, grid: TokenGrid) -> Axes:
         """The window in use on `grid`: the one given, or one made from `density`.
 
-        An axis no longer than its tile (2x8x8 where none is given) is covered whole; the others take equal shares,
-        whose product comes as near to `density` as whole tokens allow. No window is smaller than a tile or the stride
-        where the grid has room.
+        Where only the density is given, window and stride are those that waste least on tiles (`suggest_settings`).
+        Else the window is cut to the density alone: an axis no longer than its tile (2x8x8 where none is given) is
+        covered whole; the others take equal shares, whose product comes as near to `density` as whole tokens allow. No
+        window is smaller than a tile or the stride where the grid has room.
         """
         if self.window is not None:
             return per_axis("window", self.window)
-        dilation, stride = per_axis("dilation", self.dilation), per_axis("stride", self.stride)
+        if (chosen := self._chosen(grid)) is not None:
+            return chosen[0]
+        dilation, stride = per_axis("dilation", self.dilation), self.stride_for(grid)
         tile = _LEAST_WINDOW if self.tile is None else per_axis("tile", self.tile)
         most = [max(1, length // d) for length, d in zip(grid.shape, dilation, strict=True)]
         least = [min(m, max(t, s)) for m, t, s in zip(most, tile, stride, strict=True)]
@@ -116,16 +125,30 @@ class Neighborhood:
         f, h, w = min(product(*choices), key=lambda window: abs(prod(window) - wanted))
         return f, h, w
 
+    def stride_for(self, grid: TokenGrid) -> Axes:
+        """The stride in use on `grid`: the one given, the one chosen with the window, or 1."""
+        if self.stride is not None:
+            return per_axis("stride", self.stride)
+        chosen = self._chosen(grid)
+        return (1, 1, 1) if chosen is None else chosen[1]
+
+    def _chosen(self, grid: TokenGrid) -> tuple[Axes, Axes] | None:
+        """Window and stride for `grid`, where the density alone is given and some setting suits."""
+        given = self.window is not None or self.stride is not None or self.tile is not None or self.density == 1
+        special = per_axis("dilation", self.dilation) != (1, 1, 1) or any(flag_per_axis("causal", self.causal))
+        # The search is over shapes: a sequence along one axis has none, and would take minutes.
+        if given or special or sum(length > 1 for length in grid.shape) < 2:
+            return None
+        return _suited(*grid.shape, self.density)
+
     def predicate(self, grid: TokenGrid) -> NeighborhoodPredicate:
         """Which token of `grid` sees which.
 
         Raises:
             ValueError: as in `check`.
         """
-        stride, dilation = per_axis("stride", self.stride), per_axis("dilation", self.dilation)
-        return neighborhood_predicate(
-            grid, self.window_for(grid), stride, dilation, flag_per_axis("causal", self.causal)
-        )
+        dilation, causal = per_axis("dilation", self.dilation), flag_per_axis("causal", self.causal)
+        return neighborhood_predicate(grid, self.window_for(grid), self.stride_for(grid), dilation, causal)
 
     def tile_for(self, grid: TokenGrid) -> Axes:
         """The tile in use on `grid`: the one given, or the one with the largest expected speed-up.
@@ -169,6 +192,18 @@ class Neighborhood:
 
 
 _best_tile = lru_cache(maxsize=64)(best_tile)
+
+
+@lru_cache(maxsize=64)
+def _suited(frames: int, height: int, width: int, density: float) -> tuple[Axes, Axes] | None:
+    """The first suggested window, with its stride, that meets `density` within 10% and is nowhere below the least."""
+    grid = TokenGrid(frames, height, width)
+    least = [min(n, at_least) for n, at_least in zip(grid.shape, _LEAST_WINDOW, strict=True)]
+    for found in suggest_settings(grid, density, count=32):
+        near = abs(log(found.counts.density / density)) <= _TOLERANCE
+        if near and all(n >= at_least for n, at_least in zip(found.window, least, strict=True)):
+            return found.window, found.stride
+    return None
 
 
 @lru_cache(maxsize=16)

@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dit_sparse import sparse_attention
-from dit_sparse.masks import best_tile
+from dit_sparse import Schedule, sparse_attention
+from dit_sparse.masks import best_tile, count_tiles
 from dit_sparse.methods.neighborhood import Neighborhood
 from dit_sparse.types import Method, Site, TokenGrid
 from tests.masks.test_neighborhood import mask_by_loops
@@ -37,7 +37,7 @@ def plan_of(method, grid):
 )
 def test_the_plan_is_the_mask_of_the_definition(method, grid):
     plan = plan_of(method, grid)
-    want = mask_by_loops(grid, method.window, method.stride, method.dilation, method.causal)
+    want = mask_by_loops(grid, method.window, method.stride_for(grid), method.dilation, method.causal)
     assert torch.equal(plan.token_mask()[0, 0], want)
     assert plan.density.item() == want.double().mean().item()
 
@@ -114,13 +114,51 @@ def test_the_window_made_from_the_density_fits_any_grid(grid, density, stride):
 @pytest.mark.parametrize("shape", [(21, 30, 52), (21, 45, 80), (1, 64, 64), (13, 30, 45), (33, 45, 80)])
 @pytest.mark.parametrize("density", [0.125, 0.25, 0.5])
 def test_on_real_grids_the_window_meets_the_density(shape, density):
-    window = Neighborhood(density=density).window_for(TokenGrid(*shape))
+    window = Neighborhood(density=density, stride=1).window_for(TokenGrid(*shape))
     assert prod(window) / prod(shape) == pytest.approx(density, rel=0.03)
 
 
 def test_an_axis_no_longer_than_its_tile_is_covered_whole():
-    assert Neighborhood(density=0.25).window_for(TokenGrid(8, 6, 8)) == (2, 6, 8)
-    assert Neighborhood(density=0.25).window_for(TokenGrid(1, 64, 64)) == (1, 32, 32)
+    assert Neighborhood(density=0.25, stride=1).window_for(TokenGrid(8, 6, 8)) == (2, 6, 8)
+    assert Neighborhood(density=0.25, stride=1).window_for(TokenGrid(1, 64, 64)) == (1, 32, 32)
+
+
+@pytest.mark.parametrize("density", [0.125, 0.25, 0.5])
+@pytest.mark.parametrize("shape", [(8, 24, 32), (1, 32, 64)])
+def test_a_density_alone_makes_a_window_that_cuts_no_tile(shape, density):
+    method, grid = Neighborhood(density=density), TokenGrid(*shape)
+    counts = count_tiles(method.predicate(grid), method.tile_for(grid))
+    assert counts.cut == 0
+    assert prod(method.window_for(grid)) / grid.video_len == pytest.approx(density, rel=0.11)
+    assert counts.expected_speedup() > 0.8 / density
+    sliding = Neighborhood(density=density, stride=1)
+    assert count_tiles(sliding.predicate(grid), sliding.tile_for(grid)).expected_speedup() < counts.expected_speedup()
+
+
+@settings(max_examples=20, deadline=None)
+@given(grids, st.sampled_from([0.125, 0.25, 0.5]))
+def test_a_density_alone_fits_any_grid(grid, density):
+    method = Neighborhood(density=density)
+    method.check(grid)
+    window = method.window_for(grid)
+    assert all(min(t, n) <= w <= n for w, t, n in zip(window, (2, 8, 8), grid.shape, strict=True))
+
+
+@pytest.mark.parametrize(
+    "parameters", [{"stride": 1}, {"tile": (2, 8, 8)}, {"dilation": (1, 2, 1)}, {"causal": (True, False, False)}]
+)
+def test_what_is_given_leaves_the_stride_at_one(parameters):
+    grid = TokenGrid(8, 24, 32)
+    assert Neighborhood(density=0.25, **parameters).stride_for(grid) == (1, 1, 1)
+    assert Neighborhood(window=(2, 4, 4)).stride_for(grid) == (1, 1, 1)
+    assert Neighborhood(density=0.25).stride_for(grid) != (1, 1, 1)
+
+
+def test_a_config_of_version_two_keeps_its_stride():
+    config = {"method": "neighborhood", "version": 2, "density": 0.25, "stride": [1, 1, 1]}
+    assert Schedule.from_config(config).method == Neighborhood(density=0.25, stride=(1, 1, 1))
+    schedule = Schedule(Neighborhood())
+    assert Schedule.from_config(schedule.to_config()) == schedule
 
 
 def test_density_one_is_the_whole_grid():
