@@ -163,6 +163,12 @@ class FamilyAdapter(ABC):
     def unfuse(self, transformer: Any) -> None:  # noqa: B027
         """Undo `fuse`."""
 
+    def follow(self, transformer: Any, session: Session, originals: dict[str, Any]) -> None:  # noqa: B027
+        """Put sparse processors where diffusers itself has replaced them, and note in `originals` what it put there.
+
+        Called before each forward and before they are taken off; only a family whose calls replace them needs it.
+        """
+
     def check_installed(self, transformer: Any, model: str) -> None:
         """Before each forward: what was done to `transformer` after `install` must not run dense or wrong unseen.
 

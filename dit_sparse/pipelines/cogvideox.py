@@ -27,6 +27,7 @@ from dit_sparse.pipelines.adapter import (
 )
 from dit_sparse.pipelines.layout import Layout
 from dit_sparse.pipelines.norm_rotate import RotaryEmbedding
+from dit_sparse.pipelines.session import Session
 from dit_sparse.types import TokenGrid, TokenOrder
 
 
@@ -89,6 +90,20 @@ class CogVideoXAdapter(FamilyAdapter):
 
     def attention_modules(self, transformer: Any) -> dict[str, Any]:
         return modules_of(transformer, "attn1", "transformer_blocks")
+
+    def follow(self, transformer: Any, session: Session, originals: dict[str, Any]) -> None:
+        """`fuse_qkv_projections` replaces all processors and keeps the ones it found, which `unfuse_...` puts back."""
+        kept = getattr(transformer, "original_attn_processors", None)
+        if kept is None:
+            return
+        modules = self.attention_modules(transformer)
+        for layer, (path, module) in enumerate(modules.items()):
+            if isinstance(kept.get(f"{path}.processor"), SparseProcessor):
+                kept[f"{path}.processor"] = originals[path]
+            sparse = self.processors.get(type(module.processor))
+            if sparse is not None:
+                originals[path] = module.processor
+                module.processor = sparse(session, layer, len(modules), module.processor)
 
     def layout(self, transformer: Any, inputs: Inputs) -> Layout:
         """`hidden_states` is `[B, F, C, H, W]`."""

@@ -29,12 +29,21 @@ class SiteHook:
         transformer, model: the module, and its name in the pipeline.
         session: is told.
         adapter: knows the family.
+        originals: the processors that the sparse ones stand in for, by module path; kept up to date.
     """
 
-    def __init__(self, transformer: torch.nn.Module, model: str, session: Session, adapter: FamilyAdapter) -> None:
+    def __init__(
+        self,
+        transformer: torch.nn.Module,
+        model: str,
+        session: Session,
+        adapter: FamilyAdapter,
+        originals: dict[str, Any],
+    ) -> None:
         self.model = model
         self.session = session
         self.adapter = adapter
+        self.originals = originals
         self._branch: str | None = None
         self._moves: list[RemovableHandle] = []
         self._handles = [
@@ -47,7 +56,10 @@ class SiteHook:
             transformer.cache_context = self._context  # type: ignore[assignment]
 
     def remove(self, transformer: torch.nn.Module) -> None:
-        """Take it off."""
+        """Take it off, and the sparse processors."""
+        self.adapter.follow(transformer, self.session, self.originals)
+        for path, processor in self.originals.items():
+            transformer.get_submodule(path).processor = processor
         self._stop_moving()
         for handle in self._handles:
             handle.remove()
@@ -69,6 +81,7 @@ class SiteHook:
         self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         self._stop_moving()  # a forward before this one may have failed
+        self.adapter.follow(module, self.session, self.originals)
         self.adapter.check_installed(module, self.model)
         inputs = _by_name(module, args, kwargs)
         layout = self.adapter.layout(module, inputs)

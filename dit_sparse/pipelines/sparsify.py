@@ -27,9 +27,8 @@ _INSTALLED = "_dit_sparse"
 class _Installed:
     """What `sparsify` left on a transformer: its session, and how to take it off."""
 
-    def __init__(self, session: Session, originals: dict[str, Any], hook: SiteHook | CallRecorder) -> None:
+    def __init__(self, session: Session, hook: SiteHook | CallRecorder) -> None:
         self.session = session
-        self.originals = originals
         self.hook = hook
 
 
@@ -71,7 +70,7 @@ def install(pipe: Pipeline, session: Session) -> Pipeline:
     for model, transformer in transformers_of(pipe).items():
         if changed:
             recorder = CallRecorder(adapter.attention_modules(transformer), model, session)
-            setattr(transformer, _INSTALLED, _Installed(session, {}, recorder))
+            setattr(transformer, _INSTALLED, _Installed(session, recorder))
             continue
         try:
             originals = adapter.install(transformer, model, session)
@@ -80,9 +79,9 @@ def install(pipe: Pipeline, session: Session) -> Pipeline:
             unsparsify(pipe)
             raise
         adapter.fuse(transformer)
-        hook = SiteHook(transformer, model, session, adapter)
+        hook = SiteHook(transformer, model, session, adapter, originals)
         reset_caches(transformer)
-        setattr(transformer, _INSTALLED, _Installed(session, originals, hook))
+        setattr(transformer, _INSTALLED, _Installed(session, hook))
     session.watch(pipe)
     return pipe
 
@@ -93,8 +92,6 @@ def unsparsify(pipe: Pipeline) -> Pipeline:
         installed = getattr(transformer, _INSTALLED, None)
         if installed is None:
             continue
-        for path, processor in installed.originals.items():
-            transformer.get_submodule(path).processor = processor
         adapter_for(pipe).unfuse(transformer)
         installed.hook.remove(transformer)
         reset_caches(transformer)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 
-from dit_sparse import AdaSpa, Schedule, TokenGrid, sparsify, statistics
+from dit_sparse import AdaSpa, Schedule, TokenGrid, sparsify, statistics, unsparsify
 from dit_sparse.pipelines import session_of, token_grid
 from dit_sparse.pipelines.flux import FluxAdapter, _grid_of_ids
 from dit_sparse.pipelines.hunyuan_video import HunyuanVideoAdapter
@@ -44,12 +44,34 @@ def test_cogvideox_refuses_an_attention_mask() -> None:
         COGVIDEOX.run(pipe, attention_kwargs={"attention_mask": torch.ones(1, 304)})
 
 
-def test_fusing_projections_after_sparsify_is_noticed() -> None:
-    """CogVideoX puts other processors in, which would run dense."""
-    pipe = sparsify(tiny_cogvideox(), AdaSpa())
+def test_cogvideox_projections_are_fused_and_parted_at_any_time() -> None:
+    """It puts other processors in, and keeps the ones it finds to put them back."""
+    want, fused = COGVIDEOX.run(tiny_cogvideox()), tiny_cogvideox()
+    fused.fuse_qkv_projections()
+    want_fused = COGVIDEOX.run(fused)
+    pipe = sparsify(tiny_cogvideox(), Schedule(AdaSpa(), warmup=1.0))
+    for _ in range(2):
+        pipe.fuse_qkv_projections()
+        assert torch.equal(COGVIDEOX.run(pipe), want_fused)
+        assert statistics(pipe).dense_calls == {"warm-up": 8}
+        pipe.unfuse_qkv_projections()
+        assert torch.equal(COGVIDEOX.run(pipe), want)
+        assert statistics(pipe).dense_calls == {"warm-up": 8}
+
+
+@pytest.mark.parametrize("runs", [True, False])
+def test_cogvideox_projections_fused_while_sparse_stay_fused(runs: bool) -> None:
+    pipe = sparsify(tiny_cogvideox(), AdaSpa(density=0.5, block=16))
     pipe.fuse_qkv_projections()
-    with pytest.raises(ValueError, match="was replaced after sparsify, got FusedCogVideoXAttnProcessor2_0"):
+    if runs:
         COGVIDEOX.run(pipe)
+    unsparsify(pipe)
+    names = {type(processor).__name__ for processor in pipe.transformer.attn_processors.values()}
+    assert names == {"FusedCogVideoXAttnProcessor2_0"}
+    pipe.unfuse_qkv_projections()
+    names = {type(processor).__name__ for processor in pipe.transformer.attn_processors.values()}
+    assert names == {"CogVideoXAttnProcessor2_0"}
+    assert torch.equal(COGVIDEOX.run(pipe), COGVIDEOX.run(tiny_cogvideox()))
 
 
 def test_hunyuan_video_leaves_the_texts_refiner_alone() -> None:
