@@ -7,9 +7,10 @@ from dit_sparse.methods.dense import Dense
 from dit_sparse.methods.neighborhood import Neighborhood
 from dit_sparse.methods.parameters import Parameter, nearest, parameters, parse_parameter, read_parameter
 from dit_sparse.methods.paro import Paro
+from dit_sparse.methods.svg import SparseVideoGen
 from dit_sparse.types import Method
 
-METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (Dense, Neighborhood, AdaSpa, Paro)}
+METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (Dense, Neighborhood, AdaSpa, Paro, SparseVideoGen)}
 
 
 def find_method(name: str) -> type[Method]:
@@ -30,6 +31,7 @@ __all__ = [
     "Neighborhood",
     "Parameter",
     "Paro",
+    "SparseVideoGen",
     "find_method",
     "nearest",
     "parameters",

@@ -15,7 +15,7 @@ from torch import Tensor
 from dit_sparse.kernels import dense_attention, sampled_block_mass
 from dit_sparse.masks import Ranking
 from dit_sparse.methods.description import Description
-from dit_sparse.methods.parameters import check_block, check_share
+from dit_sparse.methods.parameters import check_block, check_count, check_share
 from dit_sparse.reorder import raster_order
 from dit_sparse.types import AttentionPlan, Previous, Scope, Site, TokenGrid, TokenOrder
 
@@ -67,8 +67,7 @@ class AdaSpa:
         check_share("recall", self.recall)
         check_share("head_shift", self.head_shift)
         check_block("block", self.block)
-        if isinstance(self.row_stride, bool) or not isinstance(self.row_stride, int) or self.row_stride < 1:
-            raise ValueError(f"row_stride must be a whole number, at least 1, got {self.row_stride!r}")
+        check_count("row_stride", self.row_stride)
 
     @property
     def uses_lse(self) -> bool:

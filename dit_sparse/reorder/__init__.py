@@ -1,6 +1,7 @@
 """Token orders: raster, the six axis orders, 3-D tiles and a space-filling curve."""
 
 from dit_sparse.reorder.axes import AXIS_ORDERS, axis_order, axis_orders_per_head, distinct_axis_orders
+from dit_sparse.reorder.choose import choose_order
 from dit_sparse.reorder.curve import curve_order
 from dit_sparse.reorder.grid import grid_order, raster_order
 from dit_sparse.reorder.tiles import tile_order
@@ -9,6 +10,7 @@ __all__ = [
     "AXIS_ORDERS",
     "axis_order",
     "axis_orders_per_head",
+    "choose_order",
     "curve_order",
     "distinct_axis_orders",
     "grid_order",
