@@ -5,7 +5,16 @@ from dit_sparse.masks.neighborhood import NeighborhoodPredicate, neighborhood_pr
 from dit_sparse.masks.order_metrics import best_orders, metrics_by_order, order_metrics
 from dit_sparse.masks.probe import mask_rows, masked_errors, probe_rows
 from dit_sparse.masks.score import pooled_scores
-from dit_sparse.masks.select import Ranking, density_to_blocks, keep_text, select_density, threshold, top_k, top_p
+from dit_sparse.masks.select import (
+    Ranking,
+    density_to_blocks,
+    keep_text,
+    select_density,
+    threshold,
+    top_k,
+    top_p,
+    without_text,
+)
 from dit_sparse.masks.suggest import Setting, suggest_settings
 from dit_sparse.masks.tiling import TileCost, TileCounts, best_tile, count_tiles, tile_pairs
 
@@ -38,4 +47,5 @@ __all__ = [
     "top_k",
     "top_p",
     "with_other_text",
+    "without_text",
 ]

@@ -8,9 +8,12 @@ from dit_sparse.methods.neighborhood import Neighborhood
 from dit_sparse.methods.parameters import Parameter, nearest, parameters, parse_parameter, read_parameter
 from dit_sparse.methods.paro import Paro
 from dit_sparse.methods.svg import SparseVideoGen
+from dit_sparse.methods.svg2 import SparseVideoGen2
 from dit_sparse.types import Method
 
-METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (Dense, Neighborhood, AdaSpa, Paro, SparseVideoGen)}
+METHODS: dict[str, type[Method]] = {
+    cls.name: cls for cls in (Dense, Neighborhood, AdaSpa, Paro, SparseVideoGen, SparseVideoGen2)
+}
 
 
 def find_method(name: str) -> type[Method]:
@@ -32,6 +35,7 @@ __all__ = [
     "Parameter",
     "Paro",
     "SparseVideoGen",
+    "SparseVideoGen2",
     "find_method",
     "nearest",
     "parameters",

@@ -75,6 +75,12 @@ def check_share(name: str, value: float) -> None:
         raise ValueError(f"{name} must be above 0 and at most 1, got {value!r}")
 
 
+def check_budget(density: float | None) -> None:
+    """Raise ValueError unless `density` is a share, or None where a threshold decides."""
+    if density is not None:
+        check_share("density", density)
+
+
 def check_block(name: str, value: int) -> None:
     """Raise ValueError unless `value` is a whole number of tokens, at least 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:

@@ -2,6 +2,7 @@
 
 from dit_sparse.reorder.axes import AXIS_ORDERS, axis_order, axis_orders_per_head, distinct_axis_orders
 from dit_sparse.reorder.choose import choose_order
+from dit_sparse.reorder.clusters import cluster_order, kmeans, spread_tokens
 from dit_sparse.reorder.curve import curve_order
 from dit_sparse.reorder.grid import grid_order, raster_order
 from dit_sparse.reorder.tiles import tile_order
@@ -11,9 +12,12 @@ __all__ = [
     "axis_order",
     "axis_orders_per_head",
     "choose_order",
+    "cluster_order",
     "curve_order",
     "distinct_axis_orders",
     "grid_order",
+    "kmeans",
     "raster_order",
+    "spread_tokens",
     "tile_order",
 ]
