@@ -9,7 +9,7 @@ from torch import Tensor
 from dit_sparse import Site, SparseVideoGen, TokenGrid
 from dit_sparse.masks import probe_rows
 from dit_sparse.methods.svg import _fixed, sink_blocks
-from tests.methods.literal import DEMO, GRIDS, check_text_and_rows, coordinates, inputs, smooth_inputs
+from tests.methods.layouts import DEMO, GRIDS, check_text_and_rows, coordinates, inputs, smooth_inputs
 from tests.methods.test_no_wait import NoWaiting
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dit_sparse import Site, SparseVideoGen2, TokenGrid
 from dit_sparse.types import AttentionPlan, Previous, TokenOrder
-from tests.methods.literal import DEMO, GRIDS, check_text_and_rows, inputs, smooth_inputs
+from tests.methods.layouts import DEMO, GRIDS, check_text_and_rows, inputs, smooth_inputs
 
 
 def literal_mask(plan: AttentionPlan, q: Tensor, k: Tensor, grid: TokenGrid, p: float, least: int) -> Tensor:
