@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from dit_sparse.attention import sparse_attention
-    from dit_sparse.methods import AdaSpa, Dense, Neighborhood, Paro, SparseVideoGen, SparseVideoGen2
+    from dit_sparse.methods import AdaSpa, Dense, Neighborhood, Paro, RadialAttention, SparseVideoGen, SparseVideoGen2
     from dit_sparse.pipelines import (
         SparseCogVideoXImageToVideoPipeline,
         SparseCogVideoXPipeline,
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 # Names load on first use: kernels alone need no diffusers, and the command line's help needs no torch.
 _HOMES = {
     "attention": ("sparse_attention",),
-    "methods": ("AdaSpa", "Dense", "Neighborhood", "Paro", "SparseVideoGen", "SparseVideoGen2"),
+    "methods": ("AdaSpa", "Dense", "Neighborhood", "Paro", "SparseVideoGen", "SparseVideoGen2", "RadialAttention"),
     "pipelines": (
         "SparseCogVideoXImageToVideoPipeline",
         "SparseCogVideoXPipeline",
@@ -57,6 +57,7 @@ __all__ = [
     "Dense",
     "Neighborhood",
     "Paro",
+    "RadialAttention",
     "Schedule",
     "Site",
     "SparseCogVideoXImageToVideoPipeline",

@@ -8,12 +8,13 @@ from dit_sparse.methods.neighborhood import Neighborhood
 from dit_sparse.methods.parameters import Parameter, nearest, parameters, parse_parameter, read_parameter
 from dit_sparse.methods.paro import Paro
 from dit_sparse.methods.plugins import load_plugins
+from dit_sparse.methods.radial import RadialAttention
 from dit_sparse.methods.svg import SparseVideoGen
 from dit_sparse.methods.svg2 import SparseVideoGen2
 from dit_sparse.types import Method
 
 METHODS: dict[str, type[Method]] = {
-    cls.name: cls for cls in (Dense, Neighborhood, AdaSpa, Paro, SparseVideoGen, SparseVideoGen2)
+    cls.name: cls for cls in (Dense, Neighborhood, AdaSpa, Paro, SparseVideoGen, SparseVideoGen2, RadialAttention)
 }
 """The library's own methods by name; `all_methods` has those of other packages too."""
 
@@ -46,6 +47,7 @@ __all__ = [
     "Neighborhood",
     "Parameter",
     "Paro",
+    "RadialAttention",
     "SparseVideoGen",
     "SparseVideoGen2",
     "all_methods",
