@@ -9,7 +9,16 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from dit_sparse.attention import sparse_attention
-    from dit_sparse.methods import AdaSpa, Dense, Neighborhood, Paro, RadialAttention, SparseVideoGen, SparseVideoGen2
+    from dit_sparse.methods import (
+        AdaSpa,
+        Dense,
+        Neighborhood,
+        Paro,
+        RadialAttention,
+        SlidingTile,
+        SparseVideoGen,
+        SparseVideoGen2,
+    )
     from dit_sparse.pipelines import (
         SparseCogVideoXImageToVideoPipeline,
         SparseCogVideoXPipeline,
@@ -30,7 +39,16 @@ if TYPE_CHECKING:
 # Names load on first use: kernels alone need no diffusers, and the command line's help needs no torch.
 _HOMES = {
     "attention": ("sparse_attention",),
-    "methods": ("AdaSpa", "Dense", "Neighborhood", "Paro", "SparseVideoGen", "SparseVideoGen2", "RadialAttention"),
+    "methods": (
+        "AdaSpa",
+        "Dense",
+        "Neighborhood",
+        "Paro",
+        "SparseVideoGen",
+        "SparseVideoGen2",
+        "RadialAttention",
+        "SlidingTile",
+    ),
     "pipelines": (
         "SparseCogVideoXImageToVideoPipeline",
         "SparseCogVideoXPipeline",
@@ -60,6 +78,7 @@ __all__ = [
     "RadialAttention",
     "Schedule",
     "Site",
+    "SlidingTile",
     "SparseCogVideoXImageToVideoPipeline",
     "SparseCogVideoXPipeline",
     "SparseFluxPipeline",

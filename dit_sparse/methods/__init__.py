@@ -9,12 +9,14 @@ from dit_sparse.methods.parameters import Parameter, nearest, parameters, parse_
 from dit_sparse.methods.paro import Paro
 from dit_sparse.methods.plugins import load_plugins
 from dit_sparse.methods.radial import RadialAttention
+from dit_sparse.methods.sta import SlidingTile
 from dit_sparse.methods.svg import SparseVideoGen
 from dit_sparse.methods.svg2 import SparseVideoGen2
 from dit_sparse.types import Method
 
 METHODS: dict[str, type[Method]] = {
-    cls.name: cls for cls in (Dense, Neighborhood, AdaSpa, Paro, SparseVideoGen, SparseVideoGen2, RadialAttention)
+    cls.name: cls
+    for cls in (Dense, Neighborhood, AdaSpa, Paro, SparseVideoGen, SparseVideoGen2, RadialAttention, SlidingTile)
 }
 """The library's own methods by name; `all_methods` has those of other packages too."""
 
@@ -48,6 +50,7 @@ __all__ = [
     "Parameter",
     "Paro",
     "RadialAttention",
+    "SlidingTile",
     "SparseVideoGen",
     "SparseVideoGen2",
     "all_methods",

@@ -9,7 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_sparse import AdaSpa, Neighborhood, Paro, RadialAttention, SparseVideoGen, SparseVideoGen2, TokenGrid
+from dit_sparse import (
+    AdaSpa,
+    Neighborhood,
+    Paro,
+    RadialAttention,
+    SlidingTile,
+    SparseVideoGen,
+    SparseVideoGen2,
+    TokenGrid,
+)
 from tests.pipelines.tiny import tiny_wan
 from tests.pipelines.tiny_families import COGVIDEOX_TEXT, tiny_cogvideox, tiny_flux, tiny_hunyuan_video, tiny_ltx_video
 
@@ -20,6 +29,7 @@ METHODS = [
     SparseVideoGen(density=0.5, block=16),
     SparseVideoGen2(density=0.5, q_tokens=32, k_tokens=16),
     RadialAttention(density=0.5, block=16),
+    SlidingTile(density=0.5, tile=(1, 4, 4)),
 ]
 
 
