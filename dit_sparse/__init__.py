@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         SlidingTile,
         SparseVideoGen,
         SparseVideoGen2,
+        XAttention,
     )
     from dit_sparse.pipelines import (
         SparseCogVideoXImageToVideoPipeline,
@@ -48,6 +49,7 @@ _HOMES = {
         "SparseVideoGen2",
         "RadialAttention",
         "SlidingTile",
+        "XAttention",
     ),
     "pipelines": (
         "SparseCogVideoXImageToVideoPipeline",
@@ -90,6 +92,7 @@ __all__ = [
     "SparseWanPipeline",
     "TokenGrid",
     "TokenOrder",
+    "XAttention",
     "__version__",
     "load_pipeline",
     "save_plan",

@@ -12,11 +12,22 @@ from dit_sparse.methods.radial import RadialAttention
 from dit_sparse.methods.sta import SlidingTile
 from dit_sparse.methods.svg import SparseVideoGen
 from dit_sparse.methods.svg2 import SparseVideoGen2
+from dit_sparse.methods.xattention import XAttention
 from dit_sparse.types import Method
 
 METHODS: dict[str, type[Method]] = {
     cls.name: cls
-    for cls in (Dense, Neighborhood, AdaSpa, Paro, SparseVideoGen, SparseVideoGen2, RadialAttention, SlidingTile)
+    for cls in (
+        Dense,
+        Neighborhood,
+        AdaSpa,
+        Paro,
+        SparseVideoGen,
+        SparseVideoGen2,
+        RadialAttention,
+        SlidingTile,
+        XAttention,
+    )
 }
 """The library's own methods by name; `all_methods` has those of other packages too."""
 
@@ -53,6 +64,7 @@ __all__ = [
     "SlidingTile",
     "SparseVideoGen",
     "SparseVideoGen2",
+    "XAttention",
     "all_methods",
     "find_method",
     "nearest",

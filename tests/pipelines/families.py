@@ -18,6 +18,7 @@ from dit_sparse import (
     SparseVideoGen,
     SparseVideoGen2,
     TokenGrid,
+    XAttention,
 )
 from tests.pipelines.tiny import tiny_wan
 from tests.pipelines.tiny_families import COGVIDEOX_TEXT, tiny_cogvideox, tiny_flux, tiny_hunyuan_video, tiny_ltx_video
@@ -30,6 +31,7 @@ METHODS = [
     SparseVideoGen2(density=0.5, q_tokens=32, k_tokens=16),
     RadialAttention(density=0.5, block=16),
     SlidingTile(density=0.5, tile=(1, 4, 4)),
+    XAttention(density=0.5, block=16),
 ]
 
 
