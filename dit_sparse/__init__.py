@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from dit_sparse.methods import (
         AdaSpa,
         Dense,
+        DraftAttention,
         Neighborhood,
         Paro,
         RadialAttention,
@@ -50,6 +51,7 @@ _HOMES = {
         "RadialAttention",
         "SlidingTile",
         "XAttention",
+        "DraftAttention",
     ),
     "pipelines": (
         "SparseCogVideoXImageToVideoPipeline",
@@ -75,6 +77,7 @@ __all__ = [
     "AttentionPlan",
     "BlockMask",
     "Dense",
+    "DraftAttention",
     "Neighborhood",
     "Paro",
     "RadialAttention",

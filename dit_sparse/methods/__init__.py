@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dit_sparse.methods.adaspa import AdaSpa
 from dit_sparse.methods.dense import Dense
+from dit_sparse.methods.draft import DraftAttention
 from dit_sparse.methods.neighborhood import Neighborhood
 from dit_sparse.methods.parameters import Parameter, nearest, parameters, parse_parameter, read_parameter
 from dit_sparse.methods.paro import Paro
@@ -27,6 +28,7 @@ METHODS: dict[str, type[Method]] = {
         RadialAttention,
         SlidingTile,
         XAttention,
+        DraftAttention,
     )
 }
 """The library's own methods by name; `all_methods` has those of other packages too."""
@@ -57,6 +59,7 @@ __all__ = [
     "METHODS",
     "AdaSpa",
     "Dense",
+    "DraftAttention",
     "Neighborhood",
     "Parameter",
     "Paro",

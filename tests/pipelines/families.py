@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dit_sparse import (
     AdaSpa,
+    DraftAttention,
     Neighborhood,
     Paro,
     RadialAttention,
@@ -32,6 +33,7 @@ METHODS = [
     RadialAttention(density=0.5, block=16),
     SlidingTile(density=0.5, tile=(1, 4, 4)),
     XAttention(density=0.5, block=16),
+    DraftAttention(density=0.5, short=4, long=4),
 ]
 
 
