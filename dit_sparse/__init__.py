@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         Paro,
         RadialAttention,
         SlidingTile,
+        SpargeAttention,
         SparseVideoGen,
         SparseVideoGen2,
         XAttention,
@@ -52,6 +53,7 @@ _HOMES = {
         "SlidingTile",
         "XAttention",
         "DraftAttention",
+        "SpargeAttention",
     ),
     "pipelines": (
         "SparseCogVideoXImageToVideoPipeline",
@@ -84,6 +86,7 @@ __all__ = [
     "Schedule",
     "Site",
     "SlidingTile",
+    "SpargeAttention",
     "SparseCogVideoXImageToVideoPipeline",
     "SparseCogVideoXPipeline",
     "SparseFluxPipeline",

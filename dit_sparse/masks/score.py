@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from dit_sparse.kernels import pooled_blocks
@@ -34,3 +35,19 @@ def pooled_scores(
     # The mean of an empty block may be anything; its log-size of -inf must win.
     logits = (logits + sizes.log()).masked_fill(sizes == 0, float("-inf"))
     return logits.softmax(dim=-1)
+
+
+def self_similarity(x: Tensor, order: TokenOrder) -> Tensor:
+    """Mean cosine between every two tokens of a block, themselves included: how well their mean stands for them.
+
+    Args:
+        x: `[B, H, N, D]`, in the order's positions.
+        order: the order, of which only the blocks are used.
+
+    Returns:
+        `[B, H, M]` float32, from 0 to 1; 0 for an empty block.
+
+    Source: CosSim of SpargeAttn (arXiv 2502.18137), section 3.3.
+    """
+    # The mean of all products of unit vectors is the square of their mean.
+    return pooled_blocks(F.normalize(x.float(), dim=-1), order.offsets).square().sum(-1)

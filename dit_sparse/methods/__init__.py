@@ -10,6 +10,7 @@ from dit_sparse.methods.parameters import Parameter, nearest, parameters, parse_
 from dit_sparse.methods.paro import Paro
 from dit_sparse.methods.plugins import load_plugins
 from dit_sparse.methods.radial import RadialAttention
+from dit_sparse.methods.sparge import SpargeAttention
 from dit_sparse.methods.sta import SlidingTile
 from dit_sparse.methods.svg import SparseVideoGen
 from dit_sparse.methods.svg2 import SparseVideoGen2
@@ -29,6 +30,7 @@ METHODS: dict[str, type[Method]] = {
         SlidingTile,
         XAttention,
         DraftAttention,
+        SpargeAttention,
     )
 }
 """The library's own methods by name; `all_methods` has those of other packages too."""
@@ -65,6 +67,7 @@ __all__ = [
     "Paro",
     "RadialAttention",
     "SlidingTile",
+    "SpargeAttention",
     "SparseVideoGen",
     "SparseVideoGen2",
     "XAttention",

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from dit_sparse.masks import pooled_scores
+from dit_sparse.masks import pooled_scores, self_similarity
 from dit_sparse.reorder import axis_orders_per_head, tile_order
 from dit_sparse.types import TokenGrid, TokenOrder
 
@@ -64,3 +64,15 @@ def test_low_precision_inputs_give_float32():
     order = tile_order(TokenGrid(2, 4, 4), (1, 2, 2))
     q = torch.randn(1, 1, 32, 8, dtype=torch.bfloat16)
     assert pooled_scores(q, q, order, order).dtype == torch.float32
+
+
+def test_self_similarity_is_the_mean_cosine_of_every_two_tokens() -> None:
+    order = TokenOrder.from_index(torch.arange(10), torch.tensor([0, 3, 3, 4, 10]))
+    x = torch.randn(2, 2, 10, 5)
+    got = self_similarity(x, order)
+    for b in range(2):
+        for h in range(2):
+            for m, (start, end) in enumerate([(0, 3), (3, 3), (3, 4), (4, 10)]):
+                block = x[b, h, start:end]
+                cosines = [float(torch.cosine_similarity(i, j, dim=0)) for i in block for j in block]
+                assert float(got[b, h, m]) == pytest.approx(sum(cosines) / max(1, len(cosines)), abs=1e-5)

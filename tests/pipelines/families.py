@@ -16,6 +16,7 @@ from dit_sparse import (
     Paro,
     RadialAttention,
     SlidingTile,
+    SpargeAttention,
     SparseVideoGen,
     SparseVideoGen2,
     TokenGrid,
@@ -34,6 +35,7 @@ METHODS = [
     SlidingTile(density=0.5, tile=(1, 4, 4)),
     XAttention(density=0.5, block=16),
     DraftAttention(density=0.5, short=4, long=4),
+    SpargeAttention(density=0.5, block_q=16, block_k=8),
 ]
 
 
