@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         SpargeAttention,
         SparseVideoGen,
         SparseVideoGen2,
+        VMoBA,
         XAttention,
     )
     from dit_sparse.pipelines import (
@@ -54,6 +55,7 @@ _HOMES = {
         "XAttention",
         "DraftAttention",
         "SpargeAttention",
+        "VMoBA",
     ),
     "pipelines": (
         "SparseCogVideoXImageToVideoPipeline",
@@ -98,6 +100,7 @@ __all__ = [
     "SparseWanPipeline",
     "TokenGrid",
     "TokenOrder",
+    "VMoBA",
     "XAttention",
     "__version__",
     "load_pipeline",

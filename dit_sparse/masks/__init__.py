@@ -7,6 +7,7 @@ from dit_sparse.masks.probe import mask_rows, masked_errors, probe_rows
 from dit_sparse.masks.score import pooled_scores, self_similarity
 from dit_sparse.masks.select import (
     Ranking,
+    among_text,
     density_to_blocks,
     keep_text,
     select_density,
@@ -24,6 +25,7 @@ __all__ = [
     "Setting",
     "TileCost",
     "TileCounts",
+    "among_text",
     "best_orders",
     "best_tile",
     "blocks_above",

@@ -104,6 +104,13 @@ def without_text(scores: Tensor, grid: TokenGrid, k_offsets: Tensor) -> Tensor:
     return scores.masked_fill(_is_text(grid, k_offsets)[..., None, :], 0.0)
 
 
+def among_text(video: Tensor, grid: TokenGrid, blocks: int, fill: bool | float = 0) -> Tensor:
+    """A map of the video's blocks, `[..., m, m]`, as one of all `blocks`, with `fill` where text is a query or key."""
+    text = blocks - video.shape[-1]
+    before = text if grid.text_first else 0
+    return torch.nn.functional.pad(video, (before, text - before, before, text - before), value=fill)
+
+
 def density_to_blocks(
     scores: Tensor, density: float | Tensor, q_order: TokenOrder, kv_order: TokenOrder, grid: TokenGrid
 ) -> Tensor:

@@ -14,6 +14,7 @@ from dit_sparse.methods.sparge import SpargeAttention
 from dit_sparse.methods.sta import SlidingTile
 from dit_sparse.methods.svg import SparseVideoGen
 from dit_sparse.methods.svg2 import SparseVideoGen2
+from dit_sparse.methods.vmoba import VMoBA
 from dit_sparse.methods.xattention import XAttention
 from dit_sparse.types import Method
 
@@ -31,6 +32,7 @@ METHODS: dict[str, type[Method]] = {
         XAttention,
         DraftAttention,
         SpargeAttention,
+        VMoBA,
     )
 }
 """The library's own methods by name; `all_methods` has those of other packages too."""
@@ -70,6 +72,7 @@ __all__ = [
     "SpargeAttention",
     "SparseVideoGen",
     "SparseVideoGen2",
+    "VMoBA",
     "XAttention",
     "all_methods",
     "find_method",

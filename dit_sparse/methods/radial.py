@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dit_sparse.masks import heaviest_blocks, keep_text, spread_ties
+from dit_sparse.masks import among_text, heaviest_blocks, keep_text, spread_ties
 from dit_sparse.methods.description import Description
 from dit_sparse.methods.parameters import check_block, check_budget
 from dit_sparse.reorder import grid_order
@@ -89,13 +89,13 @@ def _plan(method: RadialAttention, grid: TokenGrid, device: torch.device) -> Att
             video = _over_frames(grid, [_band(method, grid, bounds, d) for d in range(grid.frames)])
             if method.sink:
                 video[:, : len(bounds) - 1] = True
-            kept = keep_text(_with_text(video, order, grid)[None, None], grid, order.offsets, order.offsets)
+            kept = keep_text(among_text(video, grid, order.num_blocks)[None, None], grid, order.offsets, order.offsets)
         else:
             scores = _over_frames(grid, [_stay(method, grid, bounds, d) for d in range(grid.frames)])
             if method.sink:
                 own = _stay(method, grid, bounds, 0)
                 scores[:, : len(own)] = own.repeat(grid.frames, 1)
-            ranked = _with_text(spread_ties(scores), order, grid)[None, None]
+            ranked = among_text(spread_ties(scores), grid, order.num_blocks)[None, None]
             kept = heaviest_blocks(ranked, method.density, order.offsets, grid)
         return AttentionPlan.from_kept(order, kept).to(device)
 
@@ -148,10 +148,3 @@ def _over_frames(grid: TokenGrid, by_distance: list[Tensor]) -> Tensor:
     frame = torch.arange(grid.frames)
     maps = torch.stack(by_distance)[(frame[:, None] - frame).abs()]
     return maps.permute(0, 2, 1, 3).flatten(2).flatten(0, 1)
-
-
-def _with_text(video: Tensor, order: TokenOrder, grid: TokenGrid) -> Tensor:
-    """The video's map among the blocks of all."""
-    text = order.num_blocks - len(video)
-    before = text if grid.text_first else 0
-    return F.pad(video, (before, text - before, before, text - before))

@@ -12,11 +12,10 @@ from math import prod
 from typing import ClassVar, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dit_sparse.block_mask import BlockMask
-from dit_sparse.masks import mask_rows, masked_errors, probe_rows
+from dit_sparse.masks import among_text, mask_rows, masked_errors, probe_rows
 from dit_sparse.masks.neighborhood import AxisWindow, per_axis
 from dit_sparse.methods.description import Description
 from dit_sparse.methods.parameters import check_count, check_share
@@ -158,9 +157,7 @@ def _kept(window: Axes, tile: Axes, grid: TokenGrid, order: TokenOrder) -> Tenso
     """`[M, M]` bool: tiles that see each other, and all text."""
     f, h, w = _axes(window, tile, grid)
     video = torch.einsum("ad,be,cf->abcdef", f, h, w).flatten(3).flatten(0, 2)
-    text = order.num_blocks - len(video)
-    before = text if grid.text_first else 0
-    return F.pad(video, (before, text - before, before, text - before), value=True)
+    return among_text(video, grid, order.num_blocks, fill=True)
 
 
 def _density(window: Axes, tile: Axes, grid: TokenGrid) -> float:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from dit_sparse.masks import (
     Ranking,
+    among_text,
     density_to_blocks,
     keep_text,
     select_density,
@@ -269,3 +270,12 @@ def test_text_takes_no_share() -> None:
     got = without_text(scores, grid, order.offsets)
     assert torch.equal(got[..., 2:], scores[..., 2:])
     assert not got[..., :2].any()
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_map_of_the_video_lies_among_text(first: bool) -> None:
+    got = among_text(torch.ones(2, 2), TokenGrid(1, 2, 4, text_len=7, text_first=first), 4, fill=5)
+    want = torch.full((4, 4), 5.0)
+    inside = slice(2, 4) if first else slice(0, 2)
+    want[inside, inside] = 1
+    assert torch.equal(got, want)

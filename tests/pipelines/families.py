@@ -20,6 +20,7 @@ from dit_sparse import (
     SparseVideoGen,
     SparseVideoGen2,
     TokenGrid,
+    VMoBA,
     XAttention,
 )
 from tests.pipelines.tiny import tiny_wan
@@ -36,6 +37,7 @@ METHODS = [
     XAttention(density=0.5, block=16),
     DraftAttention(density=0.5, short=4, long=4),
     SpargeAttention(density=0.5, block_q=16, block_k=8),
+    VMoBA(density=0.5, tile=(1, 4, 4), block=16),
 ]
 
 
