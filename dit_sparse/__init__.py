@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from dit_sparse.attention import sparse_attention
     from dit_sparse.methods import (
         AdaSpa,
+        Blade,
         Dense,
         DraftAttention,
         Neighborhood,
@@ -56,6 +57,7 @@ _HOMES = {
         "DraftAttention",
         "SpargeAttention",
         "VMoBA",
+        "Blade",
     ),
     "pipelines": (
         "SparseCogVideoXImageToVideoPipeline",
@@ -79,6 +81,7 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "AdaSpa",
     "AttentionPlan",
+    "Blade",
     "BlockMask",
     "Dense",
     "DraftAttention",

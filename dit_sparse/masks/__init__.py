@@ -4,7 +4,7 @@ from dit_sparse.masks.heaviest import blocks_above, heaviest_blocks, mass_thresh
 from dit_sparse.masks.neighborhood import NeighborhoodPredicate, neighborhood_predicate
 from dit_sparse.masks.order_metrics import best_orders, metrics_by_order, order_metrics
 from dit_sparse.masks.probe import mask_rows, masked_errors, probe_rows
-from dit_sparse.masks.score import pooled_scores, self_similarity
+from dit_sparse.masks.score import pooled_scores, sampled_peaks, self_similarity
 from dit_sparse.masks.select import (
     Ranking,
     among_text,
@@ -41,6 +41,7 @@ __all__ = [
     "order_metrics",
     "pooled_scores",
     "probe_rows",
+    "sampled_peaks",
     "select_density",
     "self_similarity",
     "spread_ties",

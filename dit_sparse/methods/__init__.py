@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dit_sparse.methods.adaspa import AdaSpa
+from dit_sparse.methods.blade import Blade
 from dit_sparse.methods.dense import Dense
 from dit_sparse.methods.draft import DraftAttention
 from dit_sparse.methods.neighborhood import Neighborhood
@@ -33,6 +34,7 @@ METHODS: dict[str, type[Method]] = {
         DraftAttention,
         SpargeAttention,
         VMoBA,
+        Blade,
     )
 }
 """The library's own methods by name; `all_methods` has those of other packages too."""
@@ -62,6 +64,7 @@ def find_method(name: str) -> type[Method]:
 __all__ = [
     "METHODS",
     "AdaSpa",
+    "Blade",
     "Dense",
     "DraftAttention",
     "Neighborhood",

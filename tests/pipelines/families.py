@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dit_sparse import (
     AdaSpa,
+    Blade,
     DraftAttention,
     Neighborhood,
     Paro,
@@ -38,6 +39,7 @@ METHODS = [
     DraftAttention(density=0.5, short=4, long=4),
     SpargeAttention(density=0.5, block_q=16, block_k=8),
     VMoBA(density=0.5, tile=(1, 4, 4), block=16),
+    Blade(density=0.5, block=16, samples=4),
 ]
 
 
