@@ -31,12 +31,11 @@ class SpargeAttention:
     text as queries and as keys.
 
     The control is `top_p`; the density that it comes to is in the statistics. With `density` every query block keeps
-    equally many key blocks instead, those that are not self-similar first, so that it is met.
+    equally many key blocks instead, those of largest products of means, so that it is met: `similarity` has no part.
 
     Differs from the paper: the second stage, which skips products with values whose weights are far below the running
     maximum, is left out, as no kernel here does it; nothing is quantised; the block that crosses `top_p` is kept; the
-    thresholds are one for all heads, where the paper searches them for each; under `density`, query blocks that are not
-    self-similar get no more than others.
+    thresholds are one for all heads, where the paper searches them for each.
 
     Raises:
         ValueError: a share outside (0, 1], or a block below 1.
@@ -58,7 +57,7 @@ class SpargeAttention:
     described: ClassVar[Description] = Description(
         order="space-filling curve, query blocks of 128, key blocks of 64",
         score="softmax of the products of block means, of blocks whose tokens are alike",
-        selection="top-p of a row, and all blocks whose tokens are unlike; or equally many a row by density; text kept",
+        selection="top-p of a row, and all blocks whose tokens are unlike; or the best of a row by density; text kept",
         differs="only the first of two stages; nothing is quantised; one threshold for all heads",
     )
     scope: ClassVar[Scope] = "call"
@@ -84,16 +83,15 @@ class SpargeAttention:
         q_order, kv_order = (curve_once(grid, block, q.device) for block in (self.block_q, self.block_k))
         q, k = q_order.permute(q), kv_order.permute(k).float()
         k = k - k.mean(2, keepdim=True)
-        q_alike, k_alike = (self_similarity(x, order) > self.similarity for x, order in ((q, q_order), (k, kv_order)))
         q_means, k_means = (pooled_blocks(x, o.offsets).float() for x, o in ((q, q_order), (k, kv_order)))
         logits = q.shape[-1] ** -0.5 * (q_means @ k_means.transpose(-1, -2))
-        # Without any block that is alike a row would be NaN.
-        shares = logits.masked_fill(~k_alike[..., None, :], float("-inf")).softmax(-1).nan_to_num(0.0)
         if self.density is not None:
-            first = shares.masked_fill(~k_alike[..., None, :], 2.0)
-            kept = select_density(first, self.density, q_order, kv_order, grid)
+            kept = select_density(logits, self.density, q_order, kv_order, grid)
         else:
-            kept = top_p(without_text(shares, grid, kv_order.offsets), self.top_p)
-            kept = kept | ~k_alike[..., None, :] | ~q_alike[..., None]
+            q_alike = (self_similarity(q, q_order) > self.similarity)[..., :, None]
+            k_alike = (self_similarity(k, kv_order) > self.similarity)[..., None, :]
+            # Without any block that is alike a row would be NaN.
+            shares = logits.masked_fill(~k_alike, float("-inf")).softmax(-1).nan_to_num(0.0)
+            kept = top_p(without_text(shares, grid, kv_order.offsets), self.top_p) | ~k_alike | ~q_alike
             kept = keep_text(kept, grid, q_order.offsets, kv_order.offsets)
         return AttentionPlan(q_order, kv_order, BlockMask.from_bool(kept, q_order.offsets, kv_order.offsets))

@@ -51,7 +51,7 @@ class SparseVideoGen2:
     min_kept: float = field(default=0.1, metadata={"help": "least share of the key clusters kept, under top_p"})
     q_tokens: int = field(default=256, metadata={"help": "mean tokens of a query cluster"})
     k_tokens: int = field(default=76, metadata={"help": "mean tokens of a key cluster"})
-    first_iterations: int = field(default=10, metadata={"help": "iterations of k-means at the first plan of a run"})
+    first_iterations: int = field(default=5, metadata={"help": "iterations of k-means at the first plan of a run"})
     iterations: int = field(default=2, metadata={"help": "iterations at every later plan"})
 
     name: ClassVar[str] = "svg2"
@@ -62,7 +62,7 @@ class SparseVideoGen2:
         score="softmax of the products of cluster means, weighted by size",
         selection="top-p of a row, or equally many a row by density; text kept",
         cached="the clusters of the last plan",
-        differs="clusters of a mean size, 10 first iterations instead of 50, started from tokens at equal distances",
+        differs="clusters of a mean size, 5 first iterations instead of 50, started from tokens at equal distances",
     )
     scope: ClassVar[Scope] = "call"
     uses_lse: ClassVar[bool] = False

@@ -87,17 +87,25 @@ def test_the_density_is_met_where_it_is_the_control(density: float) -> None:
     assert float(plan.density.mean()) == pytest.approx(density, rel=0.1)
 
 
-def test_by_density_key_blocks_that_are_unlike_come_first() -> None:
-    grid = TokenGrid(2, 4, 8)
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_by_density_a_row_keeps_its_best_products_of_means(grid: TokenGrid) -> None:
     q, k, v = inputs(grid, batch=1, heads=1)
-    curve = curve_order(grid, 8).index[0, 0]
-    k.zero_()
-    k[0, 0, curve[:32], 0], k[0, 0, curve[32:], 0] = 5.0, -5.0
-    unlike = curve[24:32]
-    k[0, 0, unlike, 0] = 0.0
-    k[0, 0, unlike, 1] = torch.tensor([9.0, -9.0]).repeat(4)
-    mask = SpargeAttention(density=0.25, block_q=8, block_k=8).plan(q, k, v, Site(grid), None).token_mask()
-    assert mask[0, 0, :, unlike].all()
+    plan = SpargeAttention(density=0.6, block_q=8, block_k=4).plan(q, k, v, Site(grid), None)
+    video = [t - grid.video_start for t in curve_order(grid, 4).index[0, 0].tolist()]
+    video = [t for t in video if 0 <= t < grid.video_len]
+    mask, counts = plan.token_mask()[0, 0], set()
+    for queries, q_text in blocks_of(grid, cut(video, 8), 8):
+        middle = q[0, 0, queries].double().mean(0)
+        products: dict[bool, list[float]] = {}
+        for keys, k_text in blocks_of(grid, cut(video, 4), 4):
+            if not q_text and not k_text:
+                products.setdefault(bool(mask[queries[0], keys[0]]), []).append(
+                    float(middle @ k[0, 0, keys].double().mean(0))
+                )
+        if not q_text:
+            assert min(products[True]) > max(products[False])
+            counts.add(len(products[True]))
+    assert len(counts) == 1
 
 
 def test_the_second_plan_on_a_grid_reads_nothing_back() -> None:
