@@ -9,7 +9,21 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from dit_sparse.attention import sparse_attention
-    from dit_sparse.methods import AdaSpa, Dense, Neighborhood, Paro
+    from dit_sparse.methods import (
+        AdaSpa,
+        Blade,
+        Dense,
+        DraftAttention,
+        Neighborhood,
+        Paro,
+        RadialAttention,
+        SlidingTile,
+        SpargeAttention,
+        SparseVideoGen,
+        SparseVideoGen2,
+        VMoBA,
+        XAttention,
+    )
     from dit_sparse.pipelines import (
         SparseCogVideoXImageToVideoPipeline,
         SparseCogVideoXPipeline,
@@ -31,7 +45,21 @@ if TYPE_CHECKING:
 # Names load on first use: kernels alone need no diffusers, and the command line's help needs no torch.
 _HOMES = {
     "attention": ("sparse_attention",),
-    "methods": ("AdaSpa", "Dense", "Neighborhood", "Paro"),
+    "methods": (
+        "AdaSpa",
+        "Dense",
+        "Neighborhood",
+        "Paro",
+        "SparseVideoGen",
+        "SparseVideoGen2",
+        "RadialAttention",
+        "SlidingTile",
+        "XAttention",
+        "DraftAttention",
+        "SpargeAttention",
+        "VMoBA",
+        "Blade",
+    ),
     "pipelines": (
         "SparseCogVideoXImageToVideoPipeline",
         "SparseCogVideoXPipeline",
@@ -55,21 +83,30 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "AdaSpa",
     "AttentionPlan",
+    "Blade",
     "BlockMask",
     "Dense",
+    "DraftAttention",
     "Neighborhood",
     "Paro",
+    "RadialAttention",
     "Schedule",
     "Site",
+    "SlidingTile",
+    "SpargeAttention",
     "SparseCogVideoXImageToVideoPipeline",
     "SparseCogVideoXPipeline",
     "SparseFluxPipeline",
     "SparseHunyuanVideoImageToVideoPipeline",
     "SparseHunyuanVideoPipeline",
+    "SparseVideoGen",
+    "SparseVideoGen2",
     "SparseWanImageToVideoPipeline",
     "SparseWanPipeline",
     "TokenGrid",
     "TokenOrder",
+    "VMoBA",
+    "XAttention",
     "__version__",
     "load_pipeline",
     "preset",

@@ -1,10 +1,21 @@
 """Building blocks of masks: block scores, selections, and neighborhoods on the grid and on its tiles."""
 
-from dit_sparse.masks.heaviest import blocks_above, heaviest_blocks, mass_threshold, with_other_text
+from dit_sparse.masks.heaviest import blocks_above, heaviest_blocks, mass_threshold, spread_ties, with_other_text
 from dit_sparse.masks.neighborhood import NeighborhoodPredicate, neighborhood_predicate
 from dit_sparse.masks.order_metrics import best_orders, metrics_by_order, order_metrics
-from dit_sparse.masks.score import pooled_scores
-from dit_sparse.masks.select import Ranking, density_to_blocks, keep_text, select_density, threshold, top_k, top_p
+from dit_sparse.masks.probe import mask_rows, masked_errors, probe_rows
+from dit_sparse.masks.score import pooled_scores, sampled_peaks, self_similarity
+from dit_sparse.masks.select import (
+    Ranking,
+    among_text,
+    density_to_blocks,
+    keep_text,
+    select_density,
+    threshold,
+    top_k,
+    top_p,
+    without_text,
+)
 from dit_sparse.masks.suggest import Setting, suggest_settings
 from dit_sparse.masks.tiling import TileCost, TileCounts, best_tile, count_tiles, tile_pairs
 
@@ -14,6 +25,7 @@ __all__ = [
     "Setting",
     "TileCost",
     "TileCounts",
+    "among_text",
     "best_orders",
     "best_tile",
     "blocks_above",
@@ -21,16 +33,23 @@ __all__ = [
     "density_to_blocks",
     "heaviest_blocks",
     "keep_text",
+    "mask_rows",
+    "masked_errors",
     "mass_threshold",
     "metrics_by_order",
     "neighborhood_predicate",
     "order_metrics",
     "pooled_scores",
+    "probe_rows",
+    "sampled_peaks",
     "select_density",
+    "self_similarity",
+    "spread_ties",
     "suggest_settings",
     "threshold",
     "tile_pairs",
     "top_k",
     "top_p",
     "with_other_text",
+    "without_text",
 ]

@@ -20,13 +20,13 @@ def heaviest_blocks(mass: Tensor, density: float, offsets: Tensor, grid: TokenGr
     """The blocks of largest mass per head, whatever their row, up to `density` of all pairs.
 
     Args:
-        mass: `[1, H, M, M]` float32 block masses.
+        mass: `[B, H, M, M]` float32 block masses, none negative; among equal ones the earlier block wins.
         density: share of the query-key pairs of each head, text included.
         offsets: `[1, 1, M+1]` int32 bounds of the blocks.
         grid: the layout of the sequence.
 
     Returns:
-        `[1, H, M, M]` bool.
+        `[B, H, M, M]` bool.
 
     Source: PAROAttention (arXiv 2506.16054), section 4.2.
     """
@@ -37,6 +37,20 @@ def heaviest_blocks(mass: Tensor, density: float, offsets: Tensor, grid: TokenGr
     spent = (area * ~forced).flatten(2).gather(-1, ranked).cumsum(-1)
     within = spent <= budget[..., None]
     return torch.zeros_like(within).scatter_(-1, ranked, within).view_as(forced) | forced
+
+
+def spread_ties(scores: Tensor) -> Tensor:
+    """Scores `[Mq, Mk]` in the same order without ties between rows: a budget that ends in one is spread evenly.
+
+    Reads the scores back from the device: for masks that are made once a grid.
+
+    Returns:
+        `[Mq, Mk]` float32, at least 0: the rank of each score's value, and a fraction that differs from row to row.
+    """
+    ranks = scores.unique(return_inverse=True)[1]
+    # Multiples of the golden ratio: any run of them fills the unit interval evenly.
+    fraction = torch.arange(len(scores), device=scores.device, dtype=torch.float64) * 0.6180339887498949 % 1
+    return (ranks + fraction[:, None] / 2).float()
 
 
 def blocks_above(mass: Tensor, threshold: float, offsets: Tensor, grid: TokenGrid) -> Tensor:

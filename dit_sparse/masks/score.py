@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dit_sparse.kernels import pooled_blocks
 from dit_sparse.types import TokenOrder
+
+_CHUNK_SCORES = 1 << 22
 
 
 def pooled_scores(
@@ -34,3 +38,74 @@ def pooled_scores(
     # The mean of an empty block may be anything; its log-size of -inf must win.
     logits = (logits + sizes.log()).masked_fill(sizes == 0, float("-inf"))
     return logits.softmax(dim=-1)
+
+
+def self_similarity(x: Tensor, order: TokenOrder) -> Tensor:
+    """Mean cosine between every two tokens of a block, themselves included: how well their mean stands for them.
+
+    Args:
+        x: `[B, H, N, D]`, in the order's positions.
+        order: the order, of which only the blocks are used.
+
+    Returns:
+        `[B, H, M]` float32, from 0 to 1; 0 for an empty block.
+
+    Source: CosSim of SpargeAttn (arXiv 2502.18137), section 3.3.
+    """
+    # The mean of all products of unit vectors is the square of their mean.
+    return pooled_blocks(F.normalize(x.float(), dim=-1), order.offsets).square().sum(-1)
+
+
+@torch.no_grad()
+def sampled_peaks(
+    q: Tensor, k: Tensor, q_order: TokenOrder, kv_order: TokenOrder, samples: int, scale: float | None = None
+) -> Tensor:
+    """Largest attention weight in every block, among a few tokens of each block.
+
+    `max over i, j of softmax over j of (scale * q_i . k_j)`, where i and j go through at most `samples` tokens at equal
+    distances in each query and key block; the softmax is over all sampled keys. With `samples` of B tokens a block it
+    costs the square of samples / B of all products, and never holds more than a few rows of them.
+
+    Args:
+        q, k: `[B, H, N, D]`, in the orders' positions.
+        q_order, kv_order: orders whose blocks all heads share.
+        samples: tokens a block, at least 1.
+        scale: of the logits; `D ** -0.5` by default.
+
+    Returns:
+        `[B, H, Mq, Mk]` float32, from 0 to 1; 0 for empty blocks.
+
+    Raises:
+        ValueError: no samples, or orders whose blocks heads do not share.
+
+    Source: the mask of adaptive block-sparse attention in Video-BLADE (arXiv 2508.10774), section 3.2.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    rows, row_is_new = _samples(q_order, samples)
+    columns, column_is_new = _samples(kv_order, samples)
+    keys = k.index_select(2, columns.flatten()).float().transpose(-1, -2)
+    missing = ~column_is_new.flatten()
+    peaks = torch.empty(*q.shape[:2], len(rows), len(columns), dtype=torch.float32, device=q.device)
+    blocks = max(1, _CHUNK_SCORES // columns.numel() // samples)
+    for b in range(q.shape[0]):
+        for h in range(q.shape[1]):
+            for start in range(0, len(rows), blocks):
+                part = rows[start : start + blocks]
+                queries = q[b, h].index_select(0, part.flatten()).float() * scale
+                weights = (queries @ keys[b, h]).masked_fill_(missing, float("-inf")).softmax(-1)
+                peaks[b, h, start : start + blocks] = weights.view(*part.shape, *columns.shape).amax((1, 3))
+    return peaks.masked_fill(~row_is_new.any(-1)[:, None], 0.0)
+
+
+def _samples(order: TokenOrder, samples: int) -> tuple[Tensor, Tensor]:
+    """Positions `[M, samples]` int64 at equal distances in each block, and where they are no repetition or void."""
+    if order.offsets.shape[:2] != (1, 1):
+        raise ValueError(f"offsets must be [1, 1, M+1] to sample tokens, got {tuple(order.offsets.shape)}: share them")
+    if samples < 1:
+        raise ValueError(f"samples must be at least 1, got {samples}: 32 is usual")
+    place = torch.arange(samples, device=order.offsets.device)
+    sizes = order.block_sizes[0, 0, :, None].long()
+    # A block of fewer tokens has each of them several times; all but one are left out.
+    within = (2 * place + 1) * sizes // (2 * samples)
+    is_new = F.pad(within.diff(dim=-1) > 0, (1, 0), value=True) & (sizes > 0)
+    return (order.offsets[0, 0, :-1, None].long() + within).clamp(max=order.num_tokens - 1), is_new

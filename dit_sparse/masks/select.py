@@ -40,29 +40,33 @@ def top_k(scores: Tensor, k: int | Tensor) -> Tensor:
     return keep_best(scores, _per_head("k", k, scores)[..., 0, 0])
 
 
-def top_p(scores: Tensor, p: float | Tensor, min_kept: int = 1) -> Tensor:
+def top_p(scores: Tensor, p: float | Tensor, min_kept: int = 1, max_kept: int | None = None) -> Tensor:
     """Keep the smallest set of blocks whose share of the row's sum reaches `p`.
 
     Args:
         scores: `[B, H, Mq, Mk]`, not negative.
         p: the share in (0, 1], or one per head, `[B|1, H|1]`.
         min_kept: keep at least this many blocks a row; at least 1.
+        max_kept: keep at most this many, whatever their share; `None` for any number.
 
     Returns:
         `[B, H, Mq, Mk]` bool.
 
     Raises:
-        ValueError: `p` outside (0, 1] or `min_kept` below 1. A tensor on a GPU is not looked at.
+        ValueError: `p` outside (0, 1], `min_kept` below 1 or above `max_kept`. A tensor on a GPU is not looked at.
     """
     _check_share("p", p)
     if min_kept < 1:
         raise ValueError(f"min_kept must be at least 1, got {min_kept}: every row keeps a block")
+    if max_kept is not None and max_kept < min_kept:
+        raise ValueError(f"max_kept must be at least min_kept, {min_kept}, got {max_kept}")
     in_order, best_first = scores.double().sort(dim=-1, descending=True, stable=True)
     sums = in_order.cumsum(-1)
     before = torch.nn.functional.pad(sums[..., :-1], (1, 0))
     needed = before < _per_head("p", p, scores) * sums[..., -1:]
     ranks = torch.arange(scores.shape[-1], device=scores.device)
-    return keep_ranks(best_first, needed | (ranks < min_kept))
+    wanted = needed | (ranks < min_kept)
+    return keep_ranks(best_first, wanted if max_kept is None else wanted & (ranks < max_kept))
 
 
 def threshold(scores: Tensor, value: float | Tensor) -> Tensor:
@@ -93,6 +97,18 @@ def keep_text(kept: Tensor, grid: TokenGrid, q_offsets: Tensor, k_offsets: Tenso
         `[B|1, H|1, Mq, Mk]` bool, a new tensor.
     """
     return kept | _is_text(grid, q_offsets)[..., :, None] | _is_text(grid, k_offsets)[..., None, :]
+
+
+def without_text(scores: Tensor, grid: TokenGrid, k_offsets: Tensor) -> Tensor:
+    """`scores` `[B, H, Mq, Mk]` with 0 for key blocks of text, which are kept anyhow and take no share."""
+    return scores.masked_fill(_is_text(grid, k_offsets)[..., None, :], 0.0)
+
+
+def among_text(video: Tensor, grid: TokenGrid, blocks: int, fill: bool | float = 0) -> Tensor:
+    """A map of the video's blocks, `[..., m, m]`, as one of all `blocks`, with `fill` where text is a query or key."""
+    text = blocks - video.shape[-1]
+    before = text if grid.text_first else 0
+    return torch.nn.functional.pad(video, (before, text - before, before, text - before), value=fill)
 
 
 def density_to_blocks(

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from dit_sparse.masks import NeighborhoodPredicate, best_tile, neighborhood_predicate, suggest_settings, tile_pairs
 from dit_sparse.masks.neighborhood import flag_per_axis, per_axis
-from dit_sparse.reorder.tiles import tile_order
+from dit_sparse.methods.description import Description
+from dit_sparse.reorder import tiles_once
 from dit_sparse.types import AttentionPlan, Previous, Scope, Site, TokenGrid, TokenOrder
 
 Axes = tuple[int, int, int]
@@ -54,6 +55,12 @@ class Neighborhood:
     name: ClassVar[str] = "neighborhood"
     version: ClassVar[int] = 3
     paper: ClassVar[str] = "Generalized Neighborhood Attention (arXiv 2504.16922)"
+    described: ClassVar[Description] = Description(
+        order="3-D tiles, one tile a block",
+        score="none",
+        selection="a window around every query, exact to the token",
+        differs="border tiles are smaller instead of padded; the default window is ours",
+    )
     scope: ClassVar[Scope] = "grid"
     uses_lse: ClassVar[bool] = False
     refresh: ClassVar[tuple[float, ...]] = ()
@@ -168,7 +175,7 @@ class Neighborhood:
 
     def shared_order(self, grid: TokenGrid, device: torch.device) -> TokenOrder:
         """The order by tiles."""
-        return _tiles(grid, self.tile_for(grid), device)
+        return tiles_once(grid, self.tile_for(grid), device)
 
     def plan(self, q: Tensor, k: Tensor, v: Tensor, site: Site, previous: Previous | None) -> AttentionPlan:
         """Plan that depends on the grid of `site` alone.
@@ -204,13 +211,6 @@ def _suited(frames: int, height: int, width: int, density: float) -> tuple[Axes,
         if near and all(n >= at_least for n, at_least in zip(found.window, least, strict=True)):
             return found.window, found.stride
     return None
-
-
-@lru_cache(maxsize=16)
-def _tiles(grid: TokenGrid, tile: Axes, device: torch.device) -> TokenOrder:
-    # Tensors made in inference mode could not be used where gradients are recorded.
-    with torch.inference_mode(False):
-        return tile_order(grid, tile, device=device)
 
 
 def _equal_shares(shape: Axes, least: list[int], most: list[int], density: float) -> list[float]:

@@ -10,6 +10,9 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from dit_sparse.types import Method
 
+EVERY_STEP = tuple(step / 100 for step in range(100))
+"""The `refresh` of a method that plans at every step, of runs of up to 100."""
+
 
 @dataclass(frozen=True)
 class Parameter:
@@ -72,10 +75,22 @@ def check_share(name: str, value: float) -> None:
         raise ValueError(f"{name} must be above 0 and at most 1, got {value!r}")
 
 
+def check_budget(density: float | None) -> None:
+    """Raise ValueError unless `density` is a share, or None where a threshold decides."""
+    if density is not None:
+        check_share("density", density)
+
+
 def check_block(name: str, value: int) -> None:
     """Raise ValueError unless `value` is a whole number of tokens, at least 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} must be a whole number of tokens, at least 1 (64 and 128 are fast), got {value!r}")
+
+
+def check_count(name: str, value: int, least: int = 1) -> None:
+    """Raise ValueError unless `value` is a whole number, at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be a whole number, at least {least}, got {value!r}")
 
 
 def _fields(cls: type[Any]) -> tuple[Field[Any], ...]:

@@ -1,17 +1,28 @@
 """Token orders: raster, the six axis orders, 3-D tiles and a space-filling curve."""
 
 from dit_sparse.reorder.axes import AXIS_ORDERS, axis_order, axis_orders_per_head, distinct_axis_orders
+from dit_sparse.reorder.choose import choose_order
+from dit_sparse.reorder.clusters import cluster_order, kmeans, spread_tokens
 from dit_sparse.reorder.curve import curve_order
 from dit_sparse.reorder.grid import grid_order, raster_order
+from dit_sparse.reorder.once import axes_once, curve_once, raster_once, tiles_once
 from dit_sparse.reorder.tiles import tile_order
 
 __all__ = [
     "AXIS_ORDERS",
+    "axes_once",
     "axis_order",
     "axis_orders_per_head",
+    "choose_order",
+    "cluster_order",
+    "curve_once",
     "curve_order",
     "distinct_axis_orders",
     "grid_order",
+    "kmeans",
+    "raster_once",
     "raster_order",
+    "spread_tokens",
     "tile_order",
+    "tiles_once",
 ]

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from dit_sparse.masks import pooled_scores
+from dit_sparse.masks import pooled_scores, sampled_peaks, self_similarity
 from dit_sparse.reorder import axis_orders_per_head, tile_order
 from dit_sparse.types import TokenGrid, TokenOrder
 
@@ -64,3 +64,44 @@ def test_low_precision_inputs_give_float32():
     order = tile_order(TokenGrid(2, 4, 4), (1, 2, 2))
     q = torch.randn(1, 1, 32, 8, dtype=torch.bfloat16)
     assert pooled_scores(q, q, order, order).dtype == torch.float32
+
+
+def test_self_similarity_is_the_mean_cosine_of_every_two_tokens() -> None:
+    order = TokenOrder.from_index(torch.arange(10), torch.tensor([0, 3, 3, 4, 10]))
+    x = torch.randn(2, 2, 10, 5)
+    got = self_similarity(x, order)
+    for b in range(2):
+        for h in range(2):
+            for m, (start, end) in enumerate([(0, 3), (3, 3), (3, 4), (4, 10)]):
+                block = x[b, h, start:end]
+                cosines = [float(torch.cosine_similarity(i, j, dim=0)) for i in block for j in block]
+                assert float(got[b, h, m]) == pytest.approx(sum(cosines) / max(1, len(cosines)), abs=1e-5)
+
+
+def test_peaks_are_the_largest_weights_among_the_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    order = TokenOrder.from_index(torch.arange(19), torch.tensor([0, 8, 8, 10, 19]))
+    samples = [[1, 4, 6], [], [8, 9], [11, 14, 17]]
+    q, k = torch.randn(2, 2, 2, 19, 4)
+    want = torch.zeros(2, 2, 4, 4)
+    keys = [key for part in samples for key in part]
+    for b in range(2):
+        for h in range(2):
+            for i in range(4):
+                for query in samples[i]:
+                    weights = (k[b, h, keys] @ q[b, h, query] / 2).softmax(0)
+                    for key, weight in zip(keys, weights.tolist(), strict=True):
+                        j = next(j for j in range(4) if key in samples[j])
+                        want[b, h, i, j] = max(float(want[b, h, i, j]), weight)
+    assert torch.allclose(sampled_peaks(q, k, order, order, 3), want, atol=1e-6)
+    monkeypatch.setattr("dit_sparse.masks.score._CHUNK_SCORES", 1)
+    assert torch.allclose(sampled_peaks(q, k, order, order, 3), want, atol=1e-6)
+
+
+def test_what_cannot_be_sampled_is_refused() -> None:
+    order = TokenOrder.from_index(torch.arange(4), torch.tensor([0, 2, 4]))
+    heads = TokenOrder.from_index(torch.arange(4).expand(1, 2, 4), torch.tensor([0, 2, 4]).expand(1, 2, 3))
+    x = torch.randn(1, 2, 4, 4)
+    with pytest.raises(ValueError, match="samples must be at least 1, got 0"):
+        sampled_peaks(x, x, order, order, 0)
+    with pytest.raises(ValueError, match=r"offsets must be \[1, 1, M\+1\] to sample tokens"):
+        sampled_peaks(x, x, heads, order, 2)

@@ -7,7 +7,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dit_sparse.masks import Ranking, density_to_blocks, keep_text, select_density, threshold, top_k, top_p
+from dit_sparse.masks import (
+    Ranking,
+    among_text,
+    density_to_blocks,
+    keep_text,
+    select_density,
+    threshold,
+    top_k,
+    top_p,
+    without_text,
+)
 from dit_sparse.reorder import raster_order, tile_order
 from dit_sparse.types import AttentionPlan, TokenGrid, TokenOrder
 
@@ -243,3 +253,29 @@ def test_one_ranking_serves_several_densities():
     ranking = Ranking(scores, order, order, grid)
     for density in (0.3, torch.tensor([[0.2, 0.7]]), 1.0):
         assert torch.equal(ranking.select(density), select_density(scores, density, order, order, grid))
+
+
+def test_top_p_keeps_at_most_what_it_may() -> None:
+    scores = torch.rand(2, 2, 5, 9)
+    free, bound = top_p(scores, 0.9), top_p(scores, 0.9, 2, 4)
+    assert torch.equal(bound, free & top_k(scores, 4))
+    with pytest.raises(ValueError, match="max_kept must be at least min_kept, 3, got 2"):
+        top_p(scores, 0.9, 3, 2)
+
+
+def test_text_takes_no_share() -> None:
+    grid = TokenGrid(1, 4, 4, text_len=6, text_first=True)
+    order = raster_order(grid, 4)
+    scores = torch.rand(1, 1, 6, 6)
+    got = without_text(scores, grid, order.offsets)
+    assert torch.equal(got[..., 2:], scores[..., 2:])
+    assert not got[..., :2].any()
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_map_of_the_video_lies_among_text(first: bool) -> None:
+    got = among_text(torch.ones(2, 2), TokenGrid(1, 2, 4, text_len=7, text_first=first), 4, fill=5)
+    want = torch.full((4, 4), 5.0)
+    inside = slice(2, 4) if first else slice(0, 2)
+    want[inside, inside] = 1
+    assert torch.equal(got, want)

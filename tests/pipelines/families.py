@@ -9,7 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_sparse import AdaSpa, Neighborhood, Paro, TokenGrid
+from dit_sparse import (
+    AdaSpa,
+    Blade,
+    DraftAttention,
+    Neighborhood,
+    Paro,
+    RadialAttention,
+    SlidingTile,
+    SpargeAttention,
+    SparseVideoGen,
+    SparseVideoGen2,
+    TokenGrid,
+    VMoBA,
+    XAttention,
+)
 from tests.pipelines.tiny import tiny_wan
 from tests.pipelines.tiny_families import COGVIDEOX_TEXT, tiny_cogvideox, tiny_flux, tiny_hunyuan_video, tiny_ltx_video
 
@@ -17,6 +31,15 @@ METHODS = [
     Neighborhood(density=0.5, tile=(1, 4, 4)),
     AdaSpa(density=0.5, block=16),
     Paro(density=0.5, block=16),
+    SparseVideoGen(density=0.5, block=16),
+    SparseVideoGen2(density=0.5, q_tokens=32, k_tokens=16),
+    RadialAttention(density=0.5, block=16),
+    SlidingTile(density=0.5, tile=(1, 4, 4)),
+    XAttention(density=0.5, block=16),
+    DraftAttention(density=0.5, short=4, long=4),
+    SpargeAttention(density=0.5, block_q=16, block_k=8),
+    VMoBA(density=0.5, tile=(1, 4, 4), block=16),
+    Blade(density=0.5, block=16, samples=4),
 ]
 
 

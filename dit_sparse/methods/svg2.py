@@ -1,0 +1,116 @@
+"""Sparse VideoGen 2: clusters of like queries and of like keys, and the pairs of clusters of most attention.
+
+Source: Yang et al., "Sparse VideoGen2: Accelerate Video Generation with Sparse Attention via Semantic-Aware
+Permutation", arXiv 2505.18875.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from dit_sparse.block_mask import BlockMask
+from dit_sparse.kernels import pooled_blocks
+from dit_sparse.masks import keep_text, pooled_scores, select_density, top_p, without_text
+from dit_sparse.methods.description import Description
+from dit_sparse.methods.parameters import EVERY_STEP, check_block, check_budget, check_count, check_share
+from dit_sparse.reorder import cluster_order, kmeans, spread_tokens
+from dit_sparse.types import AttentionPlan, Previous, Scope, Site, TokenGrid, TokenOrder
+
+_TEXT_BLOCK = 64
+
+
+@dataclass(frozen=True)
+class SparseVideoGen2:
+    """K-means on queries and on keys apart; of their clusters' products the smallest set that reaches `top_p`.
+
+    A pair of clusters scores softmax(q_i . k_j / sqrt(d)) of their means, weighted by the number of keys (equations 3
+    and 4). Each query cluster keeps key clusters up to a share of `top_p` of its video, at least `min_kept` of all, and
+    all text. Clusters are uneven blocks, of every batch and head its own. The first plan of a run makes
+    `first_iterations`; later ones start from the clusters of the last plan and make `iterations`.
+
+    The control is `top_p`; the density that it comes to is in the statistics. With `density` every query cluster keeps
+    equally many key clusters instead, so that it is met.
+
+    Differs from the paper: there are as many clusters as make a mean size, since grids differ (the paper's 300 and 1000
+    at 75,600 tokens); k-means starts from tokens at equal distances instead of random ones, makes fewer iterations at
+    first (50 there), and later starts from the means of the tokens now in the last plan's clusters, not from stored
+    centroids. Sizes of clusters are read back from a GPU once a plan.
+
+    Raises:
+        ValueError: a share outside (0, 1], or a size or a number of iterations below 1.
+    """
+
+    top_p: float = field(default=0.9, metadata={"help": "share of its attention that a query cluster keeps"})
+    density: float | None = field(
+        default=None, metadata={"help": "share of query-key pairs computed, in place of top_p; none: top_p decides"}
+    )
+    min_kept: float = field(default=0.1, metadata={"help": "least share of the key clusters kept, under top_p"})
+    q_tokens: int = field(default=256, metadata={"help": "mean tokens of a query cluster"})
+    k_tokens: int = field(default=76, metadata={"help": "mean tokens of a key cluster"})
+    first_iterations: int = field(default=5, metadata={"help": "iterations of k-means at the first plan of a run"})
+    iterations: int = field(default=2, metadata={"help": "iterations at every later plan"})
+
+    name: ClassVar[str] = "svg2"
+    version: ClassVar[int] = 1
+    paper: ClassVar[str] = "Sparse VideoGen2 (arXiv 2505.18875), section 4"
+    described: ClassVar[Description] = Description(
+        order="k-means clusters of queries and of keys, uneven, per head",
+        score="softmax of the products of cluster means, weighted by size",
+        selection="top-p of a row, or equally many a row by density; text kept",
+        cached="the clusters of the last plan",
+        differs="clusters of a mean size, 5 first iterations instead of 50, started from tokens at equal distances",
+    )
+    scope: ClassVar[Scope] = "call"
+    uses_lse: ClassVar[bool] = False
+    refresh: ClassVar[tuple[float, ...]] = EVERY_STEP
+
+    def __post_init__(self) -> None:
+        check_budget(self.density)
+        for name in ("top_p", "min_kept"):
+            check_share(name, getattr(self, name))
+        for name in ("q_tokens", "k_tokens"):
+            check_block(name, getattr(self, name))
+        for name in ("first_iterations", "iterations"):
+            check_count(name, getattr(self, name))
+
+    def check(self, grid: TokenGrid) -> None:
+        """Fits every grid."""
+
+    def shared_order(self, grid: TokenGrid, device: torch.device) -> None:
+        """None: heads have orders of their own."""
+
+    @torch.no_grad()
+    def plan(self, q: Tensor, k: Tensor, v: Tensor, site: Site, previous: Previous | None) -> AttentionPlan:
+        """Plan from clusters of `q, k` `[B, H, N, D]`, which start from those of `previous.plan`."""
+        grid, last = site.grid, None if previous is None else previous.plan
+        q_order = self._clusters(q, grid, self.q_tokens, None if last is None else last.q_order)
+        kv_order = self._clusters(k, grid, self.k_tokens, None if last is None else last.kv_order)
+        scores = pooled_scores(q_order.permute(q), kv_order.permute(k), q_order, kv_order)
+        if self.density is not None:
+            kept = select_density(scores, self.density, q_order, kv_order, grid)
+        else:
+            least = max(1, int(self.min_kept * _count(grid, self.k_tokens)))
+            kept = top_p(without_text(scores, grid, kv_order.offsets), self.top_p, least)
+            kept = keep_text(kept, grid, q_order.offsets, kv_order.offsets)
+        return AttentionPlan(q_order, kv_order, BlockMask.from_bool(kept, q_order.offsets, kv_order.offsets))
+
+    def _clusters(self, x: Tensor, grid: TokenGrid, tokens: int, last: TokenOrder | None) -> TokenOrder:
+        video = x[:, :, grid.video_start : grid.video_start + grid.video_len]
+        count = _count(grid, tokens)
+        start, iterations = spread_tokens(video, count).float(), self.first_iterations
+        if last is not None:
+            first = -(-grid.text_len // _TEXT_BLOCK) if grid.text_first else 0
+            inside = slice(first, first + count)
+            means = pooled_blocks(last.permute(x), last.offsets)[:, :, inside]
+            start = torch.where(last.block_sizes[..., inside, None] > 0, means.float(), start)
+            iterations = self.iterations
+        return cluster_order(kmeans(video, start, iterations), count, grid, _TEXT_BLOCK)
+
+
+def _count(grid: TokenGrid, tokens: int) -> int:
+    """Clusters of a mean size of `tokens`."""
+    return max(1, round(grid.video_len / tokens))
