@@ -220,12 +220,9 @@ class _Call:
                 lse[group.rows] = sums
 
     def _blocks(self, rest: HeadRemainder, batch: Batch) -> Tensor:
-        """`[n, 1]` int64 query block of each row, or `[n, m]` of each query where rows are of several blocks."""
-        unit = self.prepared.q_unit
+        """`[n, 1]` int64 query block of each row."""
         starts = rest.layout.offsets[0, 0, 1:].long()
-        blocks = torch.searchsorted(starts, batch.q_units * unit, right=True)
-        one = blocks[:, :1]
-        return one if torch.equal(one.expand_as(blocks), blocks) else blocks.repeat_interleave(unit, 1)
+        return torch.searchsorted(starts, batch.q_units[:, :1] * self.prepared.q_unit, right=True)
 
     def _source(self, name: str, x: Tensor, batch: Batch) -> _Source:
         """Tokens of `x` `[N, D]` for a batch's rows, copied group by group into the buffer `name`."""

@@ -154,12 +154,17 @@ class _Rows:
     def _stacked(
         self, whole: list[np.ndarray], parts: list[np.ndarray]
     ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """(query units, whole key blocks, partial key blocks), the query blocks that keep the same keys as one row."""
+        """(query units, whole key blocks, partial key blocks), the query blocks that keep the same keys as one row.
+
+        Not so with block means, whose bias is the query block's own: such rows go through matmul, which holds all their
+        scores, and stacked ones would have too many.
+        """
         nothing = np.empty(0, np.int32)
         same: dict[bytes, list[int]] = defaultdict(list)
         for i, keys in enumerate(whole):
-            if parts and parts[i].size:
-                yield _units(self.q_bounds, np.array([i])), keys, parts[i]
+            partial = parts[i] if parts else nothing
+            if partial.size or self.means:
+                yield _units(self.q_bounds, np.array([i])), keys, partial
             else:
                 same[keys.tobytes()].append(i)
         for blocks in same.values():

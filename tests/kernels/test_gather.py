@@ -222,6 +222,17 @@ def test_a_remainder_of_query_blocks_wide_enough_for_the_flash_operator() -> Non
     cases.assert_plan_as_good_as_torch(run(q, k, v, plan, 0.1), q, k, v, plan, 0.1)
 
 
+def test_rows_with_a_remainder_are_not_stacked() -> None:
+    """They hold all their scores at once: stacked, a head that keeps everything would hold N x N."""
+    kept = torch.ones(1, 1, 6, 6, dtype=torch.bool)
+    kept[..., 1, 2] = False
+    plan = cases.keeping(kept, cases.EVEN, remainder="value")
+    batches = gather_rows.prepared(plan, 16, 1).batches[0][0]
+    assert all(batch.q_units.shape[1] == 1 for batch in batches)
+    q, k, v = cases.inputs(plan, 1, 1, 16)
+    cases.assert_plan_as_good_as_torch(run(q, k, v, plan), q, k, v, plan, 0.3)
+
+
 def test_a_remainder_needs_no_row_sums_from_the_caller() -> None:
     plan = cases.random_plan(cases.RAGGED).with_remainder("mean")
     q, k, v = cases.inputs(plan, 1, 1, 16)
