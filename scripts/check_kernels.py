@@ -5,9 +5,9 @@
     compute-sanitizer --tool memcheck python scripts/check_kernels.py --cases 5 --tokens 300
 
 A case passes if the output's error is at most twice that of torch's own attention in the same dtype on the same inputs,
-plus a floor of one unit in the last place, two with a remainder; the row sums likewise. Outputs are filled with NaN first, so that what is
-not written shows. With `--remainder` each case has one of those named; one in which the limit of the spread, 2, is so
-near that rounding decides about it is counted as undecided. Exit status 1 if any case fails.
+plus a floor of one unit in the last place, two with a remainder; the row sums likewise. Outputs are filled with NaN
+first, so that what is not written shows. With `--remainder` each case has one of those named; one in which the limit of
+the spread, 2, is so near that rounding decides about it is counted as undecided. Exit status 1 if any case fails.
 """
 
 from __future__ import annotations
