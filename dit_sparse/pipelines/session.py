@@ -14,9 +14,8 @@ from torch import Tensor
 from dit_sparse.attention import sparse_attention
 from dit_sparse.kernels import dense_attention, select
 from dit_sparse.pipelines.layout import Group, Layout
-from dit_sparse.pipelines.statistics import CallRecord, RunStatistics, Stopwatch
+from dit_sparse.pipelines.statistics import CHANGED, CallRecord, RunStatistics, Stopwatch
 from dit_sparse.pipelines.steps import StepCounter
-from dit_sparse.pipelines.upstream import CHANGED
 from dit_sparse.schedule import Decision, Schedule
 from dit_sparse.types import AttentionPlan, PackedPlan, Previous, Site, TokenGrid, TokenOrder
 

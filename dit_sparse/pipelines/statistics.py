@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+CHANGED = "changed by diffusers"
+"""The reason of the dense calls of a family whose upstream code has changed."""
+
 
 class Stopwatch:
     """Seconds between construction and `stop`; on a GPU by events, so that nothing waits until they are read."""

@@ -17,9 +17,6 @@ if TYPE_CHECKING:
 
 Function = Callable[..., Any]
 
-CHANGED = "changed by diffusers"
-"""The reason that statistics give for the dense calls of a family whose upstream code has changed."""
-
 # The fingerprints that `scripts/check_diffusers.py` prints, of every release that pyproject admits.
 WRITTEN_FOR: dict[str, tuple[str, ...]] = {
     "transformers.transformer_wan.WanAttnProcessor.__call__": ("a084ccede676688c",),

@@ -12,7 +12,8 @@ import torch
 from dit_sparse import AdaSpa, Schedule, sparsify, statistics, unsparsify
 from dit_sparse.pipelines import observe
 from dit_sparse.pipelines.families import adapter_for
-from dit_sparse.pipelines.upstream import CHANGED, changes, fingerprint, fingerprints
+from dit_sparse.pipelines.statistics import CHANGED
+from dit_sparse.pipelines.upstream import changes, fingerprint, fingerprints
 from tests.pipelines.families import FAMILIES, Family
 
 pytestmark = pytest.mark.guard
