@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dit_sparse.kernels import dense_attention, sampled_block_mass
 from dit_sparse.masks import Ranking
+from dit_sparse.methods.description import Description
 from dit_sparse.methods.parameters import check_block, check_share
 from dit_sparse.reorder import raster_order
 from dit_sparse.types import AttentionPlan, Previous, Scope, Site, TokenGrid, TokenOrder
@@ -51,6 +52,13 @@ class AdaSpa:
     name: ClassVar[str] = "adaspa"
     version: ClassVar[int] = 2
     paper: ClassVar[str] = "AdaSpa (arXiv 2502.21079), algorithm 1"
+    described: ClassVar[Description] = Description(
+        order="raster",
+        score="exact attention mass, by the row LSE of a dense step, on every fourth query",
+        selection="equally many a query block, budgets by head, text kept",
+        cached="row LSE",
+        differs="density .25 instead of .2, every fourth query instead of all, searches at shares of the run",
+    )
     scope: ClassVar[Scope] = "call"
     refresh: ClassVar[tuple[float, ...]] = (0.6,)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dit_sparse.block_mask import BlockMask
+from dit_sparse.methods.description import Description
 from dit_sparse.reorder import raster_order
 from dit_sparse.types import AttentionPlan, Previous, Scope, Site, TokenGrid
 
@@ -20,6 +21,7 @@ class Dense:
     name: ClassVar[str] = "dense"
     version: ClassVar[int] = 1
     paper: ClassVar[str] = "Attention Is All You Need (arXiv 1706.03762), equation 1"
+    described: ClassVar[Description] = Description("raster", "none", "all of them")
     scope: ClassVar[Scope] = "grid"
     uses_lse: ClassVar[bool] = False
     refresh: ClassVar[tuple[float, ...]] = ()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dit_sparse.masks import NeighborhoodPredicate, best_tile, neighborhood_predicate, tile_pairs
 from dit_sparse.masks.neighborhood import flag_per_axis, per_axis
+from dit_sparse.methods.description import Description
 from dit_sparse.reorder.tiles import tile_order
 from dit_sparse.types import AttentionPlan, Previous, Scope, Site, TokenGrid, TokenOrder
 
@@ -52,6 +53,12 @@ class Neighborhood:
     name: ClassVar[str] = "neighborhood"
     version: ClassVar[int] = 2
     paper: ClassVar[str] = "Generalized Neighborhood Attention (arXiv 2504.16922)"
+    described: ClassVar[Description] = Description(
+        order="3-D tiles, one tile a block",
+        score="none",
+        selection="a window around every query, exact to the token",
+        differs="border tiles are smaller instead of padded; the default window is ours",
+    )
     scope: ClassVar[Scope] = "grid"
     uses_lse: ClassVar[bool] = False
     refresh: ClassVar[tuple[float, ...]] = ()

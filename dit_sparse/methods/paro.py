@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dit_sparse.kernels import block_mass, dense_attention
 from dit_sparse.masks import best_orders, heaviest_blocks, metrics_by_order
+from dit_sparse.methods.description import Description
 from dit_sparse.methods.parameters import check_block, check_share
 from dit_sparse.methods.plan_ahead import reader_of
 from dit_sparse.methods.plan_file import PlanFile
@@ -51,6 +52,13 @@ class Paro:
     name: ClassVar[str] = "paro"
     version: ClassVar[int] = 1
     paper: ClassVar[str] = "PAROAttention (arXiv 2506.16054), section 4"
+    described: ClassVar[Description] = Description(
+        order="per head the best of the six axis orders",
+        score="exact attention mass",
+        selection="the heaviest of a head, whatever their row, text kept",
+        cached="row LSE; orders and masks, in a plan file",
+        differs="without a plan file it calibrates in the run; other thresholds; nothing is quantised",
+    )
 
     @property
     def scope(self) -> Scope:

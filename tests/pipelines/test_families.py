@@ -12,6 +12,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from dit_sparse import AdaSpa, Dense, Neighborhood, Paro, Schedule, save_plan, sparsify, statistics, unsparsify
+from dit_sparse.methods import METHODS as REGISTERED
 from dit_sparse.pipelines import session as session_module
 from dit_sparse.pipelines import session_of, token_grid
 from dit_sparse.pipelines.families import FAMILIES as ADAPTERS
@@ -65,6 +66,10 @@ def test_dense_calls_equal_upstreams_bit_for_bit(pipe, family, dtype: torch.dtyp
 
 def _is_data(name: str, x: Any) -> bool:
     return isinstance(x, Tensor) and x.is_floating_point() and name not in ("timestep", "img_ids", "txt_ids")
+
+
+def test_every_registered_method_is_tested_here() -> None:
+    assert [method.name for method in METHODS] == [name for name in REGISTERED if name != "dense"]
 
 
 def test_dense_runs_equal_upstreams_bit_for_bit(pipe, family) -> None:
