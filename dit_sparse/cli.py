@@ -249,11 +249,11 @@ def inspect(
 @app.command()
 def methods(as_json: _Json = False) -> None:
     """List the methods, their parameters and papers."""
-    from dit_sparse.methods import METHODS, parameters
+    from dit_sparse.methods import all_methods, parameters
 
     listing: list[dict[str, Any]] = [
         {"name": name, "paper": cls.paper, "parameters": [vars(p) for p in parameters(cls)]}
-        for name, cls in METHODS.items()
+        for name, cls in all_methods().items()
     ]
     if as_json:
         _print_json(listing)

@@ -7,20 +7,32 @@ from dit_sparse.methods.dense import Dense
 from dit_sparse.methods.neighborhood import Neighborhood
 from dit_sparse.methods.parameters import Parameter, nearest, parameters, parse_parameter, read_parameter
 from dit_sparse.methods.paro import Paro
+from dit_sparse.methods.plugins import load_plugins
 from dit_sparse.types import Method
 
 METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (Dense, Neighborhood, AdaSpa, Paro)}
+"""The library's own methods by name; `all_methods` has those of other packages too."""
+
+
+def all_methods() -> dict[str, type[Method]]:
+    """The library's methods and those that installed packages register, by name."""
+    return METHODS | dict(load_plugins(METHODS).methods)
 
 
 def find_method(name: str) -> type[Method]:
-    """The method class called `name`.
+    """The method class called `name`, here or in a package that registers it.
 
     Raises:
-        ValueError: no such method; the nearest name is given.
+        ValueError: no such method; the nearest name is given, or why a plug-in of that name is left out.
     """
-    if name not in METHODS:
-        raise ValueError(f"unknown method {name!r}; {nearest(name, METHODS)}")
-    return METHODS[name]
+    if name in METHODS:
+        return METHODS[name]
+    plugins = load_plugins(METHODS)
+    if name in plugins.refused:
+        raise ValueError(plugins.refused[name])
+    if name not in plugins.methods:
+        raise ValueError(f"unknown method {name!r}; {nearest(name, [*METHODS, *plugins.methods])}")
+    return plugins.methods[name]
 
 
 __all__ = [
@@ -30,6 +42,7 @@ __all__ = [
     "Neighborhood",
     "Parameter",
     "Paro",
+    "all_methods",
     "find_method",
     "nearest",
     "parameters",

@@ -6,7 +6,6 @@ Source: Xia et al., "Training-free and Adaptive Sparse Attention for Efficient L
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -15,9 +14,9 @@ from torch import Tensor
 from dit_sparse.kernels import dense_attention, sampled_block_mass
 from dit_sparse.masks import Ranking
 from dit_sparse.methods.description import Description
-from dit_sparse.methods.parameters import check_block, check_share
-from dit_sparse.reorder import raster_order
-from dit_sparse.types import AttentionPlan, Previous, Scope, Site, TokenGrid, TokenOrder
+from dit_sparse.methods.parameters import check_block, check_count, check_share
+from dit_sparse.reorder import raster_once
+from dit_sparse.types import AttentionPlan, Previous, Scope, Site, TokenGrid
 
 
 @dataclass(frozen=True)
@@ -67,8 +66,7 @@ class AdaSpa:
         check_share("recall", self.recall)
         check_share("head_shift", self.head_shift)
         check_block("block", self.block)
-        if isinstance(self.row_stride, bool) or not isinstance(self.row_stride, int) or self.row_stride < 1:
-            raise ValueError(f"row_stride must be a whole number, at least 1, got {self.row_stride!r}")
+        check_count("row_stride", self.row_stride)
 
     @property
     def uses_lse(self) -> bool:
@@ -83,7 +81,7 @@ class AdaSpa:
 
     def plan(self, q: Tensor, k: Tensor, v: Tensor, site: Site, previous: Previous | None) -> AttentionPlan:
         """Plan from one search over `q, k, v` `[B, H, N, D]`, with `previous.lse` where there is one."""
-        order = _raster(site.grid, self.block, q.device)
+        order = raster_once(site.grid, self.block, q.device)
         lse = None if previous is None or not self.cache_lse else previous.lse
         if lse is None:
             lse = dense_attention(q, k, v, return_lse=True)[1]
@@ -93,14 +91,6 @@ class AdaSpa:
         if self.head_adaptive and self.density < 1:
             kept = ranking.select(head_densities(mass, kept, self.density, self.recall, self.head_shift))
         return AttentionPlan.from_kept(order, kept)
-
-
-@lru_cache(maxsize=16)
-def _raster(grid: TokenGrid, block: int, device: torch.device) -> TokenOrder:
-    """The raster order, of which kernels and selections remember what they have read back from the device."""
-    # Tensors made in inference mode could not be used where gradients are recorded.
-    with torch.inference_mode(False):
-        return raster_order(grid, block, device=device)
 
 
 def head_densities(mass: Tensor, kept: Tensor, density: float, recall: float, shift: float = 0.5) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from dit_sparse.masks import NeighborhoodPredicate, best_tile, neighborhood_predicate, tile_pairs
 from dit_sparse.masks.neighborhood import flag_per_axis, per_axis
 from dit_sparse.methods.description import Description
-from dit_sparse.reorder.tiles import tile_order
+from dit_sparse.reorder import tiles_once
 from dit_sparse.types import AttentionPlan, Previous, Scope, Site, TokenGrid, TokenOrder
 
 Axes = tuple[int, int, int]
@@ -152,7 +152,7 @@ class Neighborhood:
 
     def shared_order(self, grid: TokenGrid, device: torch.device) -> TokenOrder:
         """The order by tiles."""
-        return _tiles(grid, self.tile_for(grid), device)
+        return tiles_once(grid, self.tile_for(grid), device)
 
     def plan(self, q: Tensor, k: Tensor, v: Tensor, site: Site, previous: Previous | None) -> AttentionPlan:
         """Plan that depends on the grid of `site` alone.
@@ -176,13 +176,6 @@ class Neighborhood:
 
 
 _best_tile = lru_cache(maxsize=64)(best_tile)
-
-
-@lru_cache(maxsize=16)
-def _tiles(grid: TokenGrid, tile: Axes, device: torch.device) -> TokenOrder:
-    # Tensors made in inference mode could not be used where gradients are recorded.
-    with torch.inference_mode(False):
-        return tile_order(grid, tile, device=device)
 
 
 def _equal_shares(shape: Axes, least: list[int], most: list[int], density: float) -> list[float]:

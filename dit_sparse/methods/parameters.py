@@ -78,6 +78,12 @@ def check_block(name: str, value: int) -> None:
         raise ValueError(f"{name} must be a whole number of tokens, at least 1 (64 and 128 are fast), got {value!r}")
 
 
+def check_count(name: str, value: int, least: int = 1) -> None:
+    """Raise ValueError unless `value` is a whole number, at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be a whole number, at least {least}, got {value!r}")
+
+
 def _fields(cls: type[Any]) -> tuple[Field[Any], ...]:
     return fields(cls)
 

@@ -3,15 +3,20 @@
 from dit_sparse.reorder.axes import AXIS_ORDERS, axis_order, axis_orders_per_head, distinct_axis_orders
 from dit_sparse.reorder.curve import curve_order
 from dit_sparse.reorder.grid import grid_order, raster_order
+from dit_sparse.reorder.once import axes_once, curve_once, raster_once, tiles_once
 from dit_sparse.reorder.tiles import tile_order
 
 __all__ = [
     "AXIS_ORDERS",
+    "axes_once",
     "axis_order",
     "axis_orders_per_head",
+    "curve_once",
     "curve_order",
     "distinct_axis_orders",
     "grid_order",
+    "raster_once",
     "raster_order",
     "tile_order",
+    "tiles_once",
 ]

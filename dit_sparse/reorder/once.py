@@ -1,0 +1,54 @@
+"""Orders made once a grid, so that what kernels and selections have read back from the device stays known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import ParamSpec
+
+import torch
+
+from dit_sparse.reorder.axes import axis_order
+from dit_sparse.reorder.curve import curve_order
+from dit_sparse.reorder.grid import raster_order
+from dit_sparse.reorder.tiles import tile_order
+from dit_sparse.types import TokenGrid, TokenOrder
+
+_P = ParamSpec("_P")
+
+
+def _once(make: Callable[_P, TokenOrder]) -> Callable[_P, TokenOrder]:
+    """`make`, whose last 16 orders are remembered."""
+
+    @lru_cache(maxsize=16)
+    @wraps(make)
+    def made(*args: _P.args, **options: _P.kwargs) -> TokenOrder:
+        # Tensors made in inference mode could not be used where gradients are recorded.
+        with torch.inference_mode(False):
+            return make(*args, **options)
+
+    return made  # type: ignore[return-value]
+
+
+@_once
+def raster_once(grid: TokenGrid, block: int, device: torch.device) -> TokenOrder:
+    """`raster_order`, always the same object."""
+    return raster_order(grid, block, device=device)
+
+
+@_once
+def tiles_once(grid: TokenGrid, tile: tuple[int, int, int], device: torch.device) -> TokenOrder:
+    """`tile_order`, always the same object."""
+    return tile_order(grid, tile, device=device)
+
+
+@_once
+def curve_once(grid: TokenGrid, block: int, device: torch.device) -> TokenOrder:
+    """`curve_order`, always the same object."""
+    return curve_order(grid, block, device=device)
+
+
+@_once
+def axes_once(grid: TokenGrid, axes: str, block: int, device: torch.device) -> TokenOrder:
+    """`axis_order`, always the same object."""
+    return axis_order(grid, axes, block, device=device)
