@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from dit_sparse.attention import sparse_attention
-    from dit_sparse.methods import AdaSpa, Dense, Neighborhood, Paro
+    from dit_sparse.methods import AdaSpa, Dense, MInference, Neighborhood, Oracle, Paro
     from dit_sparse.pipelines import (
         SparseCogVideoXImageToVideoPipeline,
         SparseCogVideoXPipeline,
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 # Names load on first use: kernels alone need no diffusers, and the command line's help needs no torch.
 _HOMES = {
     "attention": ("sparse_attention",),
-    "methods": ("AdaSpa", "Dense", "Neighborhood", "Paro"),
+    "methods": ("MInference", "Oracle", "AdaSpa", "Dense", "Neighborhood", "Paro"),
     "pipelines": (
         "SparseCogVideoXImageToVideoPipeline",
         "SparseCogVideoXPipeline",
@@ -55,7 +55,9 @@ __all__ = [
     "AttentionPlan",
     "BlockMask",
     "Dense",
+    "MInference",
     "Neighborhood",
+    "Oracle",
     "Paro",
     "Schedule",
     "Site",

@@ -211,6 +211,12 @@ class TokenOrder:
         """`x` `[B, H, N, ...]` in this order moved back to the sequence's own; exact inverse of `permute`."""
         return x if self.is_identity else _gather_tokens(x, self.inverse)
 
+    def with_tokens(self, index: Tensor, inverse: Tensor) -> TokenOrder:
+        """Another permutation, `index` and `inverse` `[B|1, H|1, N]`, in the same blocks, whose sizes stay known."""
+        order = TokenOrder(index, inverse, self.offsets)
+        order.__dict__["geometry"] = self.geometry  # reading it back again would wait for the device
+        return order
+
     def to(self, device: torch.device | str) -> TokenOrder:
         """The same order on another device."""
         moved = TokenOrder(self.index.to(device), self.inverse.to(device), self.offsets.to(device), self.is_identity)

@@ -1,10 +1,21 @@
 """Building blocks of masks: block scores, selections, and neighborhoods on the grid and on its tiles."""
 
-from dit_sparse.masks.heaviest import blocks_above, heaviest_blocks, mass_threshold, with_other_text
+from dit_sparse.masks.heaviest import best_blocks, blocks_above, heaviest_blocks, mass_threshold, with_other_text
 from dit_sparse.masks.neighborhood import NeighborhoodPredicate, neighborhood_predicate
 from dit_sparse.masks.order_metrics import best_orders, metrics_by_order, order_metrics
-from dit_sparse.masks.score import pooled_scores
-from dit_sparse.masks.select import Ranking, density_to_blocks, keep_text, select_density, threshold, top_k, top_p
+from dit_sparse.masks.peak import block_maxima, block_sums, block_tokens, peak_logits
+from dit_sparse.masks.probe import mask_rows, masked_errors, probe_rows
+from dit_sparse.masks.score import pooled_scores, sampled_weights, sink_and_nearness
+from dit_sparse.masks.select import (
+    Ranking,
+    density_to_blocks,
+    keep_text,
+    select_density,
+    text_blocks,
+    threshold,
+    top_k,
+    top_p,
+)
 from dit_sparse.masks.suggest import Setting, suggest_settings
 from dit_sparse.masks.tiling import TileCost, TileCounts, best_tile, count_tiles, tile_pairs
 
@@ -14,20 +25,31 @@ __all__ = [
     "Setting",
     "TileCost",
     "TileCounts",
+    "best_blocks",
     "best_orders",
     "best_tile",
+    "block_maxima",
+    "block_sums",
+    "block_tokens",
     "blocks_above",
     "count_tiles",
     "density_to_blocks",
     "heaviest_blocks",
     "keep_text",
+    "mask_rows",
+    "masked_errors",
     "mass_threshold",
     "metrics_by_order",
     "neighborhood_predicate",
     "order_metrics",
+    "peak_logits",
     "pooled_scores",
+    "probe_rows",
+    "sampled_weights",
     "select_density",
+    "sink_and_nearness",
     "suggest_settings",
+    "text_blocks",
     "threshold",
     "tile_pairs",
     "top_k",

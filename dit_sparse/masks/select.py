@@ -92,7 +92,7 @@ def keep_text(kept: Tensor, grid: TokenGrid, q_offsets: Tensor, k_offsets: Tenso
     Returns:
         `[B|1, H|1, Mq, Mk]` bool, a new tensor.
     """
-    return kept | _is_text(grid, q_offsets)[..., :, None] | _is_text(grid, k_offsets)[..., None, :]
+    return kept | text_blocks(grid, q_offsets)[..., :, None] | text_blocks(grid, k_offsets)[..., None, :]
 
 
 def density_to_blocks(
@@ -154,7 +154,7 @@ class Ranking:
         self._orders = q_order, kv_order
         self._grid = grid
         # Text blocks rank last.
-        self._scores = scores.masked_fill(_is_text(grid, kv_order.offsets)[..., None, :], float("-inf"))
+        self._scores = scores.masked_fill(text_blocks(grid, kv_order.offsets)[..., None, :], float("-inf"))
 
     def blocks(self, density: float | Tensor) -> Tensor:
         """What `density_to_blocks` returns; `density` itself is not checked."""
@@ -245,12 +245,12 @@ def _check_share(name: str, share: float | Tensor) -> None:
         raise ValueError(f"{name} must be above 0 and at most 1, got {share}: 0.25 keeps a quarter")
 
 
-def _is_text(grid: TokenGrid, offsets: Tensor) -> Tensor:
-    """`[B|1, H|1, M]` bool: blocks that hold text tokens."""
+def text_blocks(grid: TokenGrid, offsets: Tensor) -> Tensor:
+    """`[B|1, H|1, M]` bool: which of the blocks that `offsets` `[B|1, H|1, M+1]` bound hold text tokens."""
     start, end = offsets[..., :-1], offsets[..., 1:]
     return (start < grid.text_start + grid.text_len) & (end > grid.text_start) & (start < end)
 
 
 def _video_sizes(grid: TokenGrid, offsets: Tensor) -> Tensor:
     """`[B|1, H|1, M]` float64 tokens a block, 0 for text blocks."""
-    return offsets.diff(dim=-1).double().masked_fill(_is_text(grid, offsets), 0.0)
+    return offsets.diff(dim=-1).double().masked_fill(text_blocks(grid, offsets), 0.0)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dit_sparse.methods.adaspa import AdaSpa
 from dit_sparse.methods.dense import Dense
+from dit_sparse.methods.minference import MInference
 from dit_sparse.methods.neighborhood import Neighborhood
+from dit_sparse.methods.oracle import Oracle
 from dit_sparse.methods.parameters import Parameter, nearest, parameters, parse_parameter, read_parameter
 from dit_sparse.methods.paro import Paro
 from dit_sparse.methods.plugins import load_plugins
 from dit_sparse.types import Method
 
-METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (Dense, Neighborhood, AdaSpa, Paro)}
+METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (Dense, Neighborhood, AdaSpa, Paro, Oracle, MInference)}
 """The library's own methods by name; `all_methods` has those of other packages too."""
 
 
@@ -39,7 +41,9 @@ __all__ = [
     "METHODS",
     "AdaSpa",
     "Dense",
+    "MInference",
     "Neighborhood",
+    "Oracle",
     "Parameter",
     "Paro",
     "all_methods",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from dit_sparse.methods.parameters import EVERY_STEP
 from dit_sparse.types import Method
 
 _COLUMNS = (
@@ -47,6 +48,8 @@ def planned(method: Method) -> str:
         return "static: once a layer"
     if not method.refresh:
         return "dynamic: once a run"
+    if method.refresh == EVERY_STEP:
+        return "dynamic: at every step"
     shares = [f"{share:.0%}" for share in method.refresh]
     last = f"{', '.join(shares[:-1])} and {shares[-1]}" if len(shares) > 1 else shares[0]
     return f"dynamic: after the warm-up and at {last} of the steps"

@@ -10,6 +10,9 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from dit_sparse.types import Method
 
+EVERY_STEP = tuple(step / 100 for step in range(100))
+"""The `refresh` of a method that plans at every step, of runs of up to 100."""
+
 
 @dataclass(frozen=True)
 class Parameter:

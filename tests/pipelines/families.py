@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_sparse import AdaSpa, Neighborhood, Paro, TokenGrid
+from dit_sparse import AdaSpa, MInference, Neighborhood, Oracle, Paro, TokenGrid
 from tests.pipelines.tiny import tiny_wan
 from tests.pipelines.tiny_families import COGVIDEOX_TEXT, tiny_cogvideox, tiny_flux, tiny_hunyuan_video, tiny_ltx_video
 
@@ -17,6 +17,8 @@ METHODS = [
     Neighborhood(density=0.5, tile=(1, 4, 4)),
     AdaSpa(density=0.5, block=16),
     Paro(density=0.5, block=16),
+    Oracle(density=0.5, block=16),
+    MInference(density=0.5, block=16),
 ]
 
 
