@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from dit_sparse.attention import sparse_attention
-    from dit_sparse.methods import AdaSpa, Dense, MInference, Neighborhood, Oracle, Paro
+    from dit_sparse.methods import AdaSpa, BigBird, Dense, MInference, Neighborhood, Oracle, Paro, PbsAttention, Strided
     from dit_sparse.pipelines import (
         SparseCogVideoXImageToVideoPipeline,
         SparseCogVideoXPipeline,
@@ -30,7 +30,17 @@ if TYPE_CHECKING:
 # Names load on first use: kernels alone need no diffusers, and the command line's help needs no torch.
 _HOMES = {
     "attention": ("sparse_attention",),
-    "methods": ("MInference", "Oracle", "AdaSpa", "Dense", "Neighborhood", "Paro"),
+    "methods": (
+        "PbsAttention",
+        "Strided",
+        "BigBird",
+        "MInference",
+        "Oracle",
+        "AdaSpa",
+        "Dense",
+        "Neighborhood",
+        "Paro",
+    ),
     "pipelines": (
         "SparseCogVideoXImageToVideoPipeline",
         "SparseCogVideoXPipeline",
@@ -53,12 +63,14 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
     "AdaSpa",
     "AttentionPlan",
+    "BigBird",
     "BlockMask",
     "Dense",
     "MInference",
     "Neighborhood",
     "Oracle",
     "Paro",
+    "PbsAttention",
     "Schedule",
     "Site",
     "SparseCogVideoXImageToVideoPipeline",
@@ -68,6 +80,7 @@ __all__ = [
     "SparseHunyuanVideoPipeline",
     "SparseWanImageToVideoPipeline",
     "SparseWanPipeline",
+    "Strided",
     "TokenGrid",
     "TokenOrder",
     "__version__",

@@ -8,6 +8,7 @@ from dit_sparse.masks.probe import mask_rows, masked_errors, probe_rows
 from dit_sparse.masks.score import pooled_scores, sampled_weights, sink_and_nearness
 from dit_sparse.masks.select import (
     Ranking,
+    blocks_a_row,
     density_to_blocks,
     keep_text,
     select_density,
@@ -31,6 +32,7 @@ __all__ = [
     "block_maxima",
     "block_sums",
     "block_tokens",
+    "blocks_a_row",
     "blocks_above",
     "count_tiles",
     "density_to_blocks",

@@ -140,6 +140,12 @@ def select_density(
     return Ranking(scores, q_order, kv_order, grid).select(density)
 
 
+def blocks_a_row(grid: TokenGrid, density: float, blocks: int) -> int:
+    """How many of `blocks` even video blocks a row keeps at `density` of all pairs, all text kept; at least 1."""
+    dropped = (1 - density) * grid.num_tokens**2 / grid.video_len**2
+    return max(1, round((1 - dropped) * blocks))
+
+
 class Ranking:
     """The blocks of one call in the order of their scores, from which selections of any density are made.
 

@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 from dit_sparse.methods.adaspa import AdaSpa
+from dit_sparse.methods.bigbird import BigBird
 from dit_sparse.methods.dense import Dense
 from dit_sparse.methods.minference import MInference
 from dit_sparse.methods.neighborhood import Neighborhood
 from dit_sparse.methods.oracle import Oracle
 from dit_sparse.methods.parameters import Parameter, nearest, parameters, parse_parameter, read_parameter
 from dit_sparse.methods.paro import Paro
+from dit_sparse.methods.pbs import PbsAttention
 from dit_sparse.methods.plugins import load_plugins
+from dit_sparse.methods.strided import Strided
 from dit_sparse.types import Method
 
-METHODS: dict[str, type[Method]] = {cls.name: cls for cls in (Dense, Neighborhood, AdaSpa, Paro, Oracle, MInference)}
+_OWN: tuple[type[Method], ...] = (
+    Dense,
+    Neighborhood,
+    AdaSpa,
+    Paro,
+    Oracle,
+    MInference,
+    BigBird,
+    Strided,
+    PbsAttention,
+)
+
+METHODS: dict[str, type[Method]] = {cls.name: cls for cls in _OWN}
 """The library's own methods by name; `all_methods` has those of other packages too."""
 
 
@@ -40,12 +55,15 @@ def find_method(name: str) -> type[Method]:
 __all__ = [
     "METHODS",
     "AdaSpa",
+    "BigBird",
     "Dense",
     "MInference",
     "Neighborhood",
     "Oracle",
     "Parameter",
     "Paro",
+    "PbsAttention",
+    "Strided",
     "all_methods",
     "find_method",
     "nearest",

@@ -4,6 +4,7 @@ from dit_sparse.reorder.axes import AXIS_ORDERS, axis_order, axis_orders_per_hea
 from dit_sparse.reorder.curve import curve_order
 from dit_sparse.reorder.grid import grid_order, raster_order
 from dit_sparse.reorder.once import axes_once, curve_once, raster_once, tiles_once
+from dit_sparse.reorder.segments import sort_in_segments
 from dit_sparse.reorder.tiles import tile_order
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "grid_order",
     "raster_once",
     "raster_order",
+    "sort_in_segments",
     "tile_order",
     "tiles_once",
 ]

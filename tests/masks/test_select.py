@@ -7,7 +7,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dit_sparse.masks import Ranking, density_to_blocks, keep_text, select_density, threshold, top_k, top_p
+from dit_sparse.masks import (
+    Ranking,
+    blocks_a_row,
+    density_to_blocks,
+    keep_text,
+    select_density,
+    threshold,
+    top_k,
+    top_p,
+)
 from dit_sparse.reorder import raster_order, tile_order
 from dit_sparse.types import AttentionPlan, TokenGrid, TokenOrder
 
@@ -243,3 +252,13 @@ def test_one_ranking_serves_several_densities():
     ranking = Ranking(scores, order, order, grid)
     for density in (0.3, torch.tensor([[0.2, 0.7]]), 1.0):
         assert torch.equal(ranking.select(density), select_density(scores, density, order, order, grid))
+
+
+@pytest.mark.parametrize("text", [0, 7])
+@pytest.mark.parametrize("density", [0.05, 0.3, 0.7, 1.0])
+def test_blocks_a_row(text: int, density: float) -> None:
+    """The number that `density_to_blocks` finds for even blocks."""
+    grid = TokenGrid(2, 4, 8, text)
+    order = raster_order(grid, 8)
+    scores = torch.rand(1, 1, order.num_blocks, order.num_blocks)
+    assert blocks_a_row(grid, density, 8) == int(density_to_blocks(scores, density, order, order, grid))

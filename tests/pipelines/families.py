@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_sparse import AdaSpa, MInference, Neighborhood, Oracle, Paro, TokenGrid
+from dit_sparse import AdaSpa, BigBird, MInference, Neighborhood, Oracle, Paro, PbsAttention, Strided, TokenGrid
 from tests.pipelines.tiny import tiny_wan
 from tests.pipelines.tiny_families import COGVIDEOX_TEXT, tiny_cogvideox, tiny_flux, tiny_hunyuan_video, tiny_ltx_video
 
@@ -19,6 +19,9 @@ METHODS = [
     Paro(density=0.5, block=16),
     Oracle(density=0.5, block=16),
     MInference(density=0.5, block=16),
+    BigBird(density=0.5, block=16),
+    Strided(density=0.5, block=16),
+    PbsAttention(density=0.5, block=16, segment=64),
 ]
 
 
