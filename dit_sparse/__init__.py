@@ -9,7 +9,22 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from dit_sparse.attention import sparse_attention
-    from dit_sparse.methods import AdaSpa, BigBird, Dense, MInference, Neighborhood, Oracle, Paro, PbsAttention, Strided
+    from dit_sparse.methods import (
+        AdaSpa,
+        AnchorAttention,
+        BigBird,
+        Dense,
+        Dhsa,
+        LServe,
+        MInference,
+        Neighborhood,
+        Oracle,
+        Paro,
+        PbsAttention,
+        ProxyAttention,
+        Sale,
+        Strided,
+    )
     from dit_sparse.pipelines import (
         SparseCogVideoXImageToVideoPipeline,
         SparseCogVideoXPipeline,
@@ -31,6 +46,11 @@ if TYPE_CHECKING:
 _HOMES = {
     "attention": ("sparse_attention",),
     "methods": (
+        "Sale",
+        "Dhsa",
+        "LServe",
+        "AnchorAttention",
+        "ProxyAttention",
         "PbsAttention",
         "Strided",
         "BigBird",
@@ -62,15 +82,20 @@ _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "AdaSpa",
+    "AnchorAttention",
     "AttentionPlan",
     "BigBird",
     "BlockMask",
     "Dense",
+    "Dhsa",
+    "LServe",
     "MInference",
     "Neighborhood",
     "Oracle",
     "Paro",
     "PbsAttention",
+    "ProxyAttention",
+    "Sale",
     "Schedule",
     "Site",
     "SparseCogVideoXImageToVideoPipeline",

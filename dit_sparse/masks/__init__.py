@@ -3,15 +3,17 @@
 from dit_sparse.masks.heaviest import best_blocks, blocks_above, heaviest_blocks, mass_threshold, with_other_text
 from dit_sparse.masks.neighborhood import NeighborhoodPredicate, neighborhood_predicate
 from dit_sparse.masks.order_metrics import best_orders, metrics_by_order, order_metrics
-from dit_sparse.masks.peak import block_maxima, block_sums, block_tokens, peak_logits
+from dit_sparse.masks.peak import block_extremes, block_maxima, block_sums, block_tokens, peak_logits
 from dit_sparse.masks.probe import mask_rows, masked_errors, probe_rows
 from dit_sparse.masks.score import pooled_scores, sampled_weights, sink_and_nearness
 from dit_sparse.masks.select import (
     Ranking,
     blocks_a_row,
+    blocks_for_share,
     density_to_blocks,
     keep_text,
     select_density,
+    share_out,
     text_blocks,
     threshold,
     top_k,
@@ -29,11 +31,13 @@ __all__ = [
     "best_blocks",
     "best_orders",
     "best_tile",
+    "block_extremes",
     "block_maxima",
     "block_sums",
     "block_tokens",
     "blocks_a_row",
     "blocks_above",
+    "blocks_for_share",
     "count_tiles",
     "density_to_blocks",
     "heaviest_blocks",
@@ -49,6 +53,7 @@ __all__ = [
     "probe_rows",
     "sampled_weights",
     "select_density",
+    "share_out",
     "sink_and_nearness",
     "suggest_settings",
     "text_blocks",

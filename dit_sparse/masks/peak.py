@@ -58,6 +58,25 @@ def block_maxima(x: Tensor, order: TokenOrder) -> Tensor:
     return found.unflatten(-1, tokens.shape).amax(-1).masked_fill(order.block_sizes[0, 0] == 0, float("-inf"))
 
 
+def block_extremes(x: Tensor, order: TokenOrder, page: int) -> tuple[Tensor, Tensor]:
+    """Smallest and largest value of every channel in each run of `page` tokens of each block.
+
+    Args:
+        x: `[B, H, N, D]` in the order's positions.
+        order: an order whose blocks all heads share.
+        page: tokens of a run, at least 1; the last of a block may be shorter.
+
+    Returns:
+        Two `[B, H, M, ceil(largest / page), D]` float32. Runs that a small block lacks repeat its last token.
+    """
+    tokens = block_tokens(order)
+    short = -tokens.shape[1] % page
+    tokens = torch.cat([tokens, tokens[:, -1:].expand(-1, short)], 1)
+    found = x.index_select(2, tokens.flatten()).unflatten(2, (len(tokens), -1, page))
+    least, most = found.aminmax(dim=4)
+    return least.float(), most.float()
+
+
 @torch.no_grad()
 def peak_logits(
     q: Tensor,

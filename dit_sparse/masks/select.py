@@ -146,6 +146,39 @@ def blocks_a_row(grid: TokenGrid, density: float, blocks: int) -> int:
     return max(1, round((1 - dropped) * blocks))
 
 
+def blocks_for_share(scores: Tensor, p: float) -> Tensor:
+    """How many of a row's best blocks reach the share `p` of its sum, `[B, H, Mq]` int64, at least 1.
+
+    Args:
+        scores: `[B, H, Mq, Mk]`, not negative.
+        p: the share in (0, 1].
+
+    Raises:
+        ValueError: `p` outside (0, 1].
+    """
+    _check_share("p", p)
+    sums = scores.double().sort(dim=-1, descending=True).values.cumsum(-1)
+    return (sums < p * sums[..., -1:]).sum(-1).clamp(max=scores.shape[-1] - 1) + 1
+
+
+def share_out(needs: Tensor, density: float) -> Tensor:
+    """Densities `[B, H]` float64 in proportion to the heads' `needs`, with mean `density` and none above 1.
+
+    Args:
+        needs: `[B, H]`, above 0.
+        density: their mean, in (0, 1].
+    """
+    needs = needs.double()
+    result = torch.zeros_like(needs)
+    # What a full head cannot take goes to the others; every round that is not the last fills at least one.
+    for _ in range(needs.shape[1]):
+        full = result >= 1
+        left = density * needs.shape[1] - full.sum(1, keepdim=True)
+        factor = left / needs.masked_fill(full, 0).sum(1, keepdim=True).clamp(min=1e-12)
+        result = (needs * factor).masked_fill(full, 1).clamp_max(1)
+    return result
+
+
 class Ranking:
     """The blocks of one call in the order of their scores, from which selections of any density are made.
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dit_sparse.methods.adaspa import AdaSpa
+from dit_sparse.methods.anchor import AnchorAttention
 from dit_sparse.methods.bigbird import BigBird
 from dit_sparse.methods.dense import Dense
+from dit_sparse.methods.dhsa import Dhsa
+from dit_sparse.methods.lserve import LServe
 from dit_sparse.methods.minference import MInference
 from dit_sparse.methods.neighborhood import Neighborhood
 from dit_sparse.methods.oracle import Oracle
@@ -12,6 +15,8 @@ from dit_sparse.methods.parameters import Parameter, nearest, parameters, parse_
 from dit_sparse.methods.paro import Paro
 from dit_sparse.methods.pbs import PbsAttention
 from dit_sparse.methods.plugins import load_plugins
+from dit_sparse.methods.proxy import ProxyAttention
+from dit_sparse.methods.sale import Sale
 from dit_sparse.methods.strided import Strided
 from dit_sparse.types import Method
 
@@ -25,6 +30,11 @@ _OWN: tuple[type[Method], ...] = (
     BigBird,
     Strided,
     PbsAttention,
+    ProxyAttention,
+    AnchorAttention,
+    LServe,
+    Dhsa,
+    Sale,
 )
 
 METHODS: dict[str, type[Method]] = {cls.name: cls for cls in _OWN}
@@ -55,14 +65,19 @@ def find_method(name: str) -> type[Method]:
 __all__ = [
     "METHODS",
     "AdaSpa",
+    "AnchorAttention",
     "BigBird",
     "Dense",
+    "Dhsa",
+    "LServe",
     "MInference",
     "Neighborhood",
     "Oracle",
     "Parameter",
     "Paro",
     "PbsAttention",
+    "ProxyAttention",
+    "Sale",
     "Strided",
     "all_methods",
     "find_method",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dit_sparse.masks import block_maxima, block_sums, block_tokens, peak_logits
+from dit_sparse.masks import block_extremes, block_maxima, block_sums, block_tokens, peak_logits
 from dit_sparse.types import TokenOrder
 from tests.methods.test_no_wait import NoWaiting
 
@@ -27,6 +27,20 @@ def test_sums_and_maxima(order: TokenOrder) -> None:
         [part.amax(-1) if part.shape[-1] else x.new_full(x.shape[:-1], -torch.inf) for part in parts], -1
     )
     assert torch.equal(block_maxima(x, order), want)
+
+
+@pytest.mark.parametrize("page", [1, 2, 3, 16])
+def test_extremes_of_pages(page: int) -> None:
+    order = ORDERS[2]
+    x = torch.randn(2, 1, order.num_tokens, 5, generator=torch.Generator().manual_seed(0))
+    least, most = block_extremes(x, order, page)
+    bounds = order.offsets[0, 0].tolist()
+    for block in range(order.num_blocks):
+        for run in range(least.shape[3]):
+            start = min(bounds[block] + run * page, bounds[block + 1] - 1)
+            part = x[:, :, start : min(start + page, bounds[block + 1])]
+            assert torch.equal(least[:, :, block, run], part.amin(2))
+            assert torch.equal(most[:, :, block, run], part.amax(2))
 
 
 @pytest.mark.parametrize("stride", [1, 2, 3, 8])

@@ -100,7 +100,7 @@ def test_bigbirds_curve_is_the_shared_order() -> None:
     assert torch.equal(plan_of(method, grid).q_order.index, want.index)
     assert not want.is_identity
     assert BigBird(block=16, curve=False).shared_order(grid, torch.device("cpu")).is_identity
-    masks = [plan_of(BigBird(block=16, seed=seed), grid).token_mask() for seed in (0, 1)]
+    masks = [plan_of(BigBird(0.5, block=16, seed=seed), grid).token_mask() for seed in (0, 1)]
     assert not torch.equal(*masks)
 
 

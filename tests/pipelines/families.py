@@ -9,7 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_sparse import AdaSpa, BigBird, MInference, Neighborhood, Oracle, Paro, PbsAttention, Strided, TokenGrid
+from dit_sparse import (
+    AdaSpa,
+    AnchorAttention,
+    BigBird,
+    Dhsa,
+    LServe,
+    MInference,
+    Neighborhood,
+    Oracle,
+    Paro,
+    PbsAttention,
+    ProxyAttention,
+    Sale,
+    Strided,
+    TokenGrid,
+)
 from tests.pipelines.tiny import tiny_wan
 from tests.pipelines.tiny_families import COGVIDEOX_TEXT, tiny_cogvideox, tiny_flux, tiny_hunyuan_video, tiny_ltx_video
 
@@ -22,6 +37,11 @@ METHODS = [
     BigBird(density=0.5, block=16),
     Strided(density=0.5, block=16),
     PbsAttention(density=0.5, block=16, segment=64),
+    ProxyAttention(density=0.5, block=16),
+    AnchorAttention(density=0.5, block=16, segment=64),
+    LServe(density=0.5, block=16),
+    Dhsa(density=0.5, tile=(1, 4, 4)),
+    Sale(density=0.5, block=16),
 ]
 
 
