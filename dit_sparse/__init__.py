@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         PbsAttention,
         ProxyAttention,
         Sale,
+        SeerAttention,
         Strided,
     )
     from dit_sparse.pipelines import (
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "attention": ("sparse_attention",),
     "methods": (
+        "SeerAttention",
         "Sale",
         "Dhsa",
         "LServe",
@@ -97,6 +99,7 @@ __all__ = [
     "ProxyAttention",
     "Sale",
     "Schedule",
+    "SeerAttention",
     "Site",
     "SparseCogVideoXImageToVideoPipeline",
     "SparseCogVideoXPipeline",

@@ -17,14 +17,17 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from bench_cpu import environment, interleaved_medians
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from dit_sparse.kernels import dense_attention
-from dit_sparse.methods import METHODS, find_method
+from dit_sparse.methods import METHODS, SeerAttention, find_method
+from dit_sparse.methods.gate_file import Gate, write_gates
 from dit_sparse.types import Method, Previous, Site, TokenGrid
 
 GRID, HEADS, DIM = TokenGrid(8, 32, 32), 4, 64
@@ -47,7 +50,23 @@ def measure(names: Sequence[str], rounds: int, grid: TokenGrid = GRID) -> list[R
     generator = torch.Generator().manual_seed(0)
     q, k, v = torch.randn(3, 1, HEADS, grid.num_tokens, DIM, generator=generator)
     previous, site = Previous(lse=dense_attention(q, k, v, return_lse=True)[1]), Site(grid)
-    methods: dict[str, Method] = {name: find_method(name)() for name in names}
+    with TemporaryDirectory() as folder:
+        return _measure(q, k, v, previous, site, {name: make(name, Path(folder)) for name in names}, rounds)
+
+
+def make(name: str, folder: Path) -> Method:
+    """A method with its default parameters; `seer` has gates of random weights, written to `folder`."""
+    if name != "seer":
+        return find_method(name)()
+    path, size = folder / "gates.safetensors", 64
+    gate = Gate(torch.randn(HEADS, DIM, size), torch.randn(HEADS, 3 * DIM, size))
+    write_gates(path, {("transformer", 0): gate}, 64)
+    return SeerAttention(str(path))
+
+
+def _measure(
+    q: Tensor, k: Tensor, v: Tensor, previous: Previous, site: Site, methods: dict[str, Method], rounds: int
+) -> list[Row]:
     first, densities = {}, {}
     for name, method in methods.items():
         start = time.perf_counter()

@@ -17,6 +17,7 @@ from dit_sparse.methods.pbs import PbsAttention
 from dit_sparse.methods.plugins import load_plugins
 from dit_sparse.methods.proxy import ProxyAttention
 from dit_sparse.methods.sale import Sale
+from dit_sparse.methods.seer import SeerAttention
 from dit_sparse.methods.strided import Strided
 from dit_sparse.types import Method
 
@@ -35,6 +36,7 @@ _OWN: tuple[type[Method], ...] = (
     LServe,
     Dhsa,
     Sale,
+    SeerAttention,
 )
 
 METHODS: dict[str, type[Method]] = {cls.name: cls for cls in _OWN}
@@ -78,6 +80,7 @@ __all__ = [
     "PbsAttention",
     "ProxyAttention",
     "Sale",
+    "SeerAttention",
     "Strided",
     "all_methods",
     "find_method",

@@ -9,7 +9,7 @@ from dit_sparse import TokenGrid
 
 
 def test_dynamic_methods_cost_less_than_the_oracle_and_static_ones_once() -> None:
-    rows = {row.method: row for row in measure(["oracle", "minference", "strided"], 1, TokenGrid(2, 16, 16))}
+    rows = {row.method: row for row in measure(["oracle", "minference", "strided", "seer"], 1, TokenGrid(2, 16, 16))}
     assert rows["strided"].static
     assert not rows["oracle"].static
     assert all(row.plan_ms > 0 and row.density == pytest.approx(0.25, rel=0.1) for row in rows.values())
