@@ -307,7 +307,8 @@ def print_report(report: dict[str, Any], console: Console) -> None:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    every = ",".join(name for name in METHODS if name != "dense")
+    # seer cannot run without gates, and there are none to begin with.
+    every = ",".join(name for name in METHODS if name not in ("dense", "seer"))
     parser.add_argument("--methods", default=every, help=f"names with commas between them; by default {every}")
     parser.add_argument("--densities", help="numbers with commas between them; by default 0.5,0.25,0.125")
     parser.add_argument("--prompts", type=int, help=f"only the first of those in {PROMPTS.name}")
