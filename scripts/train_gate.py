@@ -8,7 +8,7 @@ the largest attention weight of every pair of blocks, the rows of which are made
 these rows from the pooled tensors, by Kullback-Leibler divergence. The last tenth of the samples is left out of the
 training, and the divergence there is printed, beside that of the untrained choice, mean query times mean key.
 
-Source: SeerAttention (arXiv 2410.13276), section 3.2.
+Source: SeerAttention (arXiv 2410.13276), self-distillation of the gate.
 """
 
 from __future__ import annotations

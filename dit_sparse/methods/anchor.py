@@ -22,7 +22,7 @@ from dit_sparse.types import AttentionPlan, Previous, Scope, Site, TokenGrid, To
 
 @dataclass(frozen=True)
 class AnchorAttention:
-    """Stripes of keys whose logit is within `theta` of an anchor (section 3, algorithms 1 and 2).
+    """Stripes of keys whose logit is within `theta` of an anchor.
 
     The anchor of a block of queries is the largest logit of its mean query in blocks that are always kept: the first
     `sink` ones and its own segment. A key is wanted if its logit is at least the anchor less `theta`. Within segments,
@@ -50,7 +50,7 @@ class AnchorAttention:
 
     name: ClassVar[str] = "anchor"
     version: ClassVar[int] = 1
-    paper: ClassVar[str] = "AnchorAttention (arXiv 2505.23520), algorithms 1 and 2"
+    paper: ClassVar[str] = "AnchorAttention (arXiv 2505.23520), anchors and stripes"
     described: ClassVar[Description] = Description(
         order="queries raster, keys sorted in segments by how many query blocks want them",
         score="largest mean q . k of a block, less that in the sink and the own segment",

@@ -41,7 +41,7 @@ class Dhsa:
 
     name: ClassVar[str] = "dhsa"
     version: ClassVar[int] = 1
-    paper: ClassVar[str] = "DHSA (arXiv 2510.24606), section 3"
+    paper: ClassVar[str] = "DHSA (arXiv 2510.24606), chunk similarity"
     described: ClassVar[Description] = Description(
         order="3-D tiles, one tile a chunk",
         score="product of means times the roots of both sizes",

@@ -28,7 +28,7 @@ from dit_sparse.types import AttentionPlan, Previous, Scope, Site, TokenGrid, To
 
 @dataclass(frozen=True)
 class LServe:
-    """Streaming heads keep the first `sink` blocks and the nearest; the others select pages (sections 3.3 and 3.5).
+    """Streaming heads keep the first `sink` blocks and the nearest; the others select pages.
 
     A page is a block. The largest product that a query could have with a key of a page is bounded by the largest and
     the smallest value of each channel: sum over c of max(q_c min_c, q_c max_c). Bounds are taken on logical pages of
@@ -53,7 +53,7 @@ class LServe:
 
     name: ClassVar[str] = "lserve"
     version: ClassVar[int] = 1
-    paper: ClassVar[str] = "LServe (arXiv 2502.14866), sections 3.3 and 3.5"
+    paper: ClassVar[str] = "LServe (arXiv 2502.14866), streaming heads and hierarchical paging"
     described: ClassVar[Description] = Description(
         order="raster",
         score="sink and nearness, or the bound of mean q on the smallest and largest keys of 16 tokens",

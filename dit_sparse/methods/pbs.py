@@ -22,7 +22,7 @@ from dit_sparse.types import AttentionPlan, Previous, Scope, Site, TokenGrid
 
 @dataclass(frozen=True)
 class PbsAttention:
-    """Within segments, keys are sorted by the mean attention of `rows` queries; then blocks are selected (section 3).
+    """Within segments, keys are sorted by the mean attention of `rows` queries; then blocks are selected.
 
     Queries stay where they are. Blocks are scored by mean query times mean key, or by antidiagonals as in XAttention.
     Attention does not change under a permutation of keys and values, so nothing but the choice of blocks depends on it.
@@ -46,7 +46,7 @@ class PbsAttention:
 
     name: ClassVar[str] = "pbs"
     version: ClassVar[int] = 1
-    paper: ClassVar[str] = "PBS-Attn (arXiv 2510.21270), section 3"
+    paper: ClassVar[str] = "PBS-Attn (arXiv 2510.21270), segmented permutation"
     described: ClassVar[Description] = Description(
         order="queries raster, keys sorted in segments by the mean attention of 64 queries",
         score="mean q . mean k, or antidiagonals",

@@ -29,7 +29,7 @@ from dit_sparse.types import AttentionPlan, Previous, Scope, Site, TokenGrid
 
 @dataclass(frozen=True)
 class ProxyAttention:
-    """Heads in `groups` groups; the mean queries and keys of a group score tokens for all its heads (section 3).
+    """Heads in `groups` groups; the mean queries and keys of a group score tokens for all its heads.
 
     A block is worth the largest logit in it, of every `row_stride`-th query of its row. How many blocks a head needs is
     estimated from `rows` of its own queries: those that reach `threshold` of their attention. `density` is shared out
@@ -55,7 +55,7 @@ class ProxyAttention:
 
     name: ClassVar[str] = "proxy"
     version: ClassVar[int] = 1
-    paper: ClassVar[str] = "ProxyAttn (arXiv 2509.24745), section 3"
+    paper: ClassVar[str] = "ProxyAttn (arXiv 2509.24745), proxy heads and dynamic budgets"
     described: ClassVar[Description] = Description(
         order="raster",
         score="largest logit of the mean head of a group, every fourth query",

@@ -23,7 +23,7 @@ _LARGEST = 7  # of a symmetric 4-bit integer
 
 @dataclass(frozen=True)
 class Sale:
-    """A block is kept if one of its pairs has a large relative attention score (section 3).
+    """A block is kept if one of its pairs has a large relative attention score.
 
     That score is exp(q . k - m), where m is the query's largest logit in the blocks that are always kept: the first
     `sink` ones and `window` ones around its own. Both are estimated from queries and keys rounded to 4 bits, keys less
@@ -52,7 +52,7 @@ class Sale:
 
     name: ClassVar[str] = "sale"
     version: ClassVar[int] = 1
-    paper: ClassVar[str] = "SALE (arXiv 2505.24179), section 3"
+    paper: ClassVar[str] = "SALE (arXiv 2505.24179), relative attention score"
     described: ClassVar[Description] = Description(
         order="raster",
         score="largest 4-bit logit of a block, less the query's largest in sink and window, every eighth query",

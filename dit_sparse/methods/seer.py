@@ -22,7 +22,7 @@ from dit_sparse.types import AttentionPlan, Previous, Scope, Site, TokenGrid, To
 
 @dataclass(frozen=True)
 class SeerAttention:
-    """A gate a layer projects pooled queries and keys, and the softmax of their products scores blocks (section 3).
+    """A gate a layer projects pooled queries and keys, and the softmax of their products scores blocks.
 
     Queries are pooled by their mean, keys by mean, maximum and minimum; each head has projections of its own. The gate
     is trained to give the largest attention weight of each block (`scripts/train_gate.py`), and read from `weights`.
@@ -43,7 +43,7 @@ class SeerAttention:
 
     name: ClassVar[str] = "seer"
     version: ClassVar[int] = 1
-    paper: ClassVar[str] = "SeerAttention (arXiv 2410.13276), section 3"
+    paper: ClassVar[str] = "SeerAttention (arXiv 2410.13276), AttnGate"
     described: ClassVar[Description] = Description(
         order="raster",
         score="a trained gate on mean q and on mean, largest and smallest k",
