@@ -2,11 +2,13 @@
 
     python scripts/bench_recall.py --out recall.json                       # every method that needs no file
     python scripts/bench_recall.py --methods adaspa,svg --densities 0.25
+    python scripts/bench_recall.py --methods proxy,proxy:groups=3          # a parameter, or more with + between them
     python scripts/bench_recall.py --seer gates.safetensors                # with the gates of scripts/train_gate.py
 
 The model runs dense, and some of its attention calls are kept with their row LSE. Every method plans for each of them,
 as if it were its first plan after the warm-up, and the mass of the kept blocks is summed exactly: the share of the
-attention weights that they hold. Methods whose control is no density are left out. The figure says nothing about speed.
+attention weights that they hold. Methods that can go by a threshold of their own are measured so too; those that take
+no density are left out. The figure says nothing about speed.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import argparse
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ from dit_sparse.eval.floors import RandomBlocks
 from dit_sparse.kernels import block_mass
 from dit_sparse.kernels.reference import mask_rows
 from dit_sparse.methods import METHODS, find_method
-from dit_sparse.methods.parameters import takes_density, with_density
+from dit_sparse.methods.parameters import accepts_density, parse_parameter, read_parameter, with_density
 from dit_sparse.pipelines import observe
 from dit_sparse.types import AttentionPlan, Method, Previous
 
@@ -51,10 +53,10 @@ class Call:
 
 @dataclass(frozen=True)
 class Row:
-    """One method at one density; means over calls and heads, and the worst call and head."""
+    """One method at one density, or by its threshold; means over calls and heads, and the worst call and head."""
 
     method: str
-    density: float
+    density: float | None
     achieved: float
     recall: float
     worst: float
@@ -93,7 +95,7 @@ def recall(plan: AttentionPlan, call: Call) -> Tensor:
     return total / q.shape[2]
 
 
-def measure(method: Method, density: float, calls: Sequence[Call]) -> Row:
+def measure(label: str, method: Method, density: float | None, calls: Sequence[Call]) -> Row:
     """One row: `method` plans for every call."""
     found, densities = [], []
     for call in calls:
@@ -103,32 +105,56 @@ def measure(method: Method, density: float, calls: Sequence[Call]) -> Row:
         densities.append(plan.density.mean())
     recalls = torch.cat([part.flatten() for part in found])
     achieved = float(torch.stack(densities).mean())
-    return Row(method.name, density, achieved, float(recalls.mean()), float(recalls.min()))
+    return Row(label, density, achieved, float(recalls.mean()), float(recalls.min()))
 
 
-def methods_for(names: Sequence[str], seer: str | None) -> list[Method]:
-    """The methods that take a density, with their default parameters otherwise."""
-    made = [SeerAttention(seer) if name == "seer" else find_method(name)() for name in names if seer or name != "seer"]
-    return [method for method in made if takes_density(method)]
+def methods_for(texts: Sequence[str], seer: str | None) -> dict[str, Method]:
+    """The methods that accept a density, by the texts that name them: a name, or name:parameter=value+parameter=value.
+
+    Raises:
+        ValueError: an unknown method or parameter, or a bad value.
+    """
+    made: dict[str, Method] = {}
+    for text in texts:
+        name, _, given = text.partition(":")
+        cls = find_method(name)
+        pairs = [pair.partition("=") for pair in given.split("+") if pair]
+        options = {key: parse_parameter(cls, key, value) for key, _, value in pairs}
+        if cls is SeerAttention:
+            options["weights"] = seer
+        if cls is not SeerAttention or seer is not None:
+            made[text] = cls(**options)
+    return {text: method for text, method in made.items() if accepts_density(method)}
+
+
+def by_threshold(method: Method) -> Method | None:
+    """`method` without a density, if it can do without."""
+    try:
+        read_parameter(type(method), "density", None)
+    except ValueError:
+        return None
+    return replace(method, density=None)  # type: ignore[type-var]
 
 
 def table(rows: Sequence[Row]) -> Table:
     out = Table(title="share of the attention mass in the kept blocks (worst head)")
-    densities = sorted({row.density for row in rows}, reverse=True)
+    densities = sorted({row.density for row in rows if row.density is not None}, reverse=True)
     out.add_column("method")
     for density in densities:
         out.add_column(f"density {density:g}", justify="right")
+    out.add_column("by threshold", justify="right")
     last = densities[-1]
-    ranked = sorted((row for row in rows if row.density == last), key=lambda row: -row.recall)
-    for name in dict.fromkeys(row.method for row in ranked):
-        own = {row.density: row for row in rows if row.method == name}
-        out.add_row(name, *(f"{own[d].recall:.3f} ({own[d].worst:.3f})" for d in densities))
+    for first in sorted((row for row in rows if row.density == last), key=lambda row: -row.recall):
+        own = {row.density: row for row in rows if row.method == first.method}
+        cells = [f"{own[d].recall:.3f} ({own[d].worst:.3f})" for d in densities]
+        free = own.get(None)
+        out.add_row(first.method, *cells, f"{free.recall:.3f} at {free.achieved:.3f}" if free else "")
     return out
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--methods", default=",".join(METHODS), help="names, by default all")
+    parser.add_argument("--methods", default=",".join(METHODS), help="by default all, with their defaults")
     parser.add_argument("--densities", default="0.5,0.25,0.125")
     parser.add_argument("--seer", help="gates for seer, which is left out without")
     parser.add_argument("--steps", type=int, default=demo_defaults["num_inference_steps"], help="denoising steps")
@@ -138,17 +164,22 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_grad_enabled(False)
     calls = capture(options.steps, [float(share) for share in options.shares.split(",")], options.layers)
+    methods = methods_for(options.methods.split(","), options.seer)
     rows, worse = [], []
     for density in (float(text) for text in options.densities.split(",")):
-        floor = measure(RandomBlocks(density), density, calls)
-        rows.append(Row(RANDOM, density, floor.achieved, floor.recall, floor.worst))
-        for method in methods_for(options.methods.split(","), options.seer):
-            row = measure(with_density(method, density), density, calls)
+        floor = measure(RANDOM, RandomBlocks(density), density, calls)
+        rows.append(floor)
+        for label, method in methods.items():
+            row = measure(label, with_density(method, density), density, calls)
             rows.append(row)
             if row.recall < floor.recall:
-                worse.append(f"{row.method} at {density:g} recalls less than random blocks")
+                worse.append(f"{label} at {density:g} recalls less than random blocks")
             if not math.isclose(row.achieved, density, rel_tol=0.1):
-                worse.append(f"{row.method} at {density:g} keeps {row.achieved:.3f}")
+                worse.append(f"{label} at {density:g} keeps {row.achieved:.3f}")
+    for label, method in methods.items():
+        free = by_threshold(method)
+        if free is not None:
+            rows.append(measure(label, free, None, calls))
     console = Console(width=100)
     console.print(table(rows))
     for line in worse:

@@ -8,7 +8,9 @@ from torch import Tensor
 
 from dit_sparse.types import TokenOrder
 
+# A CPU's caches like few rows at a time; a GPU likes few launches.
 _CHUNK_SCORES = 1 << 20
+_CHUNK_SCORES_GPU = 1 << 27
 
 
 def block_tokens(order: TokenOrder, stride: int = 1) -> Tensor:
@@ -104,7 +106,8 @@ def peak_logits(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     rows = block_tokens(q_order, stride)
     out = torch.empty(*q.shape[:2], len(rows), kv_order.num_blocks, device=q.device)
-    step = max(1, _CHUNK_SCORES // (rows.shape[1] * k.shape[2]))
+    scores = _CHUNK_SCORES if q.device.type == "cpu" else _CHUNK_SCORES_GPU
+    step = max(1, scores // (rows.shape[1] * k.shape[2]))
     for b in range(q.shape[0]):
         for h in range(q.shape[1]):
             keys = k[b, h].float().t()

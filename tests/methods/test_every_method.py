@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from dit_sparse import Site, TokenGrid, sparse_attention
 from dit_sparse.methods import METHODS, find_method
 from dit_sparse.methods.gate_file import Gate, write_gates
-from dit_sparse.methods.parameters import takes_density, with_density
+from dit_sparse.methods.parameters import accepts_density, with_density
 from dit_sparse.types import Method
 
 HEADS, DIM = 3, 16
@@ -24,7 +24,7 @@ GRIDS = [
     TokenGrid(1, 9, 13, 17, True),
     TokenGrid(4, 8, 8, 3),
 ]
-WITH_DENSITY = [name for name, cls in METHODS.items() if takes_density(cls())]
+WITH_DENSITY = [name for name, cls in METHODS.items() if accepts_density(cls())]
 SMALL = {"block": 16, "segment": 32, "tile": (1, 4, 4)}
 
 
