@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dit_sparse.masks import mask_rows, masked_errors, probe_rows, spread_ties
-from dit_sparse.reorder import axis_order, choose_order, raster_order
+from dit_sparse.masks import mask_rows, masked_errors, probe_rows
+from dit_sparse.reorder import axis_order
 from dit_sparse.types import TokenGrid
 
 GRID = TokenGrid(2, 4, 4, text_len=5, text_first=True)
@@ -53,32 +53,3 @@ def test_errors_are_those_of_single_queries() -> None:
                     part = logits.masked_fill(~masks[s, place], -torch.inf).softmax(0) - logits.softmax(0)
                     error += float((part @ v[b, h].double()).square().mean()) / 5
                 assert float(got[s, b, h]) == pytest.approx(error, rel=1e-4)
-
-
-def test_ties_are_spread_over_the_rows() -> None:
-    scores = torch.randint(0, 3, (50, 4)).float()
-    spread = spread_ties(scores)
-    assert spread[scores == 2].min() > spread[scores == 1].max()
-    assert spread.min() >= 0
-    best = torch.zeros(50, 1)
-    chosen = spread_ties(best)[:, 0].argsort(descending=True)[:10].sort().values
-    assert chosen.diff().max() <= 9, "a fifth of the rows, none far from the next"
-
-
-def test_each_head_has_the_order_it_chose() -> None:
-    orders = raster_order(GRID, 4), axis_order(GRID, "HWF", 4)
-    choice = torch.tensor([[0, 1, 1], [1, 0, 1]])
-    got = choose_order(orders, choice)
-    for b in range(2):
-        for h in range(3):
-            want = orders[int(choice[b, h])]
-            assert torch.equal(got.index[b, h], want.index[0, 0])
-            assert torch.equal(got.inverse[b, h], want.inverse[0, 0])
-    assert got.geometry == orders[0].geometry
-    x = torch.randn(2, 3, 37, 2)
-    assert torch.equal(got.restore(got.permute(x)), x)
-
-
-def test_orders_of_single_heads_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"orders must be at least one, each \[1, 1, N\]"):
-        choose_order([], torch.zeros(1, 1, dtype=torch.int64))
