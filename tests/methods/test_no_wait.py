@@ -98,23 +98,22 @@ def test_the_second_search_on_a_grid_reads_nothing_back(text: int, row_stride: i
     assert torch.equal(got.block_mask.kept_blocks, want.block_mask.kept_blocks)
 
 
-@pytest.mark.parametrize(
-    "method",
-    [
-        MInference(0.4, block=16),
-        PbsAttention(0.4, block=16, segment=32),
-        PbsAttention(None, block=16, segment=32),
-        ProxyAttention(0.4, block=16),
-        ProxyAttention(None, block=16),
-        AnchorAttention(0.4, block=16, segment=32),
-        AnchorAttention(None, block=16, segment=32),
-        LServe(0.4, block=16),
-        Dhsa(0.4, tile=(1, 4, 4)),
-        Sale(0.4, block=16),
-        Sale(None, block=16),
-    ],
-    ids=str,
-)
+LANGUAGE_MODEL_METHODS = [
+    MInference(0.4, block=16),
+    PbsAttention(0.4, block=16, segment=32),
+    PbsAttention(None, block=16, segment=32),
+    ProxyAttention(0.4, block=16),
+    ProxyAttention(None, block=16),
+    AnchorAttention(0.4, block=16, segment=32),
+    AnchorAttention(None, block=16, segment=32),
+    LServe(0.4, block=16),
+    Dhsa(0.4, tile=(1, 4, 4)),
+    Sale(0.4, block=16),
+    Sale(None, block=16),
+]
+
+
+@pytest.mark.parametrize("method", LANGUAGE_MODEL_METHODS, ids=str)
 @pytest.mark.parametrize("text", [0, 5])
 def test_the_second_plan_on_a_grid_reads_nothing_back(method: Method, text: int) -> None:
     torch.manual_seed(0)
@@ -156,6 +155,23 @@ def test_on_a_gpu_the_second_search_never_waits(row_stride: int) -> None:
     site = Site(TokenGrid(5, 16, 20, text_len=70))
     q, k = torch.randn(2, 1, 4, site.grid.num_tokens, 128, device="cuda", dtype=torch.bfloat16)
     method = AdaSpa(density=0.3, row_stride=row_stride)
+    want = method.plan(q, k, k, site, None)
+    torch.cuda.synchronize()
+    before = torch.cuda.get_sync_debug_mode()
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        got = method.plan(q, k, k, site, None)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    assert torch.equal(got.block_mask.kept_blocks, want.block_mask.kept_blocks)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("method", LANGUAGE_MODEL_METHODS, ids=str)
+def test_on_a_gpu_no_second_plan_waits(method: Method) -> None:
+    site = Site(TokenGrid(5, 16, 20, text_len=70))
+    q, k = torch.randn(2, 2, 4, site.grid.num_tokens, 128, device="cuda", dtype=torch.bfloat16)
     want = method.plan(q, k, k, site, None)
     torch.cuda.synchronize()
     before = torch.cuda.get_sync_debug_mode()
