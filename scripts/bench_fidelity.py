@@ -304,7 +304,8 @@ def prompts_of(text: str, known: Sequence[str]) -> Sequence[str]:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    every = ",".join(name for name in METHODS if name != "dense")
+    # seer cannot run without gates, and there are none to begin with.
+    every = ",".join(name for name in METHODS if name not in ("dense", "seer"))
     parser.add_argument("--methods", default=every, help=f"names with commas between them; by default {every}")
     parser.add_argument(
         "--also", nargs="+", default=[], metavar="JSON", help='more settings: {"method": "neighborhood", "window": 8}'

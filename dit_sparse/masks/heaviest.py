@@ -53,6 +53,31 @@ def spread_ties(scores: Tensor) -> Tensor:
     return (ranks + fraction[:, None] / 2).float()
 
 
+def best_blocks(mass: Tensor, density: float, offsets: Tensor, grid: TokenGrid) -> Tensor:
+    """The blocks of largest mass a query-key pair, of all heads together, up to `density` of the pairs of all heads.
+
+    No other blocks hold more mass for as many pairs, save for what is left of the budget: less than a block.
+
+    Args:
+        mass: `[B, H, M, M]` float32 block masses.
+        density: share of the query-key pairs, text included, as a mean over heads.
+        offsets: `[1, 1, M+1]` int32 bounds of the blocks.
+        grid: the layout of the sequence.
+
+    Returns:
+        `[B, H, M, M]` bool.
+    """
+    forced = forced_blocks(mass, offsets, grid)
+    area = block_areas(offsets).expand_as(mass)
+    budget = density * mass.shape[1] * grid.num_tokens**2 - (area * forced).sum((-1, -2, -3))
+    # An empty block has no mass, and no pair to divide by.
+    worth = (mass / area.clamp(min=1)).masked_fill(forced, -1).flatten(1)
+    ranked = worth.argsort(dim=-1, descending=True, stable=True)
+    spent = (area * ~forced).flatten(1).gather(-1, ranked).cumsum(-1)
+    within = spent <= budget[..., None]
+    return torch.zeros_like(within).scatter_(-1, ranked, within).view_as(forced) | forced
+
+
 def blocks_above(mass: Tensor, threshold: float, offsets: Tensor, grid: TokenGrid) -> Tensor:
     """The blocks of at least `threshold` mass, `[1, H, M, M]` bool; arguments as in `heaviest_blocks`."""
     return (mass >= threshold) | forced_blocks(mass, offsets, grid)

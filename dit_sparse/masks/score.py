@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dit_sparse.kernels import pooled_blocks
-from dit_sparse.types import TokenOrder
+from dit_sparse.masks.select import text_blocks
+from dit_sparse.types import TokenGrid, TokenOrder
 
 _CHUNK_SCORES = 1 << 22
 
@@ -109,3 +110,31 @@ def _samples(order: TokenOrder, samples: int) -> tuple[Tensor, Tensor]:
     within = (2 * place + 1) * sizes // (2 * samples)
     is_new = F.pad(within.diff(dim=-1) > 0, (1, 0), value=True) & (sizes > 0)
     return (order.offsets[0, 0, :-1, None].long() + within).clamp(max=order.num_tokens - 1), is_new
+
+
+@torch.no_grad()
+def sampled_weights(q: Tensor, k: Tensor, rows: Tensor, scale: float | None = None) -> Tensor:
+    """Attention weights of a few queries, `[B, H, R, N]` float32, each row summing to 1.
+
+    Args:
+        q, k: `[B, H, N, D]`.
+        rows: `[R]` int64 positions of the queries.
+        scale: of the logits; `D ** -0.5` by default.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return ((q.index_select(2, rows).float() * scale) @ k.float().transpose(-1, -2)).softmax(-1)
+
+
+def sink_and_nearness(order: TokenOrder, grid: TokenGrid, sink: int) -> Tensor:
+    """Static scores `[1, 1, M, M]` float32: the first `sink` video blocks above all, then blocks by nearness.
+
+    Args:
+        order: an order whose blocks all heads share.
+        grid: the layout of the sequence.
+        sink: blocks; 0 for none.
+    """
+    number = torch.arange(order.num_blocks, device=order.offsets.device)
+    is_video = ~text_blocks(grid, order.offsets)[0, 0]
+    is_sink = is_video & (is_video.cumsum(0) <= sink)
+    nearness = order.num_blocks - (number[:, None] - number).abs()
+    return nearness.masked_fill(is_sink, 2 * order.num_blocks)[None, None].float()

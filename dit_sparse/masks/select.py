@@ -96,12 +96,12 @@ def keep_text(kept: Tensor, grid: TokenGrid, q_offsets: Tensor, k_offsets: Tenso
     Returns:
         `[B|1, H|1, Mq, Mk]` bool, a new tensor.
     """
-    return kept | _is_text(grid, q_offsets)[..., :, None] | _is_text(grid, k_offsets)[..., None, :]
+    return kept | text_blocks(grid, q_offsets)[..., :, None] | text_blocks(grid, k_offsets)[..., None, :]
 
 
 def without_text(scores: Tensor, grid: TokenGrid, k_offsets: Tensor) -> Tensor:
     """`scores` `[B, H, Mq, Mk]` with 0 for key blocks of text, which are kept anyhow and take no share."""
-    return scores.masked_fill(_is_text(grid, k_offsets)[..., None, :], 0.0)
+    return scores.masked_fill(text_blocks(grid, k_offsets)[..., None, :], 0.0)
 
 
 def among_text(video: Tensor, grid: TokenGrid, blocks: int, fill: bool | float = 0) -> Tensor:
@@ -156,6 +156,45 @@ def select_density(
     return Ranking(scores, q_order, kv_order, grid).select(density)
 
 
+def blocks_a_row(grid: TokenGrid, density: float, blocks: int) -> int:
+    """How many of `blocks` even video blocks a row keeps at `density` of all pairs, all text kept; at least 1."""
+    dropped = (1 - density) * grid.num_tokens**2 / grid.video_len**2
+    return max(1, round((1 - dropped) * blocks))
+
+
+def blocks_for_share(scores: Tensor, p: float) -> Tensor:
+    """How many of a row's best blocks reach the share `p` of its sum, `[B, H, Mq]` int64, at least 1.
+
+    Args:
+        scores: `[B, H, Mq, Mk]`, not negative.
+        p: the share in (0, 1].
+
+    Raises:
+        ValueError: `p` outside (0, 1].
+    """
+    _check_share("p", p)
+    sums = scores.double().sort(dim=-1, descending=True).values.cumsum(-1)
+    return (sums < p * sums[..., -1:]).sum(-1).clamp(max=scores.shape[-1] - 1) + 1
+
+
+def share_out(needs: Tensor, density: float) -> Tensor:
+    """Densities `[B, H]` float64 in proportion to the heads' `needs`, with mean `density` and none above 1.
+
+    Args:
+        needs: `[B, H]`, above 0.
+        density: their mean, in (0, 1].
+    """
+    needs = needs.double()
+    result = torch.zeros_like(needs)
+    # What a full head cannot take goes to the others; every round that is not the last fills at least one.
+    for _ in range(needs.shape[1]):
+        full = result >= 1
+        left = density * needs.shape[1] - full.sum(1, keepdim=True)
+        factor = left / needs.masked_fill(full, 0).sum(1, keepdim=True).clamp(min=1e-12)
+        result = (needs * factor).masked_fill(full, 1).clamp_max(1)
+    return result
+
+
 class Ranking:
     """The blocks of one call in the order of their scores, from which selections of any density are made.
 
@@ -170,7 +209,7 @@ class Ranking:
         self._orders = q_order, kv_order
         self._grid = grid
         # Text blocks rank last.
-        self._scores = scores.masked_fill(_is_text(grid, kv_order.offsets)[..., None, :], float("-inf"))
+        self._scores = scores.masked_fill(text_blocks(grid, kv_order.offsets)[..., None, :], float("-inf"))
 
     def blocks(self, density: float | Tensor) -> Tensor:
         """What `density_to_blocks` returns; `density` itself is not checked."""
@@ -261,12 +300,12 @@ def _check_share(name: str, share: float | Tensor) -> None:
         raise ValueError(f"{name} must be above 0 and at most 1, got {share}: 0.25 keeps a quarter")
 
 
-def _is_text(grid: TokenGrid, offsets: Tensor) -> Tensor:
-    """`[B|1, H|1, M]` bool: blocks that hold text tokens."""
+def text_blocks(grid: TokenGrid, offsets: Tensor) -> Tensor:
+    """`[B|1, H|1, M]` bool: which of the blocks that `offsets` `[B|1, H|1, M+1]` bound hold text tokens."""
     start, end = offsets[..., :-1], offsets[..., 1:]
     return (start < grid.text_start + grid.text_len) & (end > grid.text_start) & (start < end)
 
 
 def _video_sizes(grid: TokenGrid, offsets: Tensor) -> Tensor:
     """`[B|1, H|1, M]` float64 tokens a block, 0 for text blocks."""
-    return offsets.diff(dim=-1).double().masked_fill(_is_text(grid, offsets), 0.0)
+    return offsets.diff(dim=-1).double().masked_fill(text_blocks(grid, offsets), 0.0)

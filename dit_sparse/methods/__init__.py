@@ -3,40 +3,61 @@
 from __future__ import annotations
 
 from dit_sparse.methods.adaspa import AdaSpa
+from dit_sparse.methods.anchor import AnchorAttention
+from dit_sparse.methods.bigbird import BigBird
 from dit_sparse.methods.blade import Blade
 from dit_sparse.methods.dense import Dense
+from dit_sparse.methods.dhsa import Dhsa
 from dit_sparse.methods.draft import DraftAttention
+from dit_sparse.methods.lserve import LServe
+from dit_sparse.methods.minference import MInference
 from dit_sparse.methods.neighborhood import Neighborhood
+from dit_sparse.methods.oracle import Oracle
 from dit_sparse.methods.parameters import Parameter, nearest, parameters, parse_parameter, read_parameter
 from dit_sparse.methods.paro import Paro
+from dit_sparse.methods.pbs import PbsAttention
 from dit_sparse.methods.plugins import load_plugins
+from dit_sparse.methods.proxy import ProxyAttention
 from dit_sparse.methods.radial import RadialAttention
+from dit_sparse.methods.sale import Sale
+from dit_sparse.methods.seer import SeerAttention
 from dit_sparse.methods.sparge import SpargeAttention
 from dit_sparse.methods.sta import SlidingTile
+from dit_sparse.methods.strided import Strided
 from dit_sparse.methods.svg import SparseVideoGen
 from dit_sparse.methods.svg2 import SparseVideoGen2
 from dit_sparse.methods.vmoba import VMoBA
 from dit_sparse.methods.xattention import XAttention
 from dit_sparse.types import Method
 
-METHODS: dict[str, type[Method]] = {
-    cls.name: cls
-    for cls in (
-        Dense,
-        Neighborhood,
-        AdaSpa,
-        Paro,
-        SparseVideoGen,
-        SparseVideoGen2,
-        RadialAttention,
-        SlidingTile,
-        XAttention,
-        DraftAttention,
-        SpargeAttention,
-        VMoBA,
-        Blade,
-    )
-}
+_OWN: tuple[type[Method], ...] = (
+    Dense,
+    Neighborhood,
+    AdaSpa,
+    Paro,
+    SparseVideoGen,
+    SparseVideoGen2,
+    RadialAttention,
+    SlidingTile,
+    XAttention,
+    DraftAttention,
+    SpargeAttention,
+    VMoBA,
+    Blade,
+    MInference,
+    PbsAttention,
+    ProxyAttention,
+    AnchorAttention,
+    LServe,
+    Dhsa,
+    Sale,
+    SeerAttention,
+    BigBird,
+    Strided,
+    Oracle,
+)
+
+METHODS: dict[str, type[Method]] = {cls.name: cls for cls in _OWN}
 """The library's own methods by name; `all_methods` has those of other packages too."""
 
 
@@ -64,17 +85,28 @@ def find_method(name: str) -> type[Method]:
 __all__ = [
     "METHODS",
     "AdaSpa",
+    "AnchorAttention",
+    "BigBird",
     "Blade",
     "Dense",
+    "Dhsa",
     "DraftAttention",
+    "LServe",
+    "MInference",
     "Neighborhood",
+    "Oracle",
     "Parameter",
     "Paro",
+    "PbsAttention",
+    "ProxyAttention",
     "RadialAttention",
+    "Sale",
+    "SeerAttention",
     "SlidingTile",
     "SpargeAttention",
     "SparseVideoGen",
     "SparseVideoGen2",
+    "Strided",
     "VMoBA",
     "XAttention",
     "all_methods",

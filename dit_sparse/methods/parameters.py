@@ -64,6 +64,11 @@ def takes_density(method: Method) -> bool:
     return getattr(method, "takes_density", any(f.name == "density" for f in _fields(type(method))))
 
 
+def accepts_density(method: Method) -> bool:
+    """Whether `with_density` gives a method that its density controls; it may have none to begin with."""
+    return any(f.name == "density" for f in _fields(type(method))) and takes_density(with_density(method, 1.0))
+
+
 def with_density(method: Method, density: float) -> Method:
     """`method` with another `density`."""
     return replace(method, density=density)  # type: ignore[type-var]

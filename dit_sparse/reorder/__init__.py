@@ -6,6 +6,7 @@ from dit_sparse.reorder.clusters import cluster_order, kmeans, spread_tokens
 from dit_sparse.reorder.curve import curve_order
 from dit_sparse.reorder.grid import grid_order, raster_order
 from dit_sparse.reorder.once import axes_once, curve_once, raster_once, tiles_once
+from dit_sparse.reorder.segments import sort_in_segments
 from dit_sparse.reorder.tiles import tile_order
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "kmeans",
     "raster_once",
     "raster_order",
+    "sort_in_segments",
     "spread_tokens",
     "tile_order",
     "tiles_once",

@@ -21,7 +21,7 @@ from dit_sparse import AdaSpa, Neighborhood, Paro, load_pipeline, sparsify
 from dit_sparse.demo import demo_model_path
 from dit_sparse.eval import compare
 
-SMALL = ["--quick", "--size", "5x32x48", "--device", "cpu"]
+SMALL = ["--quick", "--size", "5x32x48", "--device", "cpu", "--methods", "neighborhood,adaspa,paro"]
 PROMPT = "A large red cross moving left in front of a navy background."
 FLOORS = ["another seed", "dense, torch's math kernel", "dense, ours", "random blocks 0.25"]
 

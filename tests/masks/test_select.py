@@ -10,9 +10,12 @@ from hypothesis import strategies as st
 from dit_sparse.masks import (
     Ranking,
     among_text,
+    blocks_a_row,
+    blocks_for_share,
     density_to_blocks,
     keep_text,
     select_density,
+    share_out,
     threshold,
     top_k,
     top_p,
@@ -279,3 +282,32 @@ def test_a_map_of_the_video_lies_among_text(first: bool) -> None:
     inside = slice(2, 4) if first else slice(0, 2)
     want[inside, inside] = 1
     assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("text", [0, 7])
+@pytest.mark.parametrize("density", [0.05, 0.3, 0.7, 1.0])
+def test_blocks_a_row(text: int, density: float) -> None:
+    """The number that `density_to_blocks` finds for even blocks."""
+    grid = TokenGrid(2, 4, 8, text)
+    order = raster_order(grid, 8)
+    scores = torch.rand(1, 1, order.num_blocks, order.num_blocks)
+    assert blocks_a_row(grid, density, 8) == int(density_to_blocks(scores, density, order, order, grid))
+
+
+@pytest.mark.parametrize("p", [0.1, 0.45, 0.85, 1.0])
+def test_blocks_for_share(p: float) -> None:
+    scores = torch.tensor([0.5, 0.1, 0.25, 0.15, 0.0]).expand(1, 1, 2, 5)
+    want = {0.1: 1, 0.45: 1, 0.85: 3, 1.0: 4}[p]
+    assert blocks_for_share(scores, p).tolist() == [[[want, want]]]
+    assert blocks_for_share(torch.zeros(1, 1, 1, 3), p).tolist() == [[[1]]]
+
+
+@pytest.mark.parametrize("density", [0.1, 0.5, 0.9, 1.0])
+def test_shares_have_the_mean_and_none_exceeds_one(density: float) -> None:
+    needs = torch.tensor([[0.9, 0.3, 0.05, 0.02], [0.1, 0.1, 0.1, 0.1]])
+    shares = share_out(needs, density)
+    assert shares.mean(1).tolist() == pytest.approx([density, density])
+    assert shares.max() <= 1
+    free = shares[0] < 1
+    ratio = shares[0][free] / needs[0][free]
+    assert ratio.tolist() == pytest.approx([float(ratio[0])] * len(ratio)) if len(ratio) else density == 1

@@ -1,4 +1,4 @@
-"""After its first call on a grid, AdaSpa plans without waiting for the device."""
+"""After their first call on a grid, methods plan without waiting for the device."""
 
 from __future__ import annotations
 
@@ -10,12 +10,25 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from dit_sparse import AdaSpa, Site, TokenGrid
+from dit_sparse import (
+    AdaSpa,
+    AnchorAttention,
+    Dhsa,
+    LServe,
+    MInference,
+    PbsAttention,
+    ProxyAttention,
+    Sale,
+    SeerAttention,
+    Site,
+    TokenGrid,
+)
 from dit_sparse.block_mask import BlockMask
 from dit_sparse.kernels import block_mass, triton_mass
 from dit_sparse.masks import select_density, top_k, top_p
+from dit_sparse.methods.gate_file import Gate, write_gates
 from dit_sparse.reorder import raster_order
-from dit_sparse.types import AttentionPlan, Previous
+from dit_sparse.types import AttentionPlan, Method, Previous
 from tests.kernels.test_block_mass import needs_gpu, needs_interpreter
 
 # Operators whose answer, or the shape of whose answer, must come back from the device.
@@ -85,6 +98,43 @@ def test_the_second_search_on_a_grid_reads_nothing_back(text: int, row_stride: i
     assert torch.equal(got.block_mask.kept_blocks, want.block_mask.kept_blocks)
 
 
+LANGUAGE_MODEL_METHODS = [
+    MInference(0.4, block=16),
+    PbsAttention(0.4, block=16, segment=32),
+    PbsAttention(None, block=16, segment=32),
+    ProxyAttention(0.4, block=16),
+    ProxyAttention(None, block=16),
+    AnchorAttention(0.4, block=16, segment=32),
+    AnchorAttention(None, block=16, segment=32),
+    LServe(0.4, block=16),
+    Dhsa(0.4, tile=(1, 4, 4)),
+    Sale(0.4, block=16),
+    Sale(None, block=16),
+]
+
+
+@pytest.mark.parametrize("method", LANGUAGE_MODEL_METHODS, ids=str)
+@pytest.mark.parametrize("text", [0, 5])
+def test_the_second_plan_on_a_grid_reads_nothing_back(method: Method, text: int) -> None:
+    torch.manual_seed(0)
+    site = Site(TokenGrid(2, 5, 7, text_len=text))
+    q, k = torch.randn(2, 2, 4, site.grid.num_tokens, 16)
+    want = method.plan(q, k, k, site, None)
+    with NoWaiting():
+        got = method.plan(q, k, k, site, None)
+    assert torch.equal(got.block_mask.kept_blocks, want.block_mask.kept_blocks)
+    assert torch.equal(got.kv_order.index, want.kv_order.index)
+
+
+def test_a_gate_reads_nothing_back(tmp_path) -> None:
+    path, site = str(tmp_path / "gates.safetensors"), Site(TokenGrid(2, 5, 7, text_len=5))
+    write_gates(path, {("transformer", 0): Gate(torch.randn(4, 16, 8), torch.randn(4, 48, 8))}, 16)
+    method, q = SeerAttention(path, 0.4), torch.randn(1, 4, site.grid.num_tokens, 16)
+    method.plan(q, q, q, site, None)
+    with NoWaiting():
+        method.plan(q, q, q, site, None)
+
+
 def test_selections_and_masks_read_nothing_back() -> None:
     grid = TokenGrid(2, 5, 7, text_len=5)
     order = raster_order(grid, 16)
@@ -105,6 +155,23 @@ def test_on_a_gpu_the_second_search_never_waits(row_stride: int) -> None:
     site = Site(TokenGrid(5, 16, 20, text_len=70))
     q, k = torch.randn(2, 1, 4, site.grid.num_tokens, 128, device="cuda", dtype=torch.bfloat16)
     method = AdaSpa(density=0.3, row_stride=row_stride)
+    want = method.plan(q, k, k, site, None)
+    torch.cuda.synchronize()
+    before = torch.cuda.get_sync_debug_mode()
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        got = method.plan(q, k, k, site, None)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    assert torch.equal(got.block_mask.kept_blocks, want.block_mask.kept_blocks)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("method", LANGUAGE_MODEL_METHODS, ids=str)
+def test_on_a_gpu_no_second_plan_waits(method: Method) -> None:
+    site = Site(TokenGrid(5, 16, 20, text_len=70))
+    q, k = torch.randn(2, 2, 4, site.grid.num_tokens, 128, device="cuda", dtype=torch.bfloat16)
     want = method.plan(q, k, k, site, None)
     torch.cuda.synchronize()
     before = torch.cuda.get_sync_debug_mode()

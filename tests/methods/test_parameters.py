@@ -6,8 +6,18 @@ import math
 
 import pytest
 
-from dit_sparse.methods import METHODS, AdaSpa, Neighborhood, Paro, find_method, parameters, parse_parameter
-from dit_sparse.methods.parameters import check_share
+from dit_sparse.methods import (
+    METHODS,
+    AdaSpa,
+    Dense,
+    Neighborhood,
+    Paro,
+    PbsAttention,
+    find_method,
+    parameters,
+    parse_parameter,
+)
+from dit_sparse.methods.parameters import accepts_density, check_share
 
 
 @pytest.mark.parametrize(
@@ -55,3 +65,9 @@ def test_an_unknown_method_names_the_nearest() -> None:
 def test_every_parameter_has_a_help_text() -> None:
     for cls in METHODS.values():
         assert all(parameter.help for parameter in parameters(cls)), cls
+
+
+def test_which_methods_accept_a_density() -> None:
+    accept = AdaSpa(), PbsAttention(), PbsAttention(density=None), Neighborhood(density=0.3)
+    assert all(accepts_density(method) for method in accept)
+    assert not any(accepts_density(method) for method in (Dense(), Neighborhood(window=(1, 3, 3))))

@@ -11,10 +11,23 @@ import torch.nn.functional as F
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from dit_sparse import AdaSpa, Dense, Neighborhood, Paro, Schedule, save_plan, sparsify, statistics, unsparsify
+from dit_sparse import (
+    AdaSpa,
+    Dense,
+    Neighborhood,
+    Paro,
+    Schedule,
+    SeerAttention,
+    Site,
+    save_plan,
+    sparsify,
+    statistics,
+    unsparsify,
+)
 from dit_sparse.methods import METHODS as REGISTERED
+from dit_sparse.methods.gate_file import Gate, write_gates
+from dit_sparse.pipelines import observe, session_of, token_grid
 from dit_sparse.pipelines import session as session_module
-from dit_sparse.pipelines import session_of, token_grid
 from dit_sparse.pipelines.families import FAMILIES as ADAPTERS
 from dit_sparse.pipelines.families import adapter_for
 from tests.pipelines.families import METHODS, Family
@@ -66,7 +79,28 @@ def _is_data(name: str, x: Any) -> bool:
 
 
 def test_every_registered_method_is_tested_here() -> None:
-    assert {method.name for method in METHODS} == set(REGISTERED) - {"dense"}
+    assert {method.name for method in METHODS} == set(REGISTERED) - {"dense", "seer"}
+
+
+def test_gates_serve_every_family(pipe, family, tmp_path) -> None:
+    """SeerAttention needs weights of the model's own shape."""
+    shapes: dict[tuple[str, int], Gate] = {}
+    generator = torch.Generator().manual_seed(0)
+
+    def shape_gates(site: Site, q: Tensor, *_: Tensor) -> None:
+        sizes = [(q.shape[1], n * q.shape[-1], 8) for n in (1, 3)]
+        shapes[site.model, site.layer] = Gate(*(torch.randn(size, generator=generator) for size in sizes))
+
+    with observe(pipe, shape_gates):
+        dense = family.run(pipe)
+    with pytest.raises(ValueError, match="weights must be a file of gates"):
+        family.run(sparsify(pipe, SeerAttention()))
+    write_gates(tmp_path / "gates.safetensors", shapes, 16)
+    method = SeerAttention(str(tmp_path / "gates.safetensors"), density=0.5)
+    got = family.run(sparsify(pipe, method))
+    assert 0.3 < statistics(pipe).sparse_density < 0.7
+    assert torch.isfinite(got).all()
+    assert (got - dense).abs().max() > 1e-3 * dense.abs().max()
 
 
 def test_dense_runs_equal_upstreams_bit_for_bit(pipe, family) -> None:

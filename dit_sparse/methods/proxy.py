@@ -1,0 +1,106 @@
+"""ProxyAttn: a few mean heads score the blocks for all heads, and every head has a budget of its own.
+
+Source: Wang et al., "ProxyAttn: Guided Sparse Attention via Representative Heads", arXiv 2509.24745.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from dit_sparse.masks import (
+    Ranking,
+    block_sums,
+    blocks_for_share,
+    peak_logits,
+    probe_rows,
+    sampled_weights,
+    share_out,
+    text_blocks,
+)
+from dit_sparse.methods.description import Description
+from dit_sparse.methods.parameters import check_block, check_count, check_share
+from dit_sparse.reorder import raster_once
+from dit_sparse.types import AttentionPlan, Previous, Scope, Site, TokenGrid
+
+
+@dataclass(frozen=True)
+class ProxyAttention:
+    """Heads in `groups` groups; the mean queries and keys of a group score tokens for all its heads.
+
+    A block is worth the largest logit in it, of every `row_stride`-th query of its row. How many blocks a head needs is
+    estimated from `rows` of its own queries: those that reach `threshold` of their attention. `density` is shared out
+    between the heads in proportion.
+
+    Differs from the paper: not causal; the queries that set the budgets are spread over the video instead of the last
+    block; the budgets are scaled to meet `density`, and are the estimate itself only with `density=None`; neighbouring
+    heads make a group, and there is one by default; text is kept.
+
+    Raises:
+        ValueError: a share outside (0, 1], or a number below 1.
+    """
+
+    density: float | None = field(
+        default=0.25,
+        metadata={"help": "share of query-key pairs computed, text included, a mean over heads; none: by threshold"},
+    )
+    threshold: float = field(default=0.95, metadata={"help": "share of its attention that a head's budget must reach"})
+    groups: int = field(default=1, metadata={"help": "groups of heads; each has one proxy head"})
+    block: int = field(default=64, metadata={"help": "tokens a block"})
+    row_stride: int = field(default=4, metadata={"help": "a proxy head reads every n-th query; 1 reads all"})
+    rows: int = field(default=64, metadata={"help": "queries that set a head's budget"})
+
+    name: ClassVar[str] = "proxy"
+    version: ClassVar[int] = 1
+    paper: ClassVar[str] = "ProxyAttn (arXiv 2509.24745), proxy heads and dynamic budgets"
+    described: ClassVar[Description] = Description(
+        order="raster",
+        score="largest logit of the mean head of a group, every fourth query",
+        selection="equally many a query block, budgets by head from 64 queries, text kept",
+        differs="not causal; budgets scaled to the density; every fourth query",
+    )
+    scope: ClassVar[Scope] = "call"
+    uses_lse: ClassVar[bool] = False
+    refresh: ClassVar[tuple[float, ...]] = (0.4, 0.6, 0.8)
+
+    def __post_init__(self) -> None:
+        for name in ("threshold",) if self.density is None else ("threshold", "density"):
+            check_share(name, getattr(self, name))
+        check_block("block", self.block)
+        for name in ("groups", "row_stride", "rows"):
+            check_count(name, getattr(self, name))
+
+    @property
+    def takes_density(self) -> bool:
+        """Without a density the threshold decides."""
+        return self.density is not None
+
+    def check(self, grid: TokenGrid) -> None:
+        """Fits every grid."""
+
+    def shared_order(self, grid: TokenGrid, device: torch.device) -> None:
+        """None: blocks are cut from the sequence as it is."""
+
+    def plan(self, q: Tensor, k: Tensor, v: Tensor, site: Site, previous: Previous | None) -> AttentionPlan:
+        """Plan for `q, k` `[B, H, N, D]`."""
+        grid, order = site.grid, raster_once(site.grid, self.block, q.device)
+        heads = q.shape[1]
+        groups = torch.arange(heads, device=q.device) * min(self.groups, heads) // heads
+        proxy_q, proxy_k = (_group_means(x, groups, min(self.groups, heads)) for x in (q, k))
+        scores = peak_logits(proxy_q, proxy_k, order, order, stride=self.row_stride).index_select(1, groups)
+        mass = block_sums(sampled_weights(q, k, probe_rows(grid, self.rows, q.device)), order.offsets)
+        is_text = text_blocks(grid, order.offsets)[0, 0]
+        needed = blocks_for_share(mass.masked_fill(is_text, 0), self.threshold).double().mean(-1) / (~is_text).sum()
+        video_pairs = grid.video_len**2 / grid.num_tokens**2
+        density = 1 - (1 - needed) * video_pairs if self.density is None else share_out(needed, self.density)
+        return AttentionPlan.from_kept(order, Ranking(scores, order, order, grid).select(density))
+
+
+def _group_means(x: Tensor, groups: Tensor, count: int) -> Tensor:
+    """`[B, G, N, D]` float32 means of the heads of each group."""
+    sums = torch.zeros(x.shape[0], count, *x.shape[2:], device=x.device).index_add_(1, groups, x.float())
+    sizes = torch.zeros(count, device=x.device).index_add_(0, groups, torch.ones_like(groups, dtype=torch.float32))
+    return sums / sizes[:, None, None]
