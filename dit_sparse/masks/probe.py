@@ -54,7 +54,7 @@ def masked_errors(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, masks: Tensor) 
     Returns:
         `[S, B, H]` float32.
 
-    Source: the online profiling of Sparse VideoGen (arXiv 2502.01776), section 4.1.
+    Source: the online profiling of Sparse VideoGen (arXiv 2502.01776).
     """
     queries = q.index_select(2, rows)
     dense = F.scaled_dot_product_attention(queries, k, v)

@@ -27,12 +27,12 @@ Axes = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class SlidingTile:
-    """Every tile of queries sees the tiles of a window around its own, all of them whole (section 3.1).
+    """Every tile of queries sees the tiles of a window around its own, all of them whole.
 
     The window is counted in tiles and moved inwards at the borders, so that it never shrinks. Text sees everything and
     is seen by everything. With a `window`, all heads have it. Without one, each head takes, of up to `candidates`
     windows of about `density`, long in time or wide in space, the one under which the output of `rows` queries differs
-    least from dense attention, once a run (section 3.3, the search of a window for each head).
+    least from dense attention, once a run (the search of a window for each head).
 
     A window is whole tiles, so the density is met as nearly as the grid allows; what was met is in the statistics.
 
@@ -59,7 +59,7 @@ class SlidingTile:
 
     name: ClassVar[str] = "sta"
     version: ClassVar[int] = 1
-    paper: ClassVar[str] = "Sliding Tile Attention (arXiv 2502.04507), section 3"
+    paper: ClassVar[str] = "Sliding Tile Attention (arXiv 2502.04507)"
     described: ClassVar[Description] = Description(
         order="3-D tiles, one tile a block",
         score="none; windows by the error of 64 queries",

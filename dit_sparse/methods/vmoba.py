@@ -28,7 +28,7 @@ Axes = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class VMoBA:
-    """The chunks of largest gate of a head, its own always, until they hold `threshold` of all gates (section 3.2).
+    """The chunks of largest gate of a head, its own always, until they hold `threshold` of all gates.
 
     Layers take turns: chunks of whole frames, chunks of a frame's places through all frames, chunks in space and time.
     The gate of a query and a chunk is the query's product with the mean of the chunk's keys. Gates are brought to
@@ -61,7 +61,7 @@ class VMoBA:
 
     name: ClassVar[str] = "vmoba"
     version: ClassVar[int] = 1
-    paper: ClassVar[str] = "VMoBA (arXiv 2506.23858), section 3.2"
+    paper: ClassVar[str] = "VMoBA (arXiv 2506.23858)"
     described: ClassVar[Description] = Description(
         order="chunks of frames, of places, of both, by turns of the layers",
         score="mean query times the chunk's mean key, from 0 to 1 over a head",
