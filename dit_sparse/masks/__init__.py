@@ -1,6 +1,13 @@
 """Building blocks of masks: block scores, selections, and neighborhoods on the grid and on its tiles."""
 
-from dit_sparse.masks.heaviest import blocks_above, heaviest_blocks, mass_threshold, spread_ties, with_other_text
+from dit_sparse.masks.heaviest import (
+    blocks_above,
+    heaviest_blocks,
+    heaviest_share,
+    mass_threshold,
+    spread_ties,
+    with_other_text,
+)
 from dit_sparse.masks.neighborhood import NeighborhoodPredicate, neighborhood_predicate
 from dit_sparse.masks.order_metrics import best_orders, metrics_by_order, order_metrics
 from dit_sparse.masks.probe import mask_rows, masked_errors, probe_rows
@@ -17,6 +24,7 @@ from dit_sparse.masks.select import (
     without_text,
 )
 from dit_sparse.masks.suggest import Setting, suggest_settings
+from dit_sparse.masks.tile_windows import tile_window, tile_window_density
 from dit_sparse.masks.tiling import TileCost, TileCounts, best_tile, count_tiles, tile_pairs
 
 __all__ = [
@@ -32,6 +40,7 @@ __all__ = [
     "count_tiles",
     "density_to_blocks",
     "heaviest_blocks",
+    "heaviest_share",
     "keep_text",
     "mask_rows",
     "masked_errors",
@@ -48,6 +57,8 @@ __all__ = [
     "suggest_settings",
     "threshold",
     "tile_pairs",
+    "tile_window",
+    "tile_window_density",
     "top_k",
     "top_p",
     "with_other_text",

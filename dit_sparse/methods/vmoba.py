@@ -11,12 +11,10 @@ from itertools import pairwise
 from typing import ClassVar, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dit_sparse.kernels import pooled_blocks
-from dit_sparse.kernels.keep_best import keep_ranks
-from dit_sparse.masks import among_text, heaviest_blocks, keep_text
+from dit_sparse.masks import among_text, heaviest_blocks, heaviest_share, keep_text
 from dit_sparse.masks.neighborhood import per_axis
 from dit_sparse.methods.description import Description
 from dit_sparse.methods.parameters import EVERY_STEP, check_block, check_budget, check_share
@@ -115,29 +113,9 @@ class VMoBA:
             ranked = gates.masked_fill(parts.own, 2.0)[..., parts.chunk_of]
             kept = heaviest_blocks(among_text(ranked, grid, order.num_blocks), self.density, order.offsets, grid)
         else:
-            chosen = largest_gates(gates, parts.own, parts.blocks.diff(), self.threshold)[..., parts.chunk_of]
+            chosen = heaviest_share(gates, parts.own, parts.blocks.diff(), self.threshold)[..., parts.chunk_of]
             kept = keep_text(among_text(chosen, grid, order.num_blocks), grid, order.offsets, order.offsets)
         return AttentionPlan.from_kept(order, kept)
-
-
-def largest_gates(gates: Tensor, own: Tensor, sizes: Tensor, threshold: float) -> Tensor:
-    """The smallest set of largest gates of each head that with `own` makes up `threshold` of all, and `own`.
-
-    Args:
-        gates: `[B, H, Mq, C]`, from 0 to 1.
-        own: `[Mq, C]` bool, the chunk that each query block lies in.
-        sizes: `[1, 1, Mq]` queries a block, each of which counts.
-        threshold: share of the sum.
-
-    Returns:
-        `[B, H, Mq, C]` bool.
-    """
-    counted = (gates.double() * sizes[..., None]).flatten(2)
-    missing = threshold * counted.sum(-1, keepdim=True) - (counted * own.flatten()).sum(-1, keepdim=True)
-    ranked = gates.masked_fill(own, -1.0).flatten(2).argsort(dim=-1, descending=True, stable=True)
-    sums = (counted * ~own.flatten()).gather(-1, ranked).cumsum(-1)
-    needed = F.pad(sums[..., :-1], (1, 0)) < missing
-    return keep_ranks(ranked, needed).view_as(gates) | own
 
 
 class _Parts(NamedTuple):
