@@ -1,4 +1,4 @@
-"""After its first call on a grid, AdaSpa plans without waiting for the device."""
+"""After its first call on a grid, a method plans without waiting for the device."""
 
 from __future__ import annotations
 
@@ -10,12 +10,24 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from dit_sparse import AdaSpa, Site, TokenGrid
+from dit_sparse import (
+    AdaSpa,
+    Blade,
+    DraftAttention,
+    RadialAttention,
+    Site,
+    SlidingTile,
+    SpargeAttention,
+    SparseVideoGen,
+    TokenGrid,
+    VMoBA,
+    XAttention,
+)
 from dit_sparse.block_mask import BlockMask
 from dit_sparse.kernels import block_mass, triton_mass
 from dit_sparse.masks import select_density, top_k, top_p
 from dit_sparse.reorder import raster_order
-from dit_sparse.types import AttentionPlan, Previous
+from dit_sparse.types import AttentionPlan, Method, Previous
 from tests.kernels.test_block_mass import needs_gpu, needs_interpreter
 
 # Operators whose answer, or the shape of whose answer, must come back from the device.
@@ -111,6 +123,39 @@ def test_on_a_gpu_the_second_search_never_waits(row_stride: int) -> None:
     try:
         torch.cuda.set_sync_debug_mode("error")
         got = method.plan(q, k, k, site, None)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    assert torch.equal(got.block_mask.kept_blocks, want.block_mask.kept_blocks)
+
+
+VIDEO_METHODS = [
+    SparseVideoGen(),
+    RadialAttention(),
+    SlidingTile(),
+    XAttention(),
+    XAttention(density=0.3),
+    DraftAttention(),
+    SpargeAttention(),
+    SpargeAttention(density=0.3),
+    VMoBA(),
+    VMoBA(density=0.3),
+    Blade(),
+    Blade(density=0.3),
+]
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("method", VIDEO_METHODS, ids=lambda m: f"{m.name} {getattr(m, 'density', None)}")
+def test_on_a_gpu_the_second_plan_on_a_grid_never_waits(method: Method) -> None:
+    site = Site(TokenGrid(5, 16, 20, text_len=70), layer=1, num_layers=3)
+    q, k, v = torch.randn(3, 1, 4, site.grid.num_tokens, 128, device="cuda", dtype=torch.bfloat16)
+    want = method.plan(q, k, v, site, None)
+    torch.cuda.synchronize()
+    before = torch.cuda.get_sync_debug_mode()
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        got = method.plan(q, k, v, site, None)
     finally:
         torch.cuda.set_sync_debug_mode(before)
     assert torch.equal(got.block_mask.kept_blocks, want.block_mask.kept_blocks)
