@@ -36,7 +36,8 @@ class VMoBA:
     The control is `threshold`; the density that it comes to is in the statistics. With `density` the chunks of largest
     gate are kept up to that share of the pairs, the last one in part.
 
-    Differs from the paper: training-free use, which it reports too; a query block takes the mean of its queries' gates,
+    Differs from the paper: training-free use, which it reports too, and therefore a threshold of 0.5 by default instead
+    of 0.25; a query block takes the mean of its queries' gates,
     where each query has its own there, so that a block never computes the union of its queries' chunks; chunks' sizes
     are parameters, cut at the borders, and are cut in blocks for the kernels.
 
@@ -44,7 +45,7 @@ class VMoBA:
         ValueError: a share outside (0, 1], or a size below 1.
     """
 
-    threshold: float = field(default=0.25, metadata={"help": "share of a head's gates that the kept chunks hold"})
+    threshold: float = field(default=0.5, metadata={"help": "share of a head's gates that the kept chunks hold"})
     density: float | None = field(
         default=None, metadata={"help": "share of query-key pairs computed, in place of threshold; none: it decides"}
     )
@@ -63,9 +64,9 @@ class VMoBA:
     described: ClassVar[Description] = Description(
         order="chunks of frames, of places, of both, by turns of the layers",
         score="mean query times the chunk's mean key, from 0 to 1 over a head",
-        selection="own chunk, and the largest of a head up to a quarter of the sum, or by density; text kept",
+        selection="own chunk, and the largest of a head up to half of the sum, or by density; text kept",
         cached="orders",
-        differs="without training; gates of query blocks instead of queries; other chunks",
+        differs="without training, threshold .5 instead of .25; gates of query blocks instead of queries; other chunks",
     )
     scope: ClassVar[Scope] = "call"
     uses_lse: ClassVar[bool] = False
