@@ -4,6 +4,7 @@ from dit_sparse.masks.heaviest import (
     best_blocks,
     blocks_above,
     heaviest_blocks,
+    heaviest_share,
     mass_threshold,
     spread_ties,
     with_other_text,
@@ -29,6 +30,7 @@ from dit_sparse.masks.select import (
     without_text,
 )
 from dit_sparse.masks.suggest import Setting, suggest_settings
+from dit_sparse.masks.tile_windows import tile_window, tile_window_density
 from dit_sparse.masks.tiling import TileCost, TileCounts, best_tile, count_tiles, tile_pairs
 
 __all__ = [
@@ -51,6 +53,7 @@ __all__ = [
     "count_tiles",
     "density_to_blocks",
     "heaviest_blocks",
+    "heaviest_share",
     "keep_text",
     "mask_rows",
     "masked_errors",
@@ -72,6 +75,8 @@ __all__ = [
     "text_blocks",
     "threshold",
     "tile_pairs",
+    "tile_window",
+    "tile_window_density",
     "top_k",
     "top_p",
     "with_other_text",

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from dit_sparse.kernels.keep_best import keep_ranks
 from dit_sparse.masks.select import keep_text
 from dit_sparse.types import TokenGrid
 
@@ -37,6 +38,28 @@ def heaviest_blocks(mass: Tensor, density: float, offsets: Tensor, grid: TokenGr
     spent = (area * ~forced).flatten(2).gather(-1, ranked).cumsum(-1)
     within = spent <= budget[..., None]
     return torch.zeros_like(within).scatter_(-1, ranked, within).view_as(forced) | forced
+
+
+def heaviest_share(scores: Tensor, forced: Tensor, sizes: Tensor, share: float) -> Tensor:
+    """The smallest set of largest scores of each head that with `forced` makes up `share` of their sum, and `forced`.
+
+    Args:
+        scores: `[B, H, Mq, Mk]`, none negative.
+        forced: `[Mq, Mk]` bool.
+        sizes: `[1, 1, Mq]` queries a block, each of which counts with the block's score.
+        share: of the sum over a head.
+
+    Returns:
+        `[B, H, Mq, Mk]` bool.
+
+    Source: the selection over a whole head of VMoBA (arXiv 2506.23858).
+    """
+    counted = (scores.double() * sizes[..., None]).flatten(2)
+    missing = share * counted.sum(-1, keepdim=True) - (counted * forced.flatten()).sum(-1, keepdim=True)
+    ranked = scores.masked_fill(forced, -1.0).flatten(2).argsort(dim=-1, descending=True, stable=True)
+    sums = (counted * ~forced.flatten()).gather(-1, ranked).cumsum(-1)
+    needed = torch.nn.functional.pad(sums[..., :-1], (1, 0)) < missing
+    return keep_ranks(ranked, needed).view_as(scores) | forced
 
 
 def spread_ties(scores: Tensor) -> Tensor:

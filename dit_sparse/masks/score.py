@@ -51,7 +51,7 @@ def self_similarity(x: Tensor, order: TokenOrder) -> Tensor:
     Returns:
         `[B, H, M]` float32, from 0 to 1; 0 for an empty block.
 
-    Source: CosSim of SpargeAttn (arXiv 2502.18137), section 3.3.
+    Source: CosSim of SpargeAttn (arXiv 2502.18137).
     """
     # The mean of all products of unit vectors is the square of their mean.
     return pooled_blocks(F.normalize(x.float(), dim=-1), order.offsets).square().sum(-1)
@@ -79,7 +79,7 @@ def sampled_peaks(
     Raises:
         ValueError: no samples, or orders whose blocks heads do not share.
 
-    Source: the mask of adaptive block-sparse attention in Video-BLADE (arXiv 2508.10774), section 3.2.
+    Source: the mask of adaptive block-sparse attention in Video-BLADE (arXiv 2508.10774).
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     rows, row_is_new = _samples(q_order, samples)

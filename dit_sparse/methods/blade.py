@@ -21,7 +21,7 @@ from dit_sparse.types import AttentionPlan, Previous, Scope, Site, TokenGrid, To
 
 @dataclass(frozen=True)
 class Blade:
-    """The blocks of highest peaks of a row, up to a share of their sum, within bounds (section 3.2).
+    """The blocks of highest peaks of a row, up to a share of their sum, within bounds.
 
     Tokens follow a space-filling curve. Attention is computed among `samples` tokens of each block, and a block's score
     is its largest weight. Each query block keeps the smallest set of key blocks that reaches `top_p` of the row's
@@ -50,7 +50,7 @@ class Blade:
 
     name: ClassVar[str] = "blade"
     version: ClassVar[int] = 1
-    paper: ClassVar[str] = "Video-BLADE (arXiv 2508.10774), section 3.2"
+    paper: ClassVar[str] = "Video-BLADE (arXiv 2508.10774)"
     described: ClassVar[Description] = Description(
         order="space-filling curve",
         score="largest attention weight among 32 tokens a block",

@@ -20,7 +20,7 @@ from dit_sparse.types import AttentionPlan, Previous, Scope, Site, TokenGrid, To
 
 @dataclass(frozen=True)
 class DraftAttention:
-    """The blocks of largest draft attention of a head, whatever their row (section 3).
+    """The blocks of largest draft attention of a head, whatever their row.
 
     Queries and keys are averaged over patches of a frame, 8x16 tokens, or 16x8 where it is higher than wide. The draft
     is the softmax of the patches' products over the video; each head keeps its largest values, up to `density`. Tokens
@@ -39,7 +39,7 @@ class DraftAttention:
 
     name: ClassVar[str] = "draft"
     version: ClassVar[int] = 1
-    paper: ClassVar[str] = "DraftAttention (arXiv 2505.14708), section 3"
+    paper: ClassVar[str] = "DraftAttention (arXiv 2505.14708)"
     described: ClassVar[Description] = Description(
         order="patches of a frame, one a block",
         score="softmax of the products of patch means over the video",

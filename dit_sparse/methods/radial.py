@@ -24,7 +24,7 @@ from dit_sparse.types import AttentionPlan, Previous, Scope, Site, TokenGrid, To
 
 @dataclass(frozen=True)
 class RadialAttention:
-    """A static mask whose bands halve each time the distance of two frames doubles (section 4.2).
+    """A static mask whose bands halve each time the distance of two frames doubles.
 
     Neighbouring frames see each other whole. At a distance of d frames of T tokens a query sees the keys within
     `decay` * 2^(bits(T) - bits(d)) places of its own, but at least `block`; where 2^(bits(T) - bits(d)) is less than a
@@ -51,7 +51,7 @@ class RadialAttention:
 
     name: ClassVar[str] = "radial"
     version: ClassVar[int] = 1
-    paper: ClassVar[str] = "Radial Attention (arXiv 2506.19852), section 4.2"
+    paper: ClassVar[str] = "Radial Attention (arXiv 2506.19852)"
     described: ClassVar[Description] = Description(
         order="raster, blocks that share a frame equally",
         score="none, or by density how long a block stays as bands shrink",

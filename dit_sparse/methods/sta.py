@@ -8,15 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import product
-from math import prod
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dit_sparse.block_mask import BlockMask
-from dit_sparse.masks import among_text, mask_rows, masked_errors, probe_rows
-from dit_sparse.masks.neighborhood import AxisWindow, per_axis
+from dit_sparse.masks import mask_rows, masked_errors, probe_rows, tile_window, tile_window_density
+from dit_sparse.masks.neighborhood import per_axis
 from dit_sparse.methods.description import Description
 from dit_sparse.methods.parameters import check_count, check_share
 from dit_sparse.reorder import tiles_once
@@ -27,12 +26,12 @@ Axes = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class SlidingTile:
-    """Every tile of queries sees the tiles of a window around its own, all of them whole (section 3.1).
+    """Every tile of queries sees the tiles of a window around its own, all of them whole.
 
     The window is counted in tiles and moved inwards at the borders, so that it never shrinks. Text sees everything and
     is seen by everything. With a `window`, all heads have it. Without one, each head takes, of up to `candidates`
     windows of about `density`, long in time or wide in space, the one under which the output of `rows` queries differs
-    least from dense attention, once a run (section 3.3, the search of a window for each head).
+    least from dense attention, once a run (the search of a window for each head).
 
     A window is whole tiles, so the density is met as nearly as the grid allows; what was met is in the statistics.
 
@@ -59,7 +58,7 @@ class SlidingTile:
 
     name: ClassVar[str] = "sta"
     version: ClassVar[int] = 1
-    paper: ClassVar[str] = "Sliding Tile Attention (arXiv 2502.04507), section 3"
+    paper: ClassVar[str] = "Sliding Tile Attention (arXiv 2502.04507)"
     described: ClassVar[Description] = Description(
         order="3-D tiles, one tile a block",
         score="none; windows by the error of 64 queries",
@@ -96,7 +95,8 @@ class SlidingTile:
             return ((f, h, w),)
         every = [(f, h, w) for f, h, w in product(*(range(1, n + 1) for n in tiles))]
         found = {
-            window: abs(_density(window, per_axis("tile", self.tile), grid) / self.density - 1) for window in every
+            window: abs(tile_window_density(window, per_axis("tile", self.tile), grid) / self.density - 1)
+            for window in every
         }
         nearest = min(found.values())
         near = sorted(window for window, gap in found.items() if gap <= max(0.05, nearest))
@@ -136,34 +136,8 @@ def _fixed(method: SlidingTile, grid: TokenGrid, device: torch.device) -> _Fixed
     with torch.inference_mode(False):
         order = method.shared_order(grid, torch.device("cpu"))
         tile = per_axis("tile", method.tile)
-        kept = torch.stack([_kept(window, tile, grid, order) for window in method.windows_for(grid)])
+        kept = torch.stack([tile_window(window, tile, grid, order.num_blocks) for window in method.windows_for(grid)])
         rows = order.inverse[0, 0, probe_rows(grid, method.rows, torch.device("cpu"))]
         places = torch.arange(grid.num_tokens)[None, None]
         masks = torch.stack([mask_rows(blocks, order.with_tokens(places, places), rows) for blocks in kept])
         return _Fixed(kept.to(device), rows.to(device), masks.to(device))
-
-
-def _axes(window: Axes, tile: Axes, grid: TokenGrid) -> list[Tensor]:
-    """Along each axis, which tile sees which, `[T, T]` bool."""
-    maps = []
-    for length, size, wide in zip(grid.shape, tile, window, strict=True):
-        places = torch.arange(-(-length // size))
-        axis = AxisWindow(len(places), wide, 1, 1, causal=False)
-        maps.append(axis.sees(places[:, None], places))
-    return maps
-
-
-def _kept(window: Axes, tile: Axes, grid: TokenGrid, order: TokenOrder) -> Tensor:
-    """`[M, M]` bool: tiles that see each other, and all text."""
-    f, h, w = _axes(window, tile, grid)
-    video = torch.einsum("ad,be,cf->abcdef", f, h, w).flatten(3).flatten(0, 2)
-    return among_text(video, grid, order.num_blocks, fill=True)
-
-
-def _density(window: Axes, tile: Axes, grid: TokenGrid) -> float:
-    """Share of the query-key pairs that a window keeps, text included."""
-    pairs = []
-    for sees, length, size in zip(_axes(window, tile, grid), grid.shape, tile, strict=True):
-        sizes = (length - torch.arange(len(sees)) * size).clamp(max=size).double()
-        pairs.append(float(sizes @ sees.double() @ sizes))
-    return (prod(pairs) + grid.num_tokens**2 - grid.video_len**2) / grid.num_tokens**2

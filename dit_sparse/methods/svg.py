@@ -23,7 +23,7 @@ from dit_sparse.types import AttentionPlan, Previous, Scope, Site, TokenGrid, To
 
 @dataclass(frozen=True)
 class SparseVideoGen:
-    """One band mask under two orders: frame by frame for spatial heads, place by place for temporal ones (section 4).
+    """One band mask under two orders: frame by frame for spatial heads, place by place for temporal ones.
 
     A band around the diagonal of the raster order holds the frames around a query's own; the same band with the video
     transposed, frames innermost, holds the same place in all frames. For `rows` queries the output under both masks is

@@ -27,8 +27,8 @@ _TEXT_BLOCK = 64
 class SparseVideoGen2:
     """K-means on queries and on keys apart; of their clusters' products the smallest set that reaches `top_p`.
 
-    A pair of clusters scores softmax(q_i . k_j / sqrt(d)) of their means, weighted by the number of keys (equations 3
-    and 4). Each query cluster keeps key clusters up to a share of `top_p` of its video, at least `min_kept` of all, and
+    A pair of clusters scores softmax(q_i . k_j / sqrt(d)) of their means, weighted by the number of keys. Each query
+    cluster keeps key clusters up to a share of `top_p` of its video, at least `min_kept` of all, and
     all text. Clusters are uneven blocks, of every batch and head its own. The first plan of a run makes
     `first_iterations`; later ones start from the clusters of the last plan and make `iterations`.
 
@@ -56,7 +56,7 @@ class SparseVideoGen2:
 
     name: ClassVar[str] = "svg2"
     version: ClassVar[int] = 1
-    paper: ClassVar[str] = "Sparse VideoGen2 (arXiv 2505.18875), section 4"
+    paper: ClassVar[str] = "Sparse VideoGen2 (arXiv 2505.18875)"
     described: ClassVar[Description] = Description(
         order="k-means clusters of queries and of keys, uneven, per head",
         score="softmax of the products of cluster means, weighted by size",

@@ -11,12 +11,10 @@ from itertools import pairwise
 from typing import ClassVar, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dit_sparse.kernels import pooled_blocks
-from dit_sparse.kernels.keep_best import keep_ranks
-from dit_sparse.masks import among_text, heaviest_blocks, keep_text
+from dit_sparse.masks import among_text, heaviest_blocks, heaviest_share, keep_text
 from dit_sparse.masks.neighborhood import per_axis
 from dit_sparse.methods.description import Description
 from dit_sparse.methods.parameters import EVERY_STEP, check_block, check_budget, check_share
@@ -28,7 +26,7 @@ Axes = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class VMoBA:
-    """The chunks of largest gate of a head, its own always, until they hold `threshold` of all gates (section 3.2).
+    """The chunks of largest gate of a head, its own always, until they hold `threshold` of all gates.
 
     Layers take turns: chunks of whole frames, chunks of a frame's places through all frames, chunks in space and time.
     The gate of a query and a chunk is the query's product with the mean of the chunk's keys. Gates are brought to
@@ -38,7 +36,8 @@ class VMoBA:
     The control is `threshold`; the density that it comes to is in the statistics. With `density` the chunks of largest
     gate are kept up to that share of the pairs, the last one in part.
 
-    Differs from the paper: training-free use, which it reports too; a query block takes the mean of its queries' gates,
+    Differs from the paper: training-free use, which it reports too, and therefore a threshold of 0.5 by default instead
+    of 0.25; a query block takes the mean of its queries' gates,
     where each query has its own there, so that a block never computes the union of its queries' chunks; chunks' sizes
     are parameters, cut at the borders, and are cut in blocks for the kernels.
 
@@ -46,7 +45,7 @@ class VMoBA:
         ValueError: a share outside (0, 1], or a size below 1.
     """
 
-    threshold: float = field(default=0.25, metadata={"help": "share of a head's gates that the kept chunks hold"})
+    threshold: float = field(default=0.5, metadata={"help": "share of a head's gates that the kept chunks hold"})
     density: float | None = field(
         default=None, metadata={"help": "share of query-key pairs computed, in place of threshold; none: it decides"}
     )
@@ -61,13 +60,13 @@ class VMoBA:
 
     name: ClassVar[str] = "vmoba"
     version: ClassVar[int] = 1
-    paper: ClassVar[str] = "VMoBA (arXiv 2506.23858), section 3.2"
+    paper: ClassVar[str] = "VMoBA (arXiv 2506.23858)"
     described: ClassVar[Description] = Description(
         order="chunks of frames, of places, of both, by turns of the layers",
         score="mean query times the chunk's mean key, from 0 to 1 over a head",
-        selection="own chunk, and the largest of a head up to a quarter of the sum, or by density; text kept",
+        selection="own chunk, and the largest of a head up to half of the sum, or by density; text kept",
         cached="orders",
-        differs="without training; gates of query blocks instead of queries; other chunks",
+        differs="without training, threshold .5 instead of .25; gates of query blocks instead of queries; other chunks",
     )
     scope: ClassVar[Scope] = "call"
     uses_lse: ClassVar[bool] = False
@@ -115,29 +114,9 @@ class VMoBA:
             ranked = gates.masked_fill(parts.own, 2.0)[..., parts.chunk_of]
             kept = heaviest_blocks(among_text(ranked, grid, order.num_blocks), self.density, order.offsets, grid)
         else:
-            chosen = largest_gates(gates, parts.own, parts.blocks.diff(), self.threshold)[..., parts.chunk_of]
+            chosen = heaviest_share(gates, parts.own, parts.blocks.diff(), self.threshold)[..., parts.chunk_of]
             kept = keep_text(among_text(chosen, grid, order.num_blocks), grid, order.offsets, order.offsets)
         return AttentionPlan.from_kept(order, kept)
-
-
-def largest_gates(gates: Tensor, own: Tensor, sizes: Tensor, threshold: float) -> Tensor:
-    """The smallest set of largest gates of each head that with `own` makes up `threshold` of all, and `own`.
-
-    Args:
-        gates: `[B, H, Mq, C]`, from 0 to 1.
-        own: `[Mq, C]` bool, the chunk that each query block lies in.
-        sizes: `[1, 1, Mq]` queries a block, each of which counts.
-        threshold: share of the sum.
-
-    Returns:
-        `[B, H, Mq, C]` bool.
-    """
-    counted = (gates.double() * sizes[..., None]).flatten(2)
-    missing = threshold * counted.sum(-1, keepdim=True) - (counted * own.flatten()).sum(-1, keepdim=True)
-    ranked = gates.masked_fill(own, -1.0).flatten(2).argsort(dim=-1, descending=True, stable=True)
-    sums = (counted * ~own.flatten()).gather(-1, ranked).cumsum(-1)
-    needed = F.pad(sums[..., :-1], (1, 0)) < missing
-    return keep_ranks(ranked, needed).view_as(gates) | own
 
 
 class _Parts(NamedTuple):

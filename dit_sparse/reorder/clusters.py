@@ -1,6 +1,6 @@
 """K-means orders: tokens that are alike stand in one block, for queries and keys apart.
 
-Source: SVG2 (arXiv 2505.18875), section 4.1; Lloyd's algorithm.
+Source: SVG2 (arXiv 2505.18875); Lloyd's algorithm.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dit_sparse.masks import blocks_above, heaviest_blocks, mass_threshold
+from dit_sparse.masks import blocks_above, heaviest_blocks, heaviest_share, mass_threshold
 from dit_sparse.reorder import raster_order
 from dit_sparse.types import TokenGrid
 
@@ -99,3 +99,19 @@ def test_equal_masses_are_all_kept_or_all_dropped() -> None:
     assert density_of(blocks_above(mass, threshold, offsets, grid), grid).item() == pytest.approx(1 / 8)
     assert bool(blocks_above(mass, mass_threshold(lambda: iter([mass]), 1.0, offsets, grid), offsets, grid).all())
     assert mass_threshold(lambda: iter([mass * 0]), 0.5, offsets, grid) > 0
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 1.0])
+def test_a_head_keeps_its_largest_until_they_hold_the_share(share: float) -> None:
+    scores = torch.rand(2, 2, 5, 4)
+    forced = torch.eye(5, 4, dtype=torch.bool)
+    sizes = torch.tensor([3, 1, 4, 1, 2])
+    got = heaviest_share(scores, forced, sizes[None, None], share)
+    for head, kept in zip(scores.flatten(0, 1), got.flatten(0, 1), strict=True):
+        weights = {(i, j): float(head[i, j].double() * sizes[i]) for i in range(5) for j in range(4)}
+        chosen = {place for place in weights if forced[place]}
+        for place in sorted(weights, key=lambda at: -float(head[at])):
+            if sum(weights[at] for at in chosen) >= share * sum(weights.values()) - 1e-12:
+                break
+            chosen.add(place)
+        assert {(i, j) for i in range(5) for j in range(4) if kept[i, j]} == chosen

@@ -13,15 +13,23 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from dit_sparse import (
     AdaSpa,
     AnchorAttention,
+    Blade,
     Dhsa,
+    DraftAttention,
     LServe,
     MInference,
     PbsAttention,
     ProxyAttention,
+    RadialAttention,
     Sale,
     SeerAttention,
     Site,
+    SlidingTile,
+    SpargeAttention,
+    SparseVideoGen,
     TokenGrid,
+    VMoBA,
+    XAttention,
 )
 from dit_sparse.block_mask import BlockMask
 from dit_sparse.kernels import block_mass, triton_mass
@@ -166,18 +174,36 @@ def test_on_a_gpu_the_second_search_never_waits(row_stride: int) -> None:
     assert torch.equal(got.block_mask.kept_blocks, want.block_mask.kept_blocks)
 
 
+VIDEO_METHODS = [
+    SparseVideoGen(),
+    RadialAttention(),
+    SlidingTile(),
+    XAttention(),
+    XAttention(density=0.3),
+    DraftAttention(),
+    SpargeAttention(),
+    SpargeAttention(density=0.3),
+    VMoBA(),
+    VMoBA(density=0.3),
+    Blade(),
+    Blade(density=0.3),
+]
+
+
 @pytest.mark.gpu
 @needs_gpu
-@pytest.mark.parametrize("method", LANGUAGE_MODEL_METHODS, ids=str)
+@pytest.mark.parametrize(
+    "method", [*LANGUAGE_MODEL_METHODS, *VIDEO_METHODS], ids=lambda m: f"{m.name} {getattr(m, 'density', None)}"
+)
 def test_on_a_gpu_no_second_plan_waits(method: Method) -> None:
-    site = Site(TokenGrid(5, 16, 20, text_len=70))
-    q, k = torch.randn(2, 2, 4, site.grid.num_tokens, 128, device="cuda", dtype=torch.bfloat16)
-    want = method.plan(q, k, k, site, None)
+    site = Site(TokenGrid(5, 16, 20, text_len=70), layer=1, num_layers=3)
+    q, k, v = torch.randn(3, 2, 4, site.grid.num_tokens, 128, device="cuda", dtype=torch.bfloat16)
+    want = method.plan(q, k, v, site, None)
     torch.cuda.synchronize()
     before = torch.cuda.get_sync_debug_mode()
     try:
         torch.cuda.set_sync_debug_mode("error")
-        got = method.plan(q, k, k, site, None)
+        got = method.plan(q, k, v, site, None)
     finally:
         torch.cuda.set_sync_debug_mode(before)
     assert torch.equal(got.block_mask.kept_blocks, want.block_mask.kept_blocks)

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import math
+import sys
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from dit_sparse import Site, TokenGrid, XAttention
+from dit_sparse.kernels import antidiagonal_scores
+from tests.kernels.test_block_mass import needs_interpreter
 from tests.methods.layouts import DEMO, GRIDS, blocks_of, check_text_and_rows, cut, inputs, smooth_inputs, tokens_of
+from tests.methods.test_no_wait import NoWaiting
 
 
 def literal_shares(q: Tensor, k: Tensor, blocks: list[tuple[list[int], bool]], stride: int) -> list[list[float]]:
@@ -67,6 +73,28 @@ def test_equals_the_literal_antidiagonals(grid: TokenGrid, p: float) -> None:
 def test_the_density_is_met_where_it_is_the_control(density: float) -> None:
     plan = XAttention(density=density).plan(*smooth_inputs(DEMO), Site(DEMO), None)
     assert float(plan.density.mean()) == pytest.approx(density, rel=0.1)
+
+
+@needs_interpreter
+def test_the_second_plan_on_a_grid_reads_nothing_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: the scores come from the Triton kernel, whose interpreter is left alone."""
+    home = sys.modules[antidiagonal_scores.__module__]
+    launch = home._by_triton
+
+    def unwatched(*args: Any) -> Tensor:
+        with _disable_current_modes():
+            return launch(*args)
+
+    monkeypatch.setattr(home, "_by_triton", unwatched)
+    for name in ("use_triton", "check_offsets"):
+        monkeypatch.setattr(home, name, lambda *_: True)
+    grid = TokenGrid(2, 4, 6, text_len=3)
+    q, k, v = inputs(grid, dim=16)
+    for method in (XAttention(block=16, stride=4), XAttention(density=0.5, block=16, stride=4)):
+        want = method.plan(q, k, v, Site(grid), None)
+        with NoWaiting():
+            got = method.plan(q, k, v, Site(grid), None)
+        assert torch.equal(got.token_mask(), want.token_mask())
 
 
 @pytest.mark.parametrize(
