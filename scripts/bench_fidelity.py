@@ -49,7 +49,7 @@ from dit_sparse.eval.fidelity import compare
 from dit_sparse.eval.floors import RandomBlocks
 from dit_sparse.generate.prompts import read_prompts
 from dit_sparse.methods import METHODS, find_method
-from dit_sparse.methods.parameters import takes_density, with_density
+from dit_sparse.methods.parameters import accepts_density, takes_density, with_density
 from dit_sparse.pipelines import Observer, observe
 from dit_sparse.pipelines import statistics as run_statistics
 
@@ -92,7 +92,7 @@ def method_cases(names: Sequence[str], densities: Sequence[float]) -> list[Case]
     cases = []
     for name in names:
         default = Schedule(find_method(name)())
-        at = [with_density(default.method, d) for d in densities] if takes_density(default.method) else []
+        at = [with_density(default.method, d) for d in densities] if accepts_density(default.method) else []
         schedules = [Schedule(method, warmup=WARMUP) for method in at]
         if default not in schedules:
             schedules.append(default)

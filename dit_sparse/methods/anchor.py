@@ -72,11 +72,6 @@ class AnchorAttention:
         if self.segment < 1 or self.segment % self.block:
             raise ValueError(f"segment must be a multiple of block {self.block}, got {self.segment!r}")
 
-    @property
-    def takes_density(self) -> bool:
-        """Without a density theta decides."""
-        return self.density is not None
-
     def check(self, grid: TokenGrid) -> None:
         """Fits every grid."""
 

@@ -60,13 +60,17 @@ def read_parameter(cls: type[Any], name: str, value: Any) -> Any:
 
 
 def takes_density(method: Method) -> bool:
-    """Whether the `density` of `method` has an effect; a method says itself where another parameter overrides it."""
-    return getattr(method, "takes_density", any(f.name == "density" for f in _fields(type(method))))
+    """Whether the `density` of `method` has an effect; a method says itself where another parameter overrides it.
+
+    None leaves it to the method's own threshold.
+    """
+    return bool(getattr(method, "takes_density", getattr(method, "density", None) is not None))
 
 
 def accepts_density(method: Method) -> bool:
     """Whether `with_density` gives a method that its density controls; it may have none to begin with."""
-    return any(f.name == "density" for f in _fields(type(method))) and takes_density(with_density(method, 1.0))
+    has_one = any(f.name == "density" for f in _fields(type(method)))
+    return has_one and takes_density(with_density(method, 1.0))
 
 
 def with_density(method: Method, density: float) -> Method:

@@ -66,11 +66,6 @@ class PbsAttention:
         if self.segment < 1 or self.segment % self.block:
             raise ValueError(f"segment must be a multiple of block {self.block}, got {self.segment!r}")
 
-    @property
-    def takes_density(self) -> bool:
-        """Without a density the threshold decides."""
-        return self.density is not None
-
     def check(self, grid: TokenGrid) -> None:
         """Fits every grid."""
 

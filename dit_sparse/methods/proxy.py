@@ -73,11 +73,6 @@ class ProxyAttention:
         for name in ("groups", "row_stride", "rows"):
             check_count(name, getattr(self, name))
 
-    @property
-    def takes_density(self) -> bool:
-        """Without a density the threshold decides."""
-        return self.density is not None
-
     def check(self, grid: TokenGrid) -> None:
         """Fits every grid."""
 

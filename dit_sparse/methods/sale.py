@@ -71,11 +71,6 @@ class Sale:
         check_count("window", self.window, least=0)
         check_count("row_stride", self.row_stride)
 
-    @property
-    def takes_density(self) -> bool:
-        """Without a density the threshold decides."""
-        return self.density is not None
-
     def check(self, grid: TokenGrid) -> None:
         """Fits every grid."""
 

@@ -59,11 +59,6 @@ class SeerAttention:
         for name in ("threshold",) if self.density is None else ("threshold", "density"):
             check_share(name, getattr(self, name))
 
-    @property
-    def takes_density(self) -> bool:
-        """Without a density the threshold decides."""
-        return self.density is not None
-
     def check(self, grid: TokenGrid) -> None:
         """Whether there are weights that can be read."""
         self.file()

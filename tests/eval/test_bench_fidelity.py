@@ -20,6 +20,7 @@ from bench_fidelity import main
 from dit_sparse import AdaSpa, Neighborhood, Paro, load_pipeline, sparsify
 from dit_sparse.demo import demo_model_path
 from dit_sparse.eval import compare
+from dit_sparse.methods import METHODS
 
 SMALL = ["--quick", "--size", "5x32x48", "--device", "cpu", "--methods", "neighborhood,adaspa,paro"]
 PROMPT = "A large red cross moving left in front of a navy background."
@@ -204,3 +205,9 @@ def test_defaults_are_marked_and_rendered_once() -> None:
     assert AdaSpa() == AdaSpa(density=0.25)
     assert schedules == [Neighborhood(density=0.25), Neighborhood(), AdaSpa(), Paro(density=0.25), Paro()]
     assert [case.label.endswith("(default)") for case in cases] == [False, True, True, False, True]
+
+
+def test_a_method_with_a_threshold_is_rendered_at_densities_too() -> None:
+    cases = bench_fidelity.method_cases(["xattention"], (0.25,))
+    assert [case.label for case in cases] == ["xattention 0.25", "xattention (default)"]
+    assert bench_fidelity.method_cases(list(METHODS), (0.5, 0.25))
