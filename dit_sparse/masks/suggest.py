@@ -108,8 +108,10 @@ def _of_tile(grid: TokenGrid, tile: Axes, density: float, cost: TileCost, count:
         strides.prod(1).astype(np.float64),
         gap,
     )
-    # A window comes with a few strides along each axis.
-    first = np.lexsort(keys[::-1])[: count * 64]
+    ranked = np.lexsort(keys[::-1])
+    # Each window once, with its best stride.
+    _, places = np.unique(np.ravel_multi_index(windows[ranked].T, np.array(grid.shape) + 1), return_index=True)
+    first = ranked[np.sort(places)[:count]]
     return [
         _Found(
             tuple(float(key[i]) for key in keys),
