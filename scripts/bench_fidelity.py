@@ -32,7 +32,7 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
-from fidelity_tables import print_report
+from fidelity_tables import print_report, read_report
 from rich.console import Console
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -276,11 +276,11 @@ def open_report(out: Path, where: dict[str, Any], settings: dict[str, Any]) -> d
     """The report at `out`, or a new one.
 
     Raises:
-        ValueError: the one there comes from another device, version, commit or setting.
+        ValueError: no report, or the one there comes from another device, version, commit or setting.
     """
     if not out.exists():
         return {"environment": where, "settings": settings, "videos": [], "searches": [], "failed": {}}
-    report = json.loads(out.read_text("utf-8"))
+    report = read_report(out)
     for part, now in (("environment", where), ("settings", settings)):
         for name, value in now.items():
             if report[part].get(name) != value:
@@ -347,7 +347,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     console = Console(width=150)
     if options.table:
-        print_report(json.loads(options.out.read_text("utf-8")), console)
+        try:
+            print_report(read_report(options.out), console)
+        except ValueError as error:
+            raise SystemExit(str(error)) from None
         return
     frames, height, width = options.size
     settings = {

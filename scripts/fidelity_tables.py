@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,21 @@ from rich.console import Console
 from rich.table import Table
 
 from dit_sparse.eval.fidelity import CONVENTION
+
+
+def read_report(out: Path) -> dict[str, Any]:
+    """The report at `out`.
+
+    Raises:
+        ValueError: no file of a report.
+    """
+    try:
+        report = json.loads(out.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--out must be a report of this script, got {out}: {error}") from None
+    if not isinstance(report, dict) or not {"environment", "settings", "videos", "searches"} <= set(report):
+        raise ValueError(f"--out must be a report of this script, got {out}, which is another JSON file")
+    return report
 
 
 def span(values: Sequence[float | None], form: str) -> tuple[str, str]:

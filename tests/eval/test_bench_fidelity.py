@@ -211,3 +211,12 @@ def test_a_method_with_a_threshold_is_rendered_at_densities_too() -> None:
     cases = bench_fidelity.method_cases(["xattention"], (0.25,))
     assert [case.label for case in cases] == ["xattention 0.25", "xattention (default)"]
     assert bench_fidelity.method_cases(list(METHODS), (0.5, 0.25))
+
+
+@pytest.mark.parametrize("text", [None, "no JSON", "[]", '{"videos": []}'])
+def test_a_file_that_is_no_report_is_refused(text: str | None, tmp_path: Path) -> None:
+    out = tmp_path / "other.json"
+    if text is not None:
+        out.write_text(text, "utf-8")
+    with pytest.raises(SystemExit, match="--out must be a report of this script"):
+        main(["--table", "--out", str(out)])
