@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from dit_sparse.masks import select_density
+from dit_sparse.methods.any_grid import AnyGrid
 from dit_sparse.methods.parameters import check_block, check_share
 from dit_sparse.reorder import raster_order
-from dit_sparse.types import AttentionPlan, Previous, Scope, Site, TokenGrid
+from dit_sparse.types import AttentionPlan, Previous, Scope, Site
 
 
 @dataclass(frozen=True)
-class RandomBlocks:
+class RandomBlocks(AnyGrid):
     """Random key blocks, equally many a query block, in every layer and guidance branch others; text is kept.
 
     No method to use: what is left of a video at a density when the choice of blocks is worth nothing. It is in no list
@@ -40,12 +41,6 @@ class RandomBlocks:
     def __post_init__(self) -> None:
         check_share("density", self.density)
         check_block("block", self.block)
-
-    def check(self, grid: TokenGrid) -> None:
-        """Fits every grid."""
-
-    def shared_order(self, grid: TokenGrid, device: torch.device) -> None:
-        """None: blocks are cut from the sequence as it is."""
 
     def plan(self, q: Tensor, k: Tensor, v: Tensor, site: Site, previous: Previous | None) -> AttentionPlan:
         """Plan for `q` `[B, H, N, D]`, the same whenever `seed` and the place in the run are."""

@@ -13,14 +13,15 @@ from torch import Tensor
 
 from dit_sparse.kernels import dense_attention, sampled_block_mass
 from dit_sparse.masks import Ranking
+from dit_sparse.methods.any_grid import AnyGrid
 from dit_sparse.methods.description import Description
 from dit_sparse.methods.parameters import check_block, check_count, check_share
 from dit_sparse.reorder import raster_once
-from dit_sparse.types import AttentionPlan, Previous, Scope, Site, TokenGrid
+from dit_sparse.types import AttentionPlan, Previous, Scope, Site
 
 
 @dataclass(frozen=True)
-class AdaSpa:
+class AdaSpa(AnyGrid):
     """The key blocks of the largest attention mass, equally many a query block, found online (sections 4.2, 4.3).
 
     The first search needs the row LSE of a dense attention; the schedule keeps the one of the last dense step. The
@@ -72,12 +73,6 @@ class AdaSpa:
     def uses_lse(self) -> bool:
         """Whether a dense step should hand its LSE over."""
         return self.cache_lse
-
-    def check(self, grid: TokenGrid) -> None:
-        """Fits every grid."""
-
-    def shared_order(self, grid: TokenGrid, device: torch.device) -> None:
-        """None: blocks are cut from the sequence as it is."""
 
     def plan(self, q: Tensor, k: Tensor, v: Tensor, site: Site, previous: Previous | None) -> AttentionPlan:
         """Plan from one search over `q, k, v` `[B, H, N, D]`, with `previous.lse` where there is one."""

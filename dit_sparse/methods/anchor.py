@@ -14,6 +14,7 @@ from torch import Tensor
 from dit_sparse.block_mask import BlockMask
 from dit_sparse.kernels import pooled_blocks
 from dit_sparse.masks import Ranking, block_maxima, keep_text, text_blocks
+from dit_sparse.methods.any_grid import AnyGrid
 from dit_sparse.methods.description import Description
 from dit_sparse.methods.parameters import check_block, check_count, check_share
 from dit_sparse.reorder import raster_once, sort_in_segments
@@ -21,7 +22,7 @@ from dit_sparse.types import AttentionPlan, Previous, Scope, Site, TokenGrid, To
 
 
 @dataclass(frozen=True)
-class AnchorAttention:
+class AnchorAttention(AnyGrid):
     """Stripes of keys whose logit is within `theta` of an anchor.
 
     The anchor of a block of queries is the largest logit of its mean query in blocks that are always kept: the first
@@ -71,12 +72,6 @@ class AnchorAttention:
             raise ValueError(f"theta must be 0 or more, got {self.theta!r}: 12 is the paper's")
         if self.segment < 1 or self.segment % self.block:
             raise ValueError(f"segment must be a multiple of block {self.block}, got {self.segment!r}")
-
-    def check(self, grid: TokenGrid) -> None:
-        """Fits every grid."""
-
-    def shared_order(self, grid: TokenGrid, device: torch.device) -> None:
-        """None: every head has its own order of keys."""
 
     def plan(self, q: Tensor, k: Tensor, v: Tensor, site: Site, previous: Previous | None) -> AttentionPlan:
         """Plan for `q, k` `[B, H, N, D]`, with an order of keys for every batch and head."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dit_sparse.masks import Ranking, blocks_a_row, sink_and_nearness, text_blocks, top_k
+from dit_sparse.methods.any_grid import AnyGrid
 from dit_sparse.methods.description import Description
 from dit_sparse.methods.parameters import check_block, check_share
 from dit_sparse.reorder import curve_once, raster_once
@@ -20,7 +21,7 @@ from dit_sparse.types import AttentionPlan, Previous, Scope, Site, TokenGrid, To
 
 
 @dataclass(frozen=True)
-class BigBird:
+class BigBird(AnyGrid):
     """Every block of queries sees the blocks nearest to it, the global ones, and random ones (section 2).
 
     Global blocks, the first of the video, see everything and are seen by everything, as text does. Of the blocks that a
@@ -65,9 +66,6 @@ class BigBird:
                 f"window_share and global_share must be at most 1 together, got {self.window_share} and "
                 f"{self.global_share}: what is left is random"
             )
-
-    def check(self, grid: TokenGrid) -> None:
-        """Fits every grid."""
 
     def shared_order(self, grid: TokenGrid, device: torch.device) -> TokenOrder:
         """The order along the curve, or raster."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dit_sparse.masks import keep_text, sampled_peaks, select_density, top_p, without_text
+from dit_sparse.methods.any_grid import AnyGrid
 from dit_sparse.methods.description import Description
 from dit_sparse.methods.parameters import EVERY_STEP, check_block, check_budget, check_count, check_share
 from dit_sparse.reorder import curve_once
@@ -20,7 +21,7 @@ from dit_sparse.types import AttentionPlan, Previous, Scope, Site, TokenGrid, To
 
 
 @dataclass(frozen=True)
-class Blade:
+class Blade(AnyGrid):
     """The blocks of highest peaks of a row, up to a share of their sum, within bounds.
 
     Tokens follow a space-filling curve. Attention is computed among `samples` tokens of each block, and a block's score
@@ -69,9 +70,6 @@ class Blade:
             raise ValueError(f"min_kept must be at most max_kept, {self.max_kept}, got {self.min_kept}")
         check_block("block", self.block)
         check_count("samples", self.samples)
-
-    def check(self, grid: TokenGrid) -> None:
-        """Fits every grid."""
 
     def shared_order(self, grid: TokenGrid, device: torch.device) -> TokenOrder:
         """The order along the curve."""

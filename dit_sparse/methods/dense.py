@@ -5,17 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from dit_sparse.block_mask import BlockMask
+from dit_sparse.methods.any_grid import AnyGrid
 from dit_sparse.methods.description import Description
 from dit_sparse.reorder import raster_order
-from dit_sparse.types import AttentionPlan, Previous, Scope, Site, TokenGrid
+from dit_sparse.types import AttentionPlan, Previous, Scope, Site
 
 
 @dataclass(frozen=True)
-class Dense:
+class Dense(AnyGrid):
     """Full attention, as one plan that keeps every block; kernels see that it is full and run dense."""
 
     name: ClassVar[str] = "dense"
@@ -25,12 +25,6 @@ class Dense:
     scope: ClassVar[Scope] = "grid"
     uses_lse: ClassVar[bool] = False
     refresh: ClassVar[tuple[float, ...]] = ()
-
-    def check(self, grid: TokenGrid) -> None:
-        """Fits every grid."""
-
-    def shared_order(self, grid: TokenGrid, device: torch.device) -> None:
-        """None: nothing is reordered."""
 
     def plan(self, q: Tensor, k: Tensor, v: Tensor, site: Site, previous: Previous | None) -> AttentionPlan:
         """Plan with every block of the raster order kept."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dit_sparse.kernels import pooled_blocks
 from dit_sparse.masks import select_density
+from dit_sparse.methods.any_grid import AnyGrid
 from dit_sparse.methods.description import Description
 from dit_sparse.methods.parameters import check_block, check_share
 from dit_sparse.reorder import tiles_once
@@ -21,7 +22,7 @@ from dit_sparse.types import AttentionPlan, Previous, Scope, Site, TokenGrid, To
 
 
 @dataclass(frozen=True)
-class Dhsa:
+class Dhsa(AnyGrid):
     """Chunks are tiles of the video; one is worth the product of chunk vectors, each a mean times the root of its size.
 
     The root keeps chunks of unlike length comparable: a mean over few tokens varies more, and counts for less. Every
@@ -58,9 +59,6 @@ class Dhsa:
             check_block("tile", size)
         if len(self.tile) != 3:
             raise ValueError(f"tile must be three sizes (frames, height, width), got {self.tile!r}")
-
-    def check(self, grid: TokenGrid) -> None:
-        """Fits every grid."""
 
     def shared_order(self, grid: TokenGrid, device: torch.device) -> TokenOrder:
         """The order by tiles."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dit_sparse.masks import heaviest_blocks, pooled_scores, without_text
+from dit_sparse.methods.any_grid import AnyGrid
 from dit_sparse.methods.description import Description
 from dit_sparse.methods.parameters import EVERY_STEP, check_block, check_share
 from dit_sparse.reorder import tiles_once
@@ -19,7 +20,7 @@ from dit_sparse.types import AttentionPlan, Previous, Scope, Site, TokenGrid, To
 
 
 @dataclass(frozen=True)
-class DraftAttention:
+class DraftAttention(AnyGrid):
     """The blocks of largest draft attention of a head, whatever their row.
 
     Queries and keys are averaged over patches of a frame, 8x16 tokens, or 16x8 where it is higher than wide. The draft
@@ -54,9 +55,6 @@ class DraftAttention:
         check_share("density", self.density)
         check_block("short", self.short)
         check_block("long", self.long)
-
-    def check(self, grid: TokenGrid) -> None:
-        """Fits every grid."""
 
     def shared_order(self, grid: TokenGrid, device: torch.device) -> TokenOrder:
         """The order by patches."""

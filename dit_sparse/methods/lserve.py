@@ -20,14 +20,15 @@ from dit_sparse.masks import (
     sampled_weights,
     sink_and_nearness,
 )
+from dit_sparse.methods.any_grid import AnyGrid
 from dit_sparse.methods.description import Description
 from dit_sparse.methods.parameters import check_block, check_count, check_share
 from dit_sparse.reorder import raster_once
-from dit_sparse.types import AttentionPlan, Previous, Scope, Site, TokenGrid, TokenOrder
+from dit_sparse.types import AttentionPlan, Previous, Scope, Site, TokenOrder
 
 
 @dataclass(frozen=True)
-class LServe:
+class LServe(AnyGrid):
     """Streaming heads keep the first `sink` blocks and the nearest; the others select pages.
 
     A page is a block. The largest product that a query could have with a key of a page is bounded by the largest and
@@ -71,12 +72,6 @@ class LServe:
             check_count(name, getattr(self, name))
         if not 0 <= self.streaming <= 1:
             raise ValueError(f"streaming must be from 0 to 1, got {self.streaming!r}: 0.5 is the paper's")
-
-    def check(self, grid: TokenGrid) -> None:
-        """Fits every grid."""
-
-    def shared_order(self, grid: TokenGrid, device: torch.device) -> None:
-        """None: blocks are cut from the sequence as it is."""
 
     def plan(self, q: Tensor, k: Tensor, v: Tensor, site: Site, previous: Previous | None) -> AttentionPlan:
         """Plan for `q, k` `[B, H, N, D]`."""

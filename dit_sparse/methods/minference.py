@@ -21,6 +21,7 @@ from dit_sparse.masks import (
     sink_and_nearness,
     text_blocks,
 )
+from dit_sparse.methods.any_grid import AnyGrid
 from dit_sparse.methods.description import Description
 from dit_sparse.methods.parameters import check_block, check_count, check_share
 from dit_sparse.reorder import raster_once
@@ -30,7 +31,7 @@ PATTERNS = ("a-shape", "vertical-slash", "block-sparse")
 
 
 @dataclass(frozen=True)
-class MInference:
+class MInference(AnyGrid):
     """A-shape, vertical-slash or block-sparse, for each head the one that keeps most of the attention (section 3).
 
     - a-shape: the first `sink` blocks of keys and those nearest to the query.
@@ -78,12 +79,6 @@ class MInference:
         check_count("rows", self.rows)
         if self.pattern not in ("auto", *PATTERNS):
             raise ValueError(f"pattern must be auto or one of {', '.join(PATTERNS)}, got {self.pattern!r}")
-
-    def check(self, grid: TokenGrid) -> None:
-        """Fits every grid."""
-
-    def shared_order(self, grid: TokenGrid, device: torch.device) -> None:
-        """None: blocks are cut from the sequence as it is."""
 
     def plan(self, q: Tensor, k: Tensor, v: Tensor, site: Site, previous: Previous | None) -> AttentionPlan:
         """Plan for `q, k` `[B, H, N, D]`."""

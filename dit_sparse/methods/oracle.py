@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dit_sparse.kernels import block_mass, dense_attention
 from dit_sparse.masks import best_blocks
+from dit_sparse.methods.any_grid import AnyGrid
 from dit_sparse.methods.description import Description
 from dit_sparse.methods.parameters import EVERY_STEP, check_block, check_share
 from dit_sparse.reorder import raster_once, tiles_once
@@ -17,7 +18,7 @@ from dit_sparse.types import AttentionPlan, Previous, Scope, Site, TokenGrid, To
 
 
 @dataclass(frozen=True)
-class Oracle:
+class Oracle(AnyGrid):
     """The blocks that hold the most attention, of all heads together, by the true attention of every call.
 
     No choice of as many query-key pairs in the same blocks recalls more attention mass: an upper bound, not a speed-up,
@@ -55,9 +56,6 @@ class Oracle:
         check_block("block", self.block)
         for size in self.tile or ():
             check_block("tile", size)
-
-    def check(self, grid: TokenGrid) -> None:
-        """Fits every grid."""
 
     def shared_order(self, grid: TokenGrid, device: torch.device) -> TokenOrder | None:
         """The order by tiles, where a tile is given."""

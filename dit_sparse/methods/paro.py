@@ -9,11 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from dit_sparse.kernels import block_mass, dense_attention
 from dit_sparse.masks import best_orders, heaviest_blocks, metrics_by_order
+from dit_sparse.methods.any_grid import AnyGrid
 from dit_sparse.methods.description import Description
 from dit_sparse.methods.parameters import check_block, check_share
 from dit_sparse.methods.plan_ahead import reader_of
@@ -23,7 +23,7 @@ from dit_sparse.types import AttentionPlan, Previous, Scope, Site, TokenGrid, To
 
 
 @dataclass(frozen=True)
-class Paro:
+class Paro(AnyGrid):
     """Six axis orders are tried per head, the best is kept, and its heaviest blocks become a static mask (section 4).
 
     With a `plan_file`, orders and masks are those of an earlier calibration (`dit_sparse.calibrate`), with a mask for
@@ -93,9 +93,6 @@ class Paro:
         """Whether the plan file, if any, can be read and is for `grid`."""
         if self.plan_file is not None:
             PlanFile.open(self.plan_file).check(grid)
-
-    def shared_order(self, grid: TokenGrid, device: torch.device) -> None:
-        """None: every head has its own."""
 
     def plan(self, q: Tensor, k: Tensor, v: Tensor, site: Site, previous: Previous | None) -> AttentionPlan:
         """Plan from the plan file, or from a calibration on `q, k` `[B, H, N, D]`."""

@@ -8,20 +8,20 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from dit_sparse.block_mask import BlockMask
 from dit_sparse.kernels import antidiagonal_scores
 from dit_sparse.masks import keep_text, pooled_scores, probe_rows, sampled_weights, select_density, top_p
+from dit_sparse.methods.any_grid import AnyGrid
 from dit_sparse.methods.description import Description
 from dit_sparse.methods.parameters import check_block, check_count, check_share
 from dit_sparse.reorder import raster_once, sort_in_segments
-from dit_sparse.types import AttentionPlan, Previous, Scope, Site, TokenGrid
+from dit_sparse.types import AttentionPlan, Previous, Scope, Site
 
 
 @dataclass(frozen=True)
-class PbsAttention:
+class PbsAttention(AnyGrid):
     """Within segments, keys are sorted by the mean attention of `rows` queries; then blocks are selected.
 
     Queries stay where they are. Blocks are scored by mean query times mean key, or by antidiagonals as in XAttention.
@@ -65,12 +65,6 @@ class PbsAttention:
         check_count("rows", self.rows)
         if self.segment < 1 or self.segment % self.block:
             raise ValueError(f"segment must be a multiple of block {self.block}, got {self.segment!r}")
-
-    def check(self, grid: TokenGrid) -> None:
-        """Fits every grid."""
-
-    def shared_order(self, grid: TokenGrid, device: torch.device) -> None:
-        """None: every head has its own order of keys."""
 
     def plan(self, q: Tensor, k: Tensor, v: Tensor, site: Site, previous: Previous | None) -> AttentionPlan:
         """Plan for `q, k` `[B, H, N, D]`, with an order of keys for every batch and head."""

@@ -21,14 +21,15 @@ from dit_sparse.masks import (
     share_out,
     text_blocks,
 )
+from dit_sparse.methods.any_grid import AnyGrid
 from dit_sparse.methods.description import Description
 from dit_sparse.methods.parameters import check_block, check_count, check_share
 from dit_sparse.reorder import raster_once
-from dit_sparse.types import AttentionPlan, Previous, Scope, Site, TokenGrid
+from dit_sparse.types import AttentionPlan, Previous, Scope, Site
 
 
 @dataclass(frozen=True)
-class ProxyAttention:
+class ProxyAttention(AnyGrid):
     """Heads in `groups` groups; the mean queries and keys of a group score tokens for all its heads.
 
     A block is worth the largest logit in it, of every `row_stride`-th query of its row. How many blocks a head needs is
@@ -72,12 +73,6 @@ class ProxyAttention:
         check_block("block", self.block)
         for name in ("groups", "row_stride", "rows"):
             check_count(name, getattr(self, name))
-
-    def check(self, grid: TokenGrid) -> None:
-        """Fits every grid."""
-
-    def shared_order(self, grid: TokenGrid, device: torch.device) -> None:
-        """None: blocks are cut from the sequence as it is."""
 
     def plan(self, q: Tensor, k: Tensor, v: Tensor, site: Site, previous: Previous | None) -> AttentionPlan:
         """Plan for `q, k` `[B, H, N, D]`."""

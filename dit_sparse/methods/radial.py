@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dit_sparse.masks import among_text, heaviest_blocks, keep_text, spread_ties
+from dit_sparse.methods.any_grid import AnyGrid
 from dit_sparse.methods.description import Description
 from dit_sparse.methods.parameters import check_block, check_budget
 from dit_sparse.reorder import grid_order
@@ -23,7 +24,7 @@ from dit_sparse.types import AttentionPlan, Previous, Scope, Site, TokenGrid, To
 
 
 @dataclass(frozen=True)
-class RadialAttention:
+class RadialAttention(AnyGrid):
     """A static mask whose bands halve each time the distance of two frames doubles.
 
     Neighbouring frames see each other whole. At a distance of d frames of T tokens a query sees the keys within
@@ -68,12 +69,6 @@ class RadialAttention:
         check_block("block", self.block)
         if isinstance(self.decay, bool) or not isinstance(self.decay, (int, float)) or not 0 < self.decay < math.inf:
             raise ValueError(f"decay must be a number above 0, got {self.decay!r}")
-
-    def check(self, grid: TokenGrid) -> None:
-        """Fits every grid."""
-
-    def shared_order(self, grid: TokenGrid, device: torch.device) -> None:
-        """None: the tokens stay where they are."""
 
     def plan(self, q: Tensor, k: Tensor, v: Tensor, site: Site, previous: Previous | None) -> AttentionPlan:
         """Plan that depends on the grid of `site` alone."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dit_sparse.masks import Ranking, keep_text, peak_logits, text_blocks
+from dit_sparse.methods.any_grid import AnyGrid
 from dit_sparse.methods.description import Description
 from dit_sparse.methods.parameters import check_block, check_count, check_share
 from dit_sparse.reorder import raster_once
@@ -22,7 +23,7 @@ _LARGEST = 7  # of a symmetric 4-bit integer
 
 
 @dataclass(frozen=True)
-class Sale:
+class Sale(AnyGrid):
     """A block is kept if one of its pairs has a large relative attention score.
 
     That score is exp(q . k - m), where m is the query's largest logit in the blocks that are always kept: the first
@@ -70,12 +71,6 @@ class Sale:
         check_count("sink", self.sink)
         check_count("window", self.window, least=0)
         check_count("row_stride", self.row_stride)
-
-    def check(self, grid: TokenGrid) -> None:
-        """Fits every grid."""
-
-    def shared_order(self, grid: TokenGrid, device: torch.device) -> None:
-        """None: blocks are cut from the sequence as it is."""
 
     def plan(self, q: Tensor, k: Tensor, v: Tensor, site: Site, previous: Previous | None) -> AttentionPlan:
         """Plan for `q, k` `[B, H, N, D]`."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dit_sparse.kernels import pooled_blocks
 from dit_sparse.masks import block_extremes, keep_text, select_density, threshold
+from dit_sparse.methods.any_grid import AnyGrid
 from dit_sparse.methods.description import Description
 from dit_sparse.methods.gate_file import Gate, GateFile
 from dit_sparse.methods.parameters import check_share
@@ -21,7 +22,7 @@ from dit_sparse.types import AttentionPlan, Previous, Scope, Site, TokenGrid, To
 
 
 @dataclass(frozen=True)
-class SeerAttention:
+class SeerAttention(AnyGrid):
     """A gate a layer projects pooled queries and keys, and the softmax of their products scores blocks.
 
     Queries are pooled by their mean, keys by mean, maximum and minimum; each head has projections of its own. The gate
@@ -72,9 +73,6 @@ class SeerAttention:
         if self.weights is None:
             raise ValueError("weights must be a file of gates, got none: scripts/train_gate.py trains one")
         return GateFile.open(self.weights)
-
-    def shared_order(self, grid: TokenGrid, device: torch.device) -> None:
-        """None: blocks are cut from the sequence as it is."""
 
     def plan(self, q: Tensor, k: Tensor, v: Tensor, site: Site, previous: Previous | None) -> AttentionPlan:
         """Plan for `q, k` `[B, H, N, D]` by the gate of the site's layer."""

@@ -9,20 +9,20 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from dit_sparse.block_mask import BlockMask
 from dit_sparse.kernels import pooled_blocks
 from dit_sparse.masks import keep_text, select_density, self_similarity, top_p, without_text
+from dit_sparse.methods.any_grid import AnyGrid
 from dit_sparse.methods.description import Description
 from dit_sparse.methods.parameters import EVERY_STEP, check_block, check_budget, check_share
 from dit_sparse.reorder import curve_once
-from dit_sparse.types import AttentionPlan, Previous, Scope, Site, TokenGrid
+from dit_sparse.types import AttentionPlan, Previous, Scope, Site
 
 
 @dataclass(frozen=True)
-class SpargeAttention:
+class SpargeAttention(AnyGrid):
     """The first of the two stages: the smallest set of key blocks that reaches `top_p` of a row (algorithm 1).
 
     Tokens follow a space-filling curve, so that those of a block are alike. Keys are taken less their mean. A block is
@@ -70,12 +70,6 @@ class SpargeAttention:
         check_share("similarity", self.similarity)
         check_block("block_q", self.block_q)
         check_block("block_k", self.block_k)
-
-    def check(self, grid: TokenGrid) -> None:
-        """Fits every grid."""
-
-    def shared_order(self, grid: TokenGrid, device: torch.device) -> None:
-        """None: queries and keys have blocks of unlike size."""
 
     def plan(self, q: Tensor, k: Tensor, v: Tensor, site: Site, previous: Previous | None) -> AttentionPlan:
         """Plan from the block means of `q, k` `[B, H, N, D]`."""

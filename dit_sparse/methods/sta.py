@@ -16,6 +16,7 @@ from torch import Tensor
 from dit_sparse.block_mask import BlockMask
 from dit_sparse.masks import mask_rows, masked_errors, probe_rows, tile_window, tile_window_density
 from dit_sparse.masks.neighborhood import per_axis
+from dit_sparse.methods.any_grid import AnyGrid
 from dit_sparse.methods.description import Description
 from dit_sparse.methods.parameters import check_count, check_share
 from dit_sparse.reorder import tiles_once
@@ -25,7 +26,7 @@ Axes = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
-class SlidingTile:
+class SlidingTile(AnyGrid):
     """Every tile of queries sees the tiles of a window around its own, all of them whole.
 
     The window is counted in tiles and moved inwards at the borders, so that it never shrinks. Text sees everything and
@@ -102,9 +103,6 @@ class SlidingTile:
         near = sorted(window for window, gap in found.items() if gap <= max(0.05, nearest))
         count = min(self.candidates, len(near))
         return tuple(near[i * (len(near) - 1) // max(1, count - 1)] for i in range(count))
-
-    def check(self, grid: TokenGrid) -> None:
-        """Fits every grid; a window larger than it covers it."""
 
     def shared_order(self, grid: TokenGrid, device: torch.device) -> TokenOrder:
         """The order by tiles."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dit_sparse.masks import Ranking, blocks_a_row, sink_and_nearness, text_blocks, top_k
+from dit_sparse.methods.any_grid import AnyGrid
 from dit_sparse.methods.description import Description
 from dit_sparse.methods.parameters import check_block, check_count, check_share
 from dit_sparse.reorder import raster_once
@@ -21,7 +22,7 @@ from dit_sparse.types import AttentionPlan, Previous, Scope, Site, TokenGrid
 
 
 @dataclass(frozen=True)
-class Strided:
+class Strided(AnyGrid):
     """Every block of queries sees the blocks nearest to it and every `stride`-th from its own on (section 4.2).
 
     With a stride of one frame the strided blocks are the same place in other frames. The first `sink` blocks of the
@@ -62,12 +63,6 @@ class Strided:
             check_count("stride", self.stride)
         if not 0 <= self.window_share <= 1:
             raise ValueError(f"window_share must be from 0 to 1, got {self.window_share!r}")
-
-    def check(self, grid: TokenGrid) -> None:
-        """Fits every grid."""
-
-    def shared_order(self, grid: TokenGrid, device: torch.device) -> None:
-        """None: blocks are cut from the sequence as it is."""
 
     def stride_for(self, grid: TokenGrid) -> int:
         """Blocks between strided ones: as given, or the multiple of one frame that the density has room for."""

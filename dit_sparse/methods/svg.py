@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dit_sparse.block_mask import BlockMask
 from dit_sparse.masks import heaviest_blocks, mask_rows, masked_errors, probe_rows, spread_ties
+from dit_sparse.methods.any_grid import AnyGrid
 from dit_sparse.methods.description import Description
 from dit_sparse.methods.parameters import EVERY_STEP, check_block, check_count, check_share
 from dit_sparse.reorder import axis_order, choose_order, raster_order
@@ -22,7 +23,7 @@ from dit_sparse.types import AttentionPlan, Previous, Scope, Site, TokenGrid, To
 
 
 @dataclass(frozen=True)
-class SparseVideoGen:
+class SparseVideoGen(AnyGrid):
     """One band mask under two orders: frame by frame for spatial heads, place by place for temporal ones.
 
     A band around the diagonal of the raster order holds the frames around a query's own; the same band with the video
@@ -61,12 +62,6 @@ class SparseVideoGen:
         check_share("density", self.density)
         check_block("block", self.block)
         check_count("rows", self.rows)
-
-    def check(self, grid: TokenGrid) -> None:
-        """Fits every grid."""
-
-    def shared_order(self, grid: TokenGrid, device: torch.device) -> None:
-        """None: heads have orders of their own."""
 
     def plan(self, q: Tensor, k: Tensor, v: Tensor, site: Site, previous: Previous | None) -> AttentionPlan:
         """Plan in which every head of `q, k, v` `[B, H, N, D]` has the better of the two orders."""

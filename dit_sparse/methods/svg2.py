@@ -15,6 +15,7 @@ from torch import Tensor
 from dit_sparse.block_mask import BlockMask
 from dit_sparse.kernels import pooled_blocks
 from dit_sparse.masks import keep_text, pooled_scores, select_density, top_p, without_text
+from dit_sparse.methods.any_grid import AnyGrid
 from dit_sparse.methods.description import Description
 from dit_sparse.methods.parameters import EVERY_STEP, check_block, check_budget, check_count, check_share
 from dit_sparse.reorder import cluster_order, kmeans, spread_tokens
@@ -24,7 +25,7 @@ _TEXT_BLOCK = 64
 
 
 @dataclass(frozen=True)
-class SparseVideoGen2:
+class SparseVideoGen2(AnyGrid):
     """K-means on queries and on keys apart; of their clusters' products the smallest set that reaches `top_p`.
 
     A pair of clusters scores softmax(q_i . k_j / sqrt(d)) of their means, weighted by the number of keys. Each query
@@ -76,12 +77,6 @@ class SparseVideoGen2:
             check_block(name, getattr(self, name))
         for name in ("first_iterations", "iterations"):
             check_count(name, getattr(self, name))
-
-    def check(self, grid: TokenGrid) -> None:
-        """Fits every grid."""
-
-    def shared_order(self, grid: TokenGrid, device: torch.device) -> None:
-        """None: heads have orders of their own."""
 
     @torch.no_grad()
     def plan(self, q: Tensor, k: Tensor, v: Tensor, site: Site, previous: Previous | None) -> AttentionPlan:

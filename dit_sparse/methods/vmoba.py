@@ -16,6 +16,7 @@ from torch import Tensor
 from dit_sparse.kernels import pooled_blocks
 from dit_sparse.masks import among_text, heaviest_blocks, heaviest_share, keep_text
 from dit_sparse.masks.neighborhood import per_axis
+from dit_sparse.methods.any_grid import AnyGrid
 from dit_sparse.methods.description import Description
 from dit_sparse.methods.parameters import EVERY_STEP, check_block, check_budget, check_share
 from dit_sparse.reorder import grid_order, tile_order
@@ -25,7 +26,7 @@ Axes = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
-class VMoBA:
+class VMoBA(AnyGrid):
     """The chunks of largest gate of a head, its own always, until they hold `threshold` of all gates.
 
     Layers take turns: chunks of whole frames, chunks of a frame's places through all frames, chunks in space and time.
@@ -83,12 +84,6 @@ class VMoBA:
         for side in self.place:
             check_block("place", side)
         object.__setattr__(self, "place", tuple(self.place))
-
-    def check(self, grid: TokenGrid) -> None:
-        """Fits every grid."""
-
-    def shared_order(self, grid: TokenGrid, device: torch.device) -> None:
-        """None: layers have orders by turns."""
 
     def chunk(self, grid: TokenGrid, layer: int) -> Axes:
         """Tokens of a chunk along frames, height and width in `layer`."""

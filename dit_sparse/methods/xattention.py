@@ -8,19 +8,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from dit_sparse.kernels import antidiagonal_scores
 from dit_sparse.masks import keep_text, select_density, top_p, without_text
+from dit_sparse.methods.any_grid import AnyGrid
 from dit_sparse.methods.description import Description
 from dit_sparse.methods.parameters import EVERY_STEP, check_block, check_budget, check_count, check_share
 from dit_sparse.reorder import raster_once
-from dit_sparse.types import AttentionPlan, Previous, Scope, Site, TokenGrid
+from dit_sparse.types import AttentionPlan, Previous, Scope, Site
 
 
 @dataclass(frozen=True)
-class XAttention:
+class XAttention(AnyGrid):
     """The fewest blocks of a row whose antidiagonal scores reach a share of the row's sum (algorithm 1).
 
     Every `stride`-th antidiagonal of a block's scores is summed, which costs a `stride`-th of all products; a softmax
@@ -62,12 +62,6 @@ class XAttention:
         check_share("top_p", self.top_p)
         check_block("block", self.block)
         check_count("stride", self.stride)
-
-    def check(self, grid: TokenGrid) -> None:
-        """Fits every grid."""
-
-    def shared_order(self, grid: TokenGrid, device: torch.device) -> None:
-        """None: blocks are cut from the sequence as it is."""
 
     def plan(self, q: Tensor, k: Tensor, v: Tensor, site: Site, previous: Previous | None) -> AttentionPlan:
         """Plan from the antidiagonals of `q, k` `[B, H, N, D]`."""
