@@ -1,6 +1,7 @@
+"""`dit-sparse generate`."""
+
 import io
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -10,54 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from dit_sparse import cli, preset
-from tests.pipelines.tiny import make_tiny_wan
+from dit_sparse import preset
+from tests.cli.command import SMALL, assert_refused, exit_code, prompts_file, tree
 from tests.pipelines.tiny_families import tiny_flux
-
-SMALL = ["--height", "64", "--width", "64", "--frames", "9", "--steps", "2", "--device", "cpu"]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return str(make_tiny_wan(tmp_path_factory.mktemp("model") / "tiny"))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """The tiny model's operations are so small that threads which wait for each other cost more than they bring."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def _folder(tmp_path, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-
-
-def _main(*arguments) -> int:
-    with pytest.raises(SystemExit) as stopped:
-        cli.main([str(argument) for argument in arguments])
-    return stopped.value.code
-
-
-def _tree(folder: Path) -> list[Path]:
-    return sorted(folder.rglob("*"))
-
-
-def _prompts(*prompts: str) -> str:
-    Path("prompts.txt").write_text("\n".join(prompts), encoding="utf-8")
-    return "prompts.txt"
 
 
 def test_generates_reports_and_resumes(model, capsys):
-    command = ["generate", _prompts("# two", "a red ball", "a blue square"), "--model", model, *SMALL]
+    command = ["generate", prompts_file("# two", "a red ball", "a blue square"), "--model", model, *SMALL]
     command += ["--density", "0.3", "--block=8", "--warmup", "0.5", "--num-samples", "2", "--out", "out"]
     command += ["--remainder", "mean"]
-    assert _main(*command) == 0
+    assert exit_code(*command) == 0
     output = capsys.readouterr().out
     assert "4 made, of 4, in out" in output
     assert "warm-up" in output
@@ -71,17 +34,17 @@ def test_generates_reports_and_resumes(model, capsys):
     assert lines[0]["config"]["block"] == 8
     assert lines[0]["config"]["remainder"] == "mean"
 
-    before = {path: path.stat().st_mtime_ns for path in _tree(Path("out"))}
-    assert _main(*command) == 0
+    before = {path: path.stat().st_mtime_ns for path in tree(Path("out"))}
+    assert exit_code(*command) == 0
     assert "4 of 4 already done" in capsys.readouterr().out
-    assert {path: path.stat().st_mtime_ns for path in _tree(Path("out"))} == before
+    assert {path: path.stat().st_mtime_ns for path in tree(Path("out"))} == before
 
 
 def test_compare_dense_with_a_config_file_and_standard_input(model, capsys, monkeypatch):
     Path("config.json").write_text('{"method": "adaspa", "density": 0.5, "block": 8, "warmup": 0}')
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a ball\n")))
     command = ["generate", "-", "--model", model, *SMALL, "--config", "config.json", "--density", "0.2"]
-    assert _main(*command, "--compare-dense", "--format", "gif") == 0
+    assert exit_code(*command, "--compare-dense", "--format", "gif") == 0
     output = capsys.readouterr().out
     assert "speed-" in output
     assert "PSNR" in output
@@ -92,17 +55,17 @@ def test_compare_dense_with_a_config_file_and_standard_input(model, capsys, monk
 
 def test_an_image_model_writes_png(tmp_path, capsys):
     tiny_flux().save_pretrained("flux")
-    command = ["generate", _prompts("a red ball", "a blue square"), "--model", "flux", "--device", "cpu"]
+    command = ["generate", prompts_file("a red ball", "a blue square"), "--model", "flux", "--device", "cpu"]
     command += ["--height", "32", "--width", "48", "--steps", "2", "--block", "16", "--out", "out"]
-    assert _main(*command) == 0
+    assert exit_code(*command) == 0
     assert "2 made, of 2, in out" in capsys.readouterr().out
     names = ["0001-a-red-ball-seed0.png", "0002-a-blue-square-seed0.png"]
     assert sorted(path.name for path in Path("out").glob("*.png")) == names
-    assert _main(*command) == 0
+    assert exit_code(*command) == 0
     assert "2 of 2 already done" in capsys.readouterr().out
     for option, message in (("--frames", "--frames must be 1"), ("--height", "height must be a multiple of 2")):
-        _assert_refused(tmp_path, capsys, [*command, option, "33"], message)
-    _assert_refused(tmp_path, capsys, [*command, "--format", "gif"], "--format must be png")
+        assert_refused(tmp_path, capsys, [*command, option, "33"], message)
+    assert_refused(tmp_path, capsys, [*command, "--format", "gif"], "--format must be png")
 
 
 def test_a_checkpoint_takes_its_preset(capsys):
@@ -111,7 +74,7 @@ def test_a_checkpoint_takes_its_preset(capsys):
     command = ["generate", "--prompt", "a red ball", "--model", "FLUX.1-schnell", "--height", "32", "--width", "48"]
 
     def made(*options: str) -> tuple[str, dict]:
-        assert _main(*command, "--device", "cpu", *options) == 0
+        assert exit_code(*command, "--device", "cpu", *options) == 0
         (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("preset")]
         return line, json.loads(Path("videos/manifest.jsonl").read_text().splitlines()[-1])
 
@@ -139,7 +102,7 @@ def test_a_failing_prompt_gives_exit_code_1(model, capsys, monkeypatch):
         raise RuntimeError("no [luck]")
 
     monkeypatch.setattr(WanPipeline, "encode_prompt", failing)
-    assert _main("generate", "--prompt", "a", "--model", model, *SMALL) == 1
+    assert exit_code("generate", "--prompt", "a", "--model", model, *SMALL) == 1
     captured = capsys.readouterr()
     assert "failed: 0001-a-seed0: RuntimeError: no [luck]" in captured.err
     assert "0 made, 1 failed" in captured.out
@@ -207,14 +170,14 @@ def test_bad_options_give_one_line_and_write_nothing(model, tmp_path, capsys, op
     Path("empty").mkdir()
     Path("family").mkdir()
     Path("family/model_index.json").write_text('{"_class_name": "StableDiffusionPipeline", "_diffusers_version": "0"}')
-    command = ["generate", _prompts("a red ball"), "--model", model, *SMALL, *options]
-    _assert_refused(tmp_path, capsys, command, message)
+    command = ["generate", prompts_file("a red ball"), "--model", model, *SMALL, *options]
+    assert_refused(tmp_path, capsys, command, message)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
 def test_cuda_without_a_gpu_says_so(model, tmp_path, capsys):
     command = ["generate", "--prompt", "a", "--model", model, *SMALL, "--device", "cuda"]
-    _assert_refused(tmp_path, capsys, command, "finds no GPU")
+    assert_refused(tmp_path, capsys, command, "finds no GPU")
 
 
 @pytest.mark.parametrize(
@@ -230,7 +193,7 @@ def test_cuda_without_a_gpu_says_so(model, tmp_path, capsys):
 def test_bad_prompt_files(model, tmp_path, capsys, data, message):
     if data is not None:
         Path("prompts.txt").write_bytes(data)
-    _assert_refused(tmp_path, capsys, ["generate", "prompts.txt", "--model", model, *SMALL], message)
+    assert_refused(tmp_path, capsys, ["generate", "prompts.txt", "--model", model, *SMALL], message)
 
 
 @pytest.mark.parametrize(
@@ -245,18 +208,7 @@ def test_bad_prompt_files(model, tmp_path, capsys, data, message):
 )
 def test_damaged_models(model, tmp_path, capsys, path, data):
     command = ["generate", "--prompt", "a", "--model", _damaged(model, path, data), *SMALL]
-    _assert_refused(tmp_path, capsys, command, "damaged")
-
-
-def _assert_refused(folder, capsys, command, message):
-    before = _tree(folder)
-    assert _main(*command) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    (line,) = captured.err.splitlines()
-    assert line.startswith("error: ")
-    assert any(part in line for part in message.split("|"))
-    assert _tree(folder) == before
+    assert_refused(tmp_path, capsys, command, "damaged")
 
 
 def test_interruption_while_loading(model, capsys, monkeypatch):
@@ -266,7 +218,7 @@ def test_interruption_while_loading(model, capsys, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(models, "load_model", interrupt)
-    assert _main("generate", "--prompt", "a", "--model", model, *SMALL) == 130
+    assert exit_code("generate", "--prompt", "a", "--model", model, *SMALL) == 130
     assert capsys.readouterr().err.splitlines()[-1].startswith("interrupted")
     assert not list(Path().iterdir())
 
@@ -299,7 +251,7 @@ def _wait_for_a_video(process: subprocess.Popen) -> None:
 
 @pytest.mark.parametrize(("kill", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
 def test_goes_on_where_it_was_stopped(model, capsys, kill, code):
-    prompts = _prompts(*(f"a red ball {n}" for n in range(4)))
+    prompts = prompts_file(*(f"a red ball {n}" for n in range(4)))
     command = ["generate", prompts, "--model", model, *SMALL, "--out", "out", "--steps", "40", "--block", "8"]
     process = _start(command)
     _wait_for_a_video(process)
@@ -316,126 +268,9 @@ def test_goes_on_where_it_was_stopped(model, capsys, kill, code):
     finished = {path: path.stat().st_mtime_ns for path in _finished()}
     assert 0 < len(finished) < 4
 
-    assert _main(*command) == 0
+    assert exit_code(*command) == 0
     assert f"{4 - len(finished)} made, {len(finished)} already done, of 4" in capsys.readouterr().out
     assert len(_finished()) == 4
     assert not list(Path("out").glob(".*"))
     assert all(path.stat().st_mtime_ns == made for path, made in finished.items())
     assert len(Path("out/manifest.jsonl").read_text().splitlines()) == 4
-
-
-def test_lists_methods(capsys):
-    assert _main("methods", "--json") == 0
-    listing = {entry["name"]: entry for entry in json.loads(capsys.readouterr().out)}
-    assert set(listing) >= {"dense", "neighborhood", "adaspa", "paro"}
-    assert "density" in [parameter["name"] for parameter in listing["adaspa"]["parameters"]]
-    assert _main("methods") == 0
-    assert "--density" in capsys.readouterr().out
-
-
-def test_doctor(capsys):
-    assert _main("doctor", "--json") == 0
-    assert json.loads(capsys.readouterr().out)["ready"]
-    assert _main("doctor") == 0
-    assert "generate can run" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("command", [["generat"], ["--verson"], ["methods", "x"]])
-def test_bad_commands(capsys, command):
-    assert _main(*command) == 2
-    assert capsys.readouterr().err.startswith("error: ")
-
-
-@pytest.mark.parametrize("option", ["--version", "--help"])
-def test_starts_without_torch(option):
-    code = f"import sys; sys.argv = ['x', {option!r}]\nfrom dit_sparse.cli import main\ntry: main()\nfinally:"
-    code += " assert 'torch' not in sys.modules"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
-    assert result.returncode == 0, result.stderr
-    assert "dit-sparse" in result.stdout
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
-def test_bench_kernels_says_that_it_needs_a_gpu(capsys):
-    assert _main("bench", "kernels") == 2
-    assert "needs an NVIDIA GPU" in capsys.readouterr().err
-
-
-def test_calibrates_inspects_and_generates_from_the_plan(model, capsys):
-    prompts = _prompts("a red ball", "a blue square")
-    command = ["calibrate", "--prompts", prompts, "--model", model, *SMALL, "--density", "0.5", "--block", "8"]
-    assert _main(*command, "--out", "plan.safetensors", "--alpha", "0.5") == 0
-    output = capsys.readouterr()
-    assert "a blue square" in output.out
-    assert "alpha 0.5" in output.out
-    assert output.err.splitlines()[-4:] == [
-        f"{what}: {p}" for what in ("orders", "masks") for p in ("a red ball", "a blue square")
-    ]
-    assert _main("inspect", "plan.safetensors", "--out", "plan.png") == 0
-    assert "order and density" in capsys.readouterr().out
-    assert Path("plan.png").stat().st_size > 1000
-    assert _main("inspect", "plan.safetensors", "--json") == 0
-    found = json.loads(capsys.readouterr().out)
-    assert (found["grid"], found["steps"], found["model"]) == ("3x4x4", 2, "tiny")
-    run = ["generate", "--prompt", "a ball", "--model", model, *SMALL, "--method", "paro", "--out", "out"]
-    assert _main(*run, "--plan-file", "plan.safetensors", "--warmup", "0") == 0
-    (line,) = [json.loads(line) for line in Path("out/manifest.jsonl").read_text().splitlines()]
-    assert line["dense_calls"] == {}
-    assert 0.2 < line["sparse_density"] < 0.8
-    assert sorted(p.name for p in Path().iterdir()) == ["out", "plan.png", "plan.safetensors", "prompts.txt"]
-
-
-def test_neighborhood_prints_nattens_case(capsys):
-    setting = ("--grid", "30x48x80", "--window", "18x24x24", "--stride", "16x8x8", "--tile", "2x8x8")
-    assert _main("neighborhood", *setting) == 0
-    out = capsys.readouterr().out
-    assert "density 0.0900, ideal speed-up 11.11x" in out
-    assert "72,900" in out
-    assert _main("neighborhood", *setting, "--json") == 0
-    tile = json.loads(capsys.readouterr().out)["tile"]
-    assert (tile["tiles"], tile["visited"], tile["partial"]) == (810_000, 72_900, 0)
-
-
-def test_neighborhood_lists_settings_near_a_density(capsys):
-    assert _main("neighborhood", "--grid", "24x32", "--density", "0.25", "--causal", "false,true,false", "--json") == 0
-    report = json.loads(capsys.readouterr().out)
-    assert report["grid"] == [1, 24, 32]
-    assert report["causal"] == [False, True, False]
-    assert all(abs(s["density"] / 0.25 - 1) < 0.11 for s in report["suggestions"])
-    assert _main("neighborhood", "--grid", "8x24x32", "--density", "0.25") == 0
-    assert "best settings" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["calibrate"], "no prompts"),
-        (["calibrate", "--prompt", "a", "--density", "2"], "density must be above 0"),
-        (["calibrate", "--prompt", "a", "--threshold", "x"], "threshold must be head or global"),
-        (["calibrate", "--prompt", "a", "--shared-from", "2"], "shared_from must be from 0 to 1"),
-        (["calibrate", "--prompt", "a", "--height", "33"], "height must be a multiple of"),
-        (["calibrate", "--prompt", "a", "--out", "no/plan"], "must exist"),
-        (["inspect", "nowhere"], "must be an existing file"),
-    ],
-)
-def test_calibrate_and_inspect_refuse_in_one_line(model, capsys, arguments, message):
-    extra = ["--model", model] if arguments[0] == "calibrate" else []
-    assert _main(*arguments, *extra) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
-    assert list(Path().iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("--grid", "12"), "--grid must be two or three sizes"),
-        (("--grid", "4x8x8", "--window", "9x8x8"), "must be at most the grid's 4"),
-        (("--grid", "4x8x8", "--stride", "much"), "--stride must be"),
-        (("--grid", "4x8x8", "--density", "2"), "density must be above 0 and at most 1"),
-    ],
-)
-def test_neighborhood_refuses_what_does_not_fit(arguments, message, capsys):
-    assert _main("neighborhood", *arguments) == 2
-    assert message in capsys.readouterr().err

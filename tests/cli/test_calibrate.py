@@ -1,0 +1,53 @@
+"""`dit-sparse calibrate` and `inspect`."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.cli.command import SMALL, exit_code, prompts_file
+
+
+def test_calibrates_inspects_and_generates_from_the_plan(model, capsys):
+    prompts = prompts_file("a red ball", "a blue square")
+    command = ["calibrate", "--prompts", prompts, "--model", model, *SMALL, "--density", "0.5", "--block", "8"]
+    assert exit_code(*command, "--out", "plan.safetensors", "--alpha", "0.5") == 0
+    output = capsys.readouterr()
+    assert "a blue square" in output.out
+    assert "alpha 0.5" in output.out
+    assert output.err.splitlines()[-4:] == [
+        f"{what}: {p}" for what in ("orders", "masks") for p in ("a red ball", "a blue square")
+    ]
+    assert exit_code("inspect", "plan.safetensors", "--out", "plan.png") == 0
+    assert "order and density" in capsys.readouterr().out
+    assert Path("plan.png").stat().st_size > 1000
+    assert exit_code("inspect", "plan.safetensors", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["grid"], found["steps"], found["model"]) == ("3x4x4", 2, "tiny")
+    run = ["generate", "--prompt", "a ball", "--model", model, *SMALL, "--method", "paro", "--out", "out"]
+    assert exit_code(*run, "--plan-file", "plan.safetensors", "--warmup", "0") == 0
+    (line,) = [json.loads(line) for line in Path("out/manifest.jsonl").read_text().splitlines()]
+    assert line["dense_calls"] == {}
+    assert 0.2 < line["sparse_density"] < 0.8
+    assert sorted(p.name for p in Path().iterdir()) == ["out", "plan.png", "plan.safetensors", "prompts.txt"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["calibrate"], "no prompts"),
+        (["calibrate", "--prompt", "a", "--density", "2"], "density must be above 0"),
+        (["calibrate", "--prompt", "a", "--threshold", "x"], "threshold must be head or global"),
+        (["calibrate", "--prompt", "a", "--shared-from", "2"], "shared_from must be from 0 to 1"),
+        (["calibrate", "--prompt", "a", "--height", "33"], "height must be a multiple of"),
+        (["calibrate", "--prompt", "a", "--out", "no/plan"], "must exist"),
+        (["inspect", "nowhere"], "must be an existing file"),
+    ],
+)
+def test_calibrate_and_inspect_refuse_in_one_line(model, capsys, arguments, message):
+    extra = ["--model", model] if arguments[0] == "calibrate" else []
+    assert exit_code(*arguments, *extra) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert list(Path().iterdir()) == []
