@@ -3,6 +3,9 @@
     python scripts/bench_fidelity.py --out fidelity.json              # everything; meant for a GPU
     python scripts/bench_fidelity.py --quick --out quick.json         # one prompt, four steps, one density
     python scripts/bench_fidelity.py --table --out fidelity.json      # the tables of an earlier run
+    python scripts/bench_fidelity.py --prompts 3-4 --out part-2.json  # two prompts, of a run spread over processes
+    python scripts/bench_fidelity.py --merge part-*.json --out fidelity.json
+    python scripts/bench_fidelity.py --seer gates.safetensors --out fidelity.json  # with gates of scripts/train_gate.py
 
 Every method is rendered at each density and at its own default, and compared with plain diffusers: same prompt, seed,
 device and dtype, frames in memory. `paro` also runs from a plan file, calibrated on a prompt of its own. Beside the
@@ -32,12 +35,12 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
-from fidelity_tables import print_report, read_report
+from fidelity_tables import merge_reports, print_report, read_report
 from rich.console import Console
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import dit_sparse
-from dit_sparse import AdaSpa, Dense, Paro, Schedule, load_pipeline, sparsify, unsparsify
+from dit_sparse import AdaSpa, Dense, Paro, Schedule, SeerAttention, load_pipeline, sparsify, unsparsify
 from dit_sparse.bench.report import environment, write_report
 from dit_sparse.calibrate import Calibration
 from dit_sparse.calibrate.observers import MassSums, OrderSearch
@@ -52,6 +55,7 @@ from dit_sparse.methods import METHODS, find_method
 from dit_sparse.methods.parameters import accepts_density, takes_density, with_density
 from dit_sparse.pipelines import Observer, observe
 from dit_sparse.pipelines import statistics as run_statistics
+from dit_sparse.types import Method
 
 PROMPTS = Path(__file__).parent / "fidelity_prompts.txt"
 CALIBRATION = "A big red ball moving left on a gray background."
@@ -79,19 +83,20 @@ class Case:
     def config(self) -> dict[str, Any]:
         """What tells this case from others, ready for JSON."""
         found = {} if self.schedule is None else self.schedule.to_config()
-        if found.get("plan_file"):
-            found["plan_file"] = Path(found["plan_file"]).name
+        for name in ("plan_file", "weights"):
+            if found.get(name):
+                found[name] = Path(found[name]).name
         return found | {"seed": self.seed} | ({"kernel": "math"} if self.math else {})
 
 
 DENSE = Case("dense")
 
 
-def method_cases(names: Sequence[str], densities: Sequence[float]) -> list[Case]:
+def method_cases(methods: Sequence[Method], densities: Sequence[float]) -> list[Case]:
     """Each method at each density and at its own default, which is marked where it is one of them."""
     cases = []
-    for name in names:
-        default = Schedule(find_method(name)())
+    for method in methods:
+        default = Schedule(method)
         at = [with_density(default.method, d) for d in densities] if accepts_density(default.method) else []
         schedules = [Schedule(method, warmup=WARMUP) for method in at]
         if default not in schedules:
@@ -322,7 +327,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--commit", help="recorded where there is no checkout to ask")
+    parser.add_argument("--seer", type=Path, help="gates for seer, which is left out without")
     parser.add_argument("--table", action="store_true", help="print the tables of --out and render nothing")
+    parser.add_argument("--merge", nargs="+", type=Path, metavar="PART", help="make --out of these; renders nothing")
     parser.add_argument("--out", type=Path, required=True, help="the report, JSON")
     options = parser.parse_args(arguments)
     known = read_prompts(PROMPTS)
@@ -346,8 +353,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     console = Console(width=150)
-    if options.table:
+    if options.table or options.merge:
         try:
+            if options.merge:
+                write_report(merge_reports(options.merge), options.out)
             print_report(read_report(options.out), console)
         except ValueError as error:
             raise SystemExit(str(error)) from None
@@ -376,7 +385,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "width": width,
         "num_inference_steps": options.steps,
     }
-    cases = method_cases(options.methods, options.densities)
+    methods = [find_method(name)() for name in options.methods]
+    methods += [] if options.seer is None else [SeerAttention(weights=str(options.seer))]
+    cases = method_cases(methods, options.densities)
     if "paro" in options.methods:
         cases += plan_cases(options.densities, options.out.with_name(f"{options.out.name}.plans"))
     bench = Bench(pipe, call, report, options.out)
