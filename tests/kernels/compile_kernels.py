@@ -80,11 +80,13 @@ def hopper(job: dict):
         GROUPS=job["groups"], D=job["dim"], BLOCK_N=128, K_TILES=1, PAIR=job["pair"], Q_TILES=1,
         STAGES_K=job["stages"][0], STAGES_V=job["stages"][1], Q_IN_REGISTERS=job["early"] or job["dim"] == 64,
         PARTIAL=job["partial"], RETURN_LSE=True, PACE=job["pace"], EARLY=job["early"], FLAT=layout(128, job["dim"]),
-        PRODUCER_REGISTERS=24, CONSUMER_REGISTERS=240,
+        MEANS=job["remainder"] != "none", SLOPES=job["remainder"] == "value", PRODUCER_REGISTERS=24,
+        CONSUMER_REGISTERS=240,
     )  # fmt: skip
     box = descriptor(1, 1, 64, 64) if job["pair"] else descriptor(1, 1, 128, job["dim"])
     rows = descriptor(1, 1, 64, job["dim"])
-    special = {"q_desc": rows, "o_desc": rows, "k_desc": box, "v_desc": box}
+    special = {"q_desc": rows, "o_desc": rows}
+    special |= dict.fromkeys(("k_desc", "v_desc", "mean_k_desc", "mean_v_desc", "slope_desc"), box)
     kernel = hopper_kernels.forward_kernel
     options = dict(num_warps=4) | ({} if job["registers"] is None else {"maxnreg": job["registers"]})
     return GluonASTSource(kernel, signature(kernel, constants, special, "bf16"), constexprs=constants), options
