@@ -52,7 +52,8 @@ def portable(job: dict):
 def moments(job: dict):
     constants = dict(
         D=job["dim"], DV=job["dim"], BLOCK_D=job["padded"], BLOCK_DV=min(128, job["padded"]), BLOCK_N=job["block_n"],
-        PARTS=-(-job["dim"] // 128), CENTRED=True, VALUES=True, PRODUCTS=job["remainder"] == "value", UPCAST=False,
+        PARTS=-(-job["dim"] // 128), CENTRED=True, VALUES=True, PRODUCTS=job["remainder"] == "value",
+        SINGLE=job["single"], UPCAST=False,
     )  # fmt: skip
     return triton_source(remainder_kernels.moments_kernel, constants, job), options_of(job)
 

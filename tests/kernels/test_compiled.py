@@ -80,14 +80,16 @@ def test_the_kernel_of_moments_fits() -> None:
             dim=dim,
             padded=padded(dim),
             remainder=remainder,
-            block_n=16 if dtype == "fp32" else 32,
+            single=single,
+            block_n=block_n,
             warps=8 if remainder == "value" else 4,
             stages=3,
         )
-        for target, dim, dtype, remainder in (
-            (80, 128, "bf16", "value"),
-            (90, 128, "bf16", "mean"),
-            (86, 256, "fp32", "value"),
+        for target, dim, dtype, remainder, single, block_n in (
+            (80, 128, "bf16", "value", True, 128),
+            (90, 128, "bf16", "mean", True, 64),
+            (90, 128, "bf16", "value", False, 32),
+            (86, 256, "fp32", "value", False, 16),
         )
     ]
     for job, found in zip(jobs, compile_kernels(jobs), strict=True):
