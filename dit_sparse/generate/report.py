@@ -15,9 +15,10 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from dit_sparse.generate.listener import Listener
 from dit_sparse.generate.models import DEMO
 from dit_sparse.generate.request import Clip
-from dit_sparse.generate.run import Job, Listener, Outcome
+from dit_sparse.generate.run import Job, Outcome
 
 if TYPE_CHECKING:
     from dit_sparse.presets import Preset

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-__all__ = ["check_writer", "extension", "is_partial", "remove_partials", "to_uint8", "write_video"]
+__all__ = [
+    "check_writer",
+    "extension",
+    "is_partial",
+    "partial_path",
+    "place",
+    "remove",
+    "remove_partials",
+    "to_uint8",
+    "write_partial",
+    "write_video",
+]
 
 _PREFIX = ".partial-"
 
@@ -48,29 +57,56 @@ def to_uint8(frames: np.ndarray) -> np.ndarray:
     return (frames.clip(0, 1) * 255).round().astype(np.uint8)
 
 
-def write_video(
-    frames: np.ndarray, path: Path, *, format: str, fps: int, when_whole: Callable[[], None] | None = None
-) -> None:
+def write_video(frames: np.ndarray, path: Path, *, format: str, fps: int) -> None:
     """Write `frames` `[T, H, W, 3]` uint8 to `path`, under another name until it is whole.
 
     Args:
         path: the file, or the folder for several frames in "png"; what is there is replaced.
         format: "mp4" (H.264, 4:2:0, which plays everywhere), "gif" or "png".
-        when_whole: called once everything is written, right before the file takes its name.
 
     Raises:
         ValueError: frames of another shape or dtype, or an unknown format.
         OSError: the file cannot be written.
     """
+    partial = partial_path(path)
+    write_partial(frames, partial, format=format, fps=fps)
+    place(partial, path)
+
+
+def write_partial(frames: np.ndarray, partial: Path, *, format: str, fps: int) -> None:
+    """The first half of `write_video`: write everything to `partial`, of which a failure leaves nothing."""
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not len(frames):
         raise ValueError(f"frames must be uint8 [T, H, W, 3], got {frames.dtype} {list(frames.shape)}")
     writers = {"mp4": _write_mp4, "gif": _write_gif, "png": _write_png}
     if format not in writers:
         raise ValueError(f"format must be one of {', '.join(writers)}, got {format!r}")
-    with _partial(path) as partial:
+    remove(partial)
+    try:
         writers[format](frames, partial, fps)
-        if when_whole is not None:
-            when_whole()
+    except BaseException:
+        remove(partial)
+        raise
+
+
+def place(partial: Path, path: Path) -> None:
+    """The second half of `write_video`: give the file or folder `partial` its name, in place of what bears it."""
+    try:
+        if path.is_dir():
+            # A folder cannot be replaced in one move.
+            shutil.rmtree(path)
+        os.replace(partial, path)
+    finally:
+        remove(partial)
+
+
+def partial_path(path: Path, owner: str = "") -> Path:
+    """What `path` is called until it is whole.
+
+    Args:
+        owner: the id of the process without which nobody wants the file, and after a hyphen what tells several writers
+            apart; this process where it is left out.
+    """
+    return path.with_name(f"{_PREFIX}{owner or os.getpid()}-{path.name}")
 
 
 def is_partial(name: str) -> bool:
@@ -78,27 +114,20 @@ def is_partial(name: str) -> bool:
     return name.startswith(_PREFIX)
 
 
+def remove(path: Path) -> None:
+    """Remove the file or folder `path`, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def remove_partials(folder: Path) -> None:
     """Remove what processes that no longer run left unfinished in `folder`."""
     for path in folder.glob(f"{_PREFIX}*"):
         pid = path.name[len(_PREFIX) :].partition("-")[0]
         if not (pid.isdigit() and _alive(int(pid))):
-            _remove(path)
-
-
-@contextmanager
-def _partial(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place on success and vanishes on any failure."""
-    partial = path.with_name(f"{_PREFIX}{os.getpid()}-{path.name}")
-    _remove(partial)
-    try:
-        yield partial
-        if path.is_dir():
-            # A folder cannot be replaced in one move.
-            shutil.rmtree(path)
-        os.replace(partial, path)
-    finally:
-        _remove(partial)
+            remove(path)
 
 
 def _write_mp4(frames: np.ndarray, path: Path, fps: int) -> None:
@@ -142,13 +171,6 @@ def _write_png(frames: np.ndarray, path: Path, fps: int) -> None:
     path.mkdir()
     for number, frame in enumerate(frames):
         Image.fromarray(frame).save(path / f"{number:04d}.png")
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _alive(pid: int) -> bool:

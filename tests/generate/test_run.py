@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dit_sparse.generate import Listener, Request, prepare, run
-from dit_sparse.generate import run as run_function
+from dit_sparse.generate import Listener, Request, prepare, render, run
 from dit_sparse.generate.manifest import MANIFEST
 from dit_sparse.generate.run import check_folder
 from tests.pipelines.tiny import make_tiny_wan
@@ -151,9 +150,9 @@ def test_a_comparison_asked_for_later_is_made(request_for, tmp_path):
 
 def test_restores_the_pipeline(request_for):
     job = prepare(request_for())
-    before = dict(job.pipe.transformer.attn_processors)
+    before = dict(job.executor.renderer.pipe.transformer.attn_processors)
     run(job)
-    assert dict(job.pipe.transformer.attn_processors) == before
+    assert dict(job.executor.renderer.pipe.transformer.attn_processors) == before
 
 
 def test_an_interruption_keeps_what_is_finished(request_for, tmp_path):
@@ -169,14 +168,14 @@ def test_an_interruption_keeps_what_is_finished(request_for, tmp_path):
 
 def test_a_failing_prompt_does_not_stop_the_others(request_for, tmp_path, monkeypatch):
     job = prepare(request_for("a", "bad", "c"))
-    encode = type(job.pipe).encode_prompt
+    encode = type(job.executor.renderer.pipe).encode_prompt
 
     def failing(self, prompt, **options):
         if prompt == "bad":
             raise RuntimeError("no such luck")
         return encode(self, prompt, **options)
 
-    monkeypatch.setattr(type(job.pipe), "encode_prompt", failing)
+    monkeypatch.setattr(type(job.executor.renderer.pipe), "encode_prompt", failing)
     recorder = _Recorder()
     outcome = run(job, recorder)
     assert recorder.failures == [(2, "no such luck")]
@@ -186,7 +185,7 @@ def test_a_failing_prompt_does_not_stop_the_others(request_for, tmp_path, monkey
 
 def test_frames_that_are_not_finite_are_a_failure(request_for, tmp_path):
     job = prepare(request_for())
-    job.pipe.transformer.proj_out.weight.data.fill_(float("nan"))
+    job.executor.renderer.pipe.transformer.proj_out.weight.data.fill_(float("nan"))
     ((_, error),) = run(job).failures
     assert "NaN" in str(error)
     assert _names(tmp_path / "out") == []
@@ -196,7 +195,7 @@ def test_a_full_disk_ends_the_run(request_for, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setitem(run_function.__globals__, "write_video", full)
+    monkeypatch.setattr(render, "write_partial", full)
     recorder = _Recorder()
     with pytest.raises(OSError, match="No space"):
         run(prepare(request_for("a", "b")), recorder)

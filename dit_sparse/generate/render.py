@@ -1,0 +1,259 @@
+"""Renders one video at a time with a loaded pipeline, and says what was run."""
+
+from __future__ import annotations
+
+import gc
+import platform
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from dit_sparse.generate import models
+from dit_sparse.generate.listener import Listener
+from dit_sparse.generate.request import Clip, Request, Settings
+from dit_sparse.generate.video import extension, partial_path, to_uint8, write_partial
+
+if TYPE_CHECKING:
+    from dit_sparse.schedule import Schedule
+
+__all__ = ["Executor", "Failed", "LocalExecutor", "Rendered", "Renderer"]
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A video that is written under a name of its own, and its manifest line but for its file's name."""
+
+    clip: Clip
+    line: dict[str, Any]
+    partial: Path
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A video that could not be made, and why."""
+
+    clip: Clip
+    error: Exception
+
+
+class Executor(Protocol):
+    """Where the videos of a request are rendered.
+
+    `device` is what they are rendered on: "cpu", "cuda" or "cuda:N".
+    """
+
+    device: str
+
+    def defaults(self) -> dict[str, Any]:
+        """Size, steps and guidance, with the model's own where the request leaves them open."""
+
+    def check(self, settings: Settings) -> None:
+        """Make sure that the model can be loaded and takes `settings`; raises ValueError or OSError."""
+
+    def render(self, settings: Settings, clips: Sequence[Clip], listener: Listener) -> Iterator[Rendered | Failed]:
+        """Render `clips`, in whatever order they get ready; raises OSError where a file cannot be written."""
+
+
+class Renderer:
+    """Renders the clips of a request with one pipeline, which is loaded when it is first needed.
+
+    Raises:
+        ValueError: the request's config is no schedule.
+    """
+
+    def __init__(self, request: Request) -> None:
+        from dit_sparse.schedule import Schedule
+
+        self.request = request
+        self.schedule = Schedule.from_config(dict(request.config))
+        self._warm = not request.compare_dense
+
+    @cached_property
+    def pipe(self) -> Any:
+        """The loaded pipeline."""
+        return models.load_model(self.request)
+
+    def defaults(self) -> dict[str, Any]:
+        """See `Executor.defaults`."""
+        return models.pipeline_defaults(self.request, self.pipe)
+
+    def check(self, settings: Settings) -> None:
+        """See `Executor.check`."""
+        from dit_sparse.pipelines import check
+
+        self.defaults()
+        check(self.pipe, self.schedule, settings.height, settings.width, settings.frames)
+
+    def render(self, settings: Settings, clip: Clip, partial: Path, listener: Listener) -> Rendered | Failed:
+        """Render `clip` and write it to `partial`.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        try:
+            if not self._warm:
+                _warm_up(self, settings, clip, listener)
+                self._warm = True
+            frames, line = _make(self, settings, clip, listener)
+        # A model can fail on one prompt in any way, and the other prompts are still wanted.
+        except Exception as error:  # noqa: BLE001
+            _free_memory()
+            return Failed(clip, error.with_traceback(None))
+        write_partial(frames, partial, format=settings.format, fps=settings.fps)
+        return Rendered(clip, line, partial)
+
+
+class LocalExecutor:
+    """Renders one clip after another in this process."""
+
+    def __init__(self, request: Request) -> None:
+        self.renderer = Renderer(request)
+        self.device = models.resolve_device(request.device)
+        self.defaults = self.renderer.defaults
+        self.check = self.renderer.check
+
+    def render(self, settings: Settings, clips: Sequence[Clip], listener: Listener) -> Iterator[Rendered | Failed]:
+        """See `Executor.render`."""
+        for clip in clips:
+            partial = partial_path(self.renderer.request.out / partial_name(settings, clip))
+            yield self.renderer.render(settings, clip, partial, listener)
+
+
+def partial_name(settings: Settings, clip: Clip) -> str:
+    """The name that `clip` has before the manifest says how its file is called."""
+    return clip.stem + extension(settings.format, settings.frames)
+
+
+def _make(renderer: Renderer, settings: Settings, clip: Clip, listener: Listener) -> tuple[np.ndarray, dict[str, Any]]:
+    """Frames `[T, H, W, 3]` uint8 of `clip` and its manifest line."""
+    with _sparse(renderer.pipe, renderer.schedule):
+        frames, seconds = _render(renderer, settings, clip, "sparse", listener)
+        line = _line(renderer, settings, clip, seconds)
+    pixels = to_uint8(frames)
+    if renderer.request.compare_dense:
+        dense, dense_seconds = _render(renderer, settings, clip, "dense", listener)
+        line |= _comparison(frames, dense, seconds, dense_seconds)
+    return pixels, line
+
+
+def _warm_up(renderer: Renderer, settings: Settings, clip: Clip, listener: Listener) -> None:
+    """One step each, sparse and dense, so that neither timing pays for compilation and first allocations."""
+    settings = replace(settings, steps=1)
+    with _sparse(renderer.pipe, replace(renderer.schedule, warmup=0.0)):
+        _render(renderer, settings, clip, "warm-up", listener)
+    _render(renderer, settings, clip, "warm-up", listener)
+
+
+@contextmanager
+def _sparse(pipe: Any, schedule: Schedule) -> Iterator[None]:
+    from dit_sparse.pipelines import sparsify, unsparsify
+
+    sparsify(pipe, schedule)
+    try:
+        yield
+    finally:
+        unsparsify(pipe)
+
+
+def _render(
+    renderer: Renderer, settings: Settings, clip: Clip, what: str, listener: Listener
+) -> tuple[np.ndarray, float]:
+    """Frames `[T, H, W, 3]` float in [0, 1] of `clip`, and the wall time in seconds, decoding included."""
+    import torch
+
+    listener.rendering(clip, what, settings.steps)
+    # A generator on the CPU draws the same noise whatever the device.
+    arguments = _arguments(renderer.pipe, settings, clip) | {
+        "generator": torch.Generator("cpu").manual_seed(clip.seed),
+        "callback_on_step_end": _step_callback(listener),
+    }
+    start = time.perf_counter()
+    output = renderer.pipe(**arguments)
+    seconds = time.perf_counter() - start
+    frames = output.frames[0] if hasattr(output, "frames") else output.images
+    return np.asarray(frames), seconds
+
+
+def _arguments(pipe: Any, settings: Settings, clip: Clip) -> dict[str, Any]:
+    values = {name: getattr(settings, name) for name in ("height", "width", "frames", "steps", "guidance")}
+    texts = {"prompt": clip.prompt, "negative_prompt": settings.negative_prompt}
+    arguments = models.call_arguments(pipe, values) | {"output_type": "np"}
+    return arguments | {name: text for name, text in texts.items() if text is not None}
+
+
+def _step_callback(listener: Listener) -> Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]:
+    def callback(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        listener.stepped()
+        return tensors
+
+    return callback
+
+
+def _line(renderer: Renderer, settings: Settings, clip: Clip, seconds: float) -> dict[str, Any]:
+    """The manifest line of a video just rendered, read before the pipeline is restored."""
+    from dit_sparse.pipelines import statistics
+
+    run_statistics = statistics(renderer.pipe)
+    return {
+        "prompt": clip.prompt,
+        "seed": clip.seed,
+        "negative_prompt": settings.negative_prompt,
+        "model": settings.model,
+        "method": renderer.schedule.method.name,
+        "config": dict(settings.config),
+        "height": settings.height,
+        "width": settings.width,
+        "frames": settings.frames,
+        "steps": settings.steps,
+        "guidance": settings.guidance,
+        "dtype": settings.dtype,
+        "device": models.resolve_device(renderer.request.device),
+        "offload": renderer.request.offload,
+        "format": settings.format,
+        "fps": settings.fps,
+        "seconds": seconds,
+        "attention_density": run_statistics.density,
+        "sparse_density": run_statistics.sparse_density,
+        "calls": run_statistics.calls,
+        "dense_calls": dict(run_statistics.dense_calls),
+        "attention_seconds": run_statistics.attention_seconds,
+        "plan_seconds": run_statistics.plan_seconds,
+        "key": settings.key(clip),
+        "made": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": _versions(),
+    }
+
+
+def _comparison(frames: np.ndarray, dense: np.ndarray, seconds: float, dense_seconds: float) -> dict[str, Any]:
+    from dit_sparse.eval.fidelity import compare
+
+    fidelity = compare(frames.clip(0, 1), dense.clip(0, 1))
+    return {
+        "dense_seconds": dense_seconds,
+        "speedup": dense_seconds / seconds,
+        "psnr": None if fidelity.identical else fidelity.psnr,
+        "ssim": fidelity.ssim,
+        "identical": fidelity.identical,
+        "convention": fidelity.convention,
+    }
+
+
+def _versions() -> dict[str, str]:
+    packages = ("dit-sparse", "torch", "diffusers", "transformers")
+    return {"python": platform.python_version()} | {name: version(name) for name in packages}
+
+
+def _free_memory() -> None:
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
