@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         SparseVideoGen,
         SparseVideoGen2,
         Strided,
+        SvgEar,
         VMoBA,
         XAttention,
     )
@@ -81,6 +82,7 @@ _HOMES = {
         "SpargeAttention",
         "VMoBA",
         "Blade",
+        "SvgEar",
     ),
     "pipelines": (
         "SparseCogVideoXImageToVideoPipeline",
@@ -136,6 +138,7 @@ __all__ = [
     "SparseWanImageToVideoPipeline",
     "SparseWanPipeline",
     "Strided",
+    "SvgEar",
     "TokenGrid",
     "TokenOrder",
     "VMoBA",

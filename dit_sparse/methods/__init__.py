@@ -26,6 +26,7 @@ from dit_sparse.methods.sta import SlidingTile
 from dit_sparse.methods.strided import Strided
 from dit_sparse.methods.svg import SparseVideoGen
 from dit_sparse.methods.svg2 import SparseVideoGen2
+from dit_sparse.methods.svgear import SvgEar
 from dit_sparse.methods.vmoba import VMoBA
 from dit_sparse.methods.xattention import XAttention
 from dit_sparse.types import Method
@@ -54,6 +55,7 @@ _OWN: tuple[type[Method], ...] = (
     SeerAttention,
     BigBird,
     Strided,
+    SvgEar,
     Oracle,
 )
 
@@ -107,6 +109,7 @@ __all__ = [
     "SparseVideoGen",
     "SparseVideoGen2",
     "Strided",
+    "SvgEar",
     "VMoBA",
     "XAttention",
     "all_methods",

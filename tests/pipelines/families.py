@@ -30,6 +30,7 @@ from dit_sparse import (
     SparseVideoGen,
     SparseVideoGen2,
     Strided,
+    SvgEar,
     TokenGrid,
     VMoBA,
     XAttention,
@@ -60,6 +61,7 @@ METHODS = [
     LServe(density=0.5, block=16),
     Dhsa(density=0.5, tile=(1, 4, 4)),
     Sale(density=0.5, block=16),
+    SvgEar(density=0.5, q_tokens=32, k_tokens=16),
 ]
 
 
