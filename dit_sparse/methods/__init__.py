@@ -7,20 +7,25 @@ from dit_sparse.methods.anchor import AnchorAttention
 from dit_sparse.methods.bigbird import BigBird
 from dit_sparse.methods.blade import Blade
 from dit_sparse.methods.dense import Dense
+from dit_sparse.methods.dfsattn import DfsAttention
 from dit_sparse.methods.dhsa import Dhsa
 from dit_sparse.methods.draft import DraftAttention
+from dit_sparse.methods.losa import LoSA
 from dit_sparse.methods.lserve import LServe
+from dit_sparse.methods.lvsa import Lvsa
 from dit_sparse.methods.minference import MInference
 from dit_sparse.methods.neighborhood import Neighborhood
 from dit_sparse.methods.oracle import Oracle
 from dit_sparse.methods.parameters import Parameter, nearest, parameters, parse_parameter, read_parameter
 from dit_sparse.methods.paro import Paro
 from dit_sparse.methods.pbs import PbsAttention
+from dit_sparse.methods.pisa import Pisa
 from dit_sparse.methods.plugins import load_plugins
 from dit_sparse.methods.proxy import ProxyAttention
 from dit_sparse.methods.radial import RadialAttention
 from dit_sparse.methods.sale import Sale
 from dit_sparse.methods.seer import SeerAttention
+from dit_sparse.methods.solattn import SolAttention
 from dit_sparse.methods.sparge import SpargeAttention
 from dit_sparse.methods.sta import SlidingTile
 from dit_sparse.methods.strided import Strided
@@ -56,6 +61,11 @@ _OWN: tuple[type[Method], ...] = (
     BigBird,
     Strided,
     SvgEar,
+    Pisa,
+    SolAttention,
+    DfsAttention,
+    LoSA,
+    Lvsa,
     Oracle,
 )
 
@@ -91,20 +101,25 @@ __all__ = [
     "BigBird",
     "Blade",
     "Dense",
+    "DfsAttention",
     "Dhsa",
     "DraftAttention",
     "LServe",
+    "LoSA",
+    "Lvsa",
     "MInference",
     "Neighborhood",
     "Oracle",
     "Parameter",
     "Paro",
     "PbsAttention",
+    "Pisa",
     "ProxyAttention",
     "RadialAttention",
     "Sale",
     "SeerAttention",
     "SlidingTile",
+    "SolAttention",
     "SpargeAttention",
     "SparseVideoGen",
     "SparseVideoGen2",
