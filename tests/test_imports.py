@@ -57,6 +57,7 @@ LATE = {
     "modulate_kernel.py",
     "norm_rope_kernel.py",
     "permute_kernel.py",
+    "remainder_error_kernels.py",
     "remainder_kernels.py",
     "score_kernels.py",
     "triton_kernels.py",

@@ -24,6 +24,7 @@ from dit_sparse.kernels.norm_rope import norm_rope
 from dit_sparse.kernels.permute import permute, restore
 from dit_sparse.kernels.pooled import pooled_blocks
 from dit_sparse.kernels.reference import ReferenceBackend
+from dit_sparse.kernels.remainder_error import divide_blocks, remainder_errors
 from dit_sparse.kernels.triton_backend import TritonBackend
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "block_mass",
     "check_remainder",
     "dense_attention",
+    "divide_blocks",
     "get_backend",
     "keep_best",
     "layer_norm",
@@ -43,6 +45,7 @@ __all__ = [
     "pooled_blocks",
     "refusal",
     "register",
+    "remainder_errors",
     "restore",
     "sample_rows",
     "sampled_block_mass",

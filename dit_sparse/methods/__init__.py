@@ -7,25 +7,31 @@ from dit_sparse.methods.anchor import AnchorAttention
 from dit_sparse.methods.bigbird import BigBird
 from dit_sparse.methods.blade import Blade
 from dit_sparse.methods.dense import Dense
+from dit_sparse.methods.dfsattn import DfsAttention
 from dit_sparse.methods.dhsa import Dhsa
 from dit_sparse.methods.draft import DraftAttention
+from dit_sparse.methods.losa import LoSA
 from dit_sparse.methods.lserve import LServe
+from dit_sparse.methods.lvsa import Lvsa
 from dit_sparse.methods.minference import MInference
 from dit_sparse.methods.neighborhood import Neighborhood
 from dit_sparse.methods.oracle import Oracle
 from dit_sparse.methods.parameters import Parameter, nearest, parameters, parse_parameter, read_parameter
 from dit_sparse.methods.paro import Paro
 from dit_sparse.methods.pbs import PbsAttention
+from dit_sparse.methods.pisa import Pisa
 from dit_sparse.methods.plugins import load_plugins
 from dit_sparse.methods.proxy import ProxyAttention
 from dit_sparse.methods.radial import RadialAttention
 from dit_sparse.methods.sale import Sale
 from dit_sparse.methods.seer import SeerAttention
+from dit_sparse.methods.solattn import SolAttention
 from dit_sparse.methods.sparge import SpargeAttention
 from dit_sparse.methods.sta import SlidingTile
 from dit_sparse.methods.strided import Strided
 from dit_sparse.methods.svg import SparseVideoGen
 from dit_sparse.methods.svg2 import SparseVideoGen2
+from dit_sparse.methods.svgear import SvgEar
 from dit_sparse.methods.vmoba import VMoBA
 from dit_sparse.methods.xattention import XAttention
 from dit_sparse.types import Method
@@ -54,6 +60,12 @@ _OWN: tuple[type[Method], ...] = (
     SeerAttention,
     BigBird,
     Strided,
+    SvgEar,
+    Pisa,
+    SolAttention,
+    DfsAttention,
+    LoSA,
+    Lvsa,
     Oracle,
 )
 
@@ -89,24 +101,30 @@ __all__ = [
     "BigBird",
     "Blade",
     "Dense",
+    "DfsAttention",
     "Dhsa",
     "DraftAttention",
     "LServe",
+    "LoSA",
+    "Lvsa",
     "MInference",
     "Neighborhood",
     "Oracle",
     "Parameter",
     "Paro",
     "PbsAttention",
+    "Pisa",
     "ProxyAttention",
     "RadialAttention",
     "Sale",
     "SeerAttention",
     "SlidingTile",
+    "SolAttention",
     "SpargeAttention",
     "SparseVideoGen",
     "SparseVideoGen2",
     "Strided",
+    "SvgEar",
     "VMoBA",
     "XAttention",
     "all_methods",

@@ -19,7 +19,7 @@ from dit_sparse.methods.any_grid import AnyGrid
 from dit_sparse.methods.description import Description
 from dit_sparse.methods.parameters import EVERY_STEP, check_block, check_budget, check_count, check_share
 from dit_sparse.reorder import cluster_order, kmeans, spread_tokens
-from dit_sparse.types import AttentionPlan, Previous, Scope, Site, TokenGrid, TokenOrder
+from dit_sparse.types import AttentionPlan, Previous, Remainder, Scope, Site, TokenGrid, TokenOrder
 
 _TEXT_BLOCK = 64
 
@@ -68,6 +68,7 @@ class SparseVideoGen2(AnyGrid):
     scope: ClassVar[Scope] = "call"
     uses_lse: ClassVar[bool] = False
     refresh: ClassVar[tuple[float, ...]] = EVERY_STEP
+    _remainder: ClassVar[Remainder] = "none"
 
     def __post_init__(self) -> None:
         check_budget(self.density)
@@ -84,14 +85,23 @@ class SparseVideoGen2(AnyGrid):
         grid, last = site.grid, None if previous is None else previous.plan
         q_order = self._clusters(q, grid, self.q_tokens, None if last is None else last.q_order)
         kv_order = self._clusters(k, grid, self.k_tokens, None if last is None else last.kv_order)
-        scores = pooled_scores(q_order.permute(q), kv_order.permute(k), q_order, kv_order)
+        kept = self._kept(q_order.permute(q), kv_order.permute(k), kv_order.permute(v), q_order, kv_order, grid)
+        mask = BlockMask.from_bool(kept, q_order.offsets, kv_order.offsets)
+        return AttentionPlan(q_order, kv_order, mask, self._remainder)
+
+    def _kept(
+        self, q: Tensor, k: Tensor, v: Tensor, q_order: TokenOrder, kv_order: TokenOrder, grid: TokenGrid
+    ) -> Tensor:
+        """`[B, H, Mq, Mk]` bool, of tokens in the orders' positions."""
+        scores = pooled_scores(q, k, q_order, kv_order)
         if self.density is not None:
-            kept = select_density(scores, self.density, q_order, kv_order, grid)
-        else:
-            least = max(1, int(self.min_kept * _count(grid, self.k_tokens)))
-            kept = top_p(without_text(scores, grid, kv_order.offsets), self.top_p, least)
-            kept = keep_text(kept, grid, q_order.offsets, kv_order.offsets)
-        return AttentionPlan(q_order, kv_order, BlockMask.from_bool(kept, q_order.offsets, kv_order.offsets))
+            return select_density(scores, self.density, q_order, kv_order, grid)
+        kept = top_p(without_text(scores, grid, kv_order.offsets), self.top_p, self._least(grid))
+        return keep_text(kept, grid, q_order.offsets, kv_order.offsets)
+
+    def _least(self, grid: TokenGrid) -> int:
+        """Key clusters that every query cluster keeps."""
+        return max(1, int(self.min_kept * _count(grid, self.k_tokens)))
 
     def _clusters(self, x: Tensor, grid: TokenGrid, tokens: int, last: TokenOrder | None) -> TokenOrder:
         video = x[:, :, grid.video_start : grid.video_start + grid.video_len]

@@ -13,13 +13,13 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from dit_sparse.kernels import hopper_kernels, remainder_kernels, triton_kernels
+from dit_sparse.kernels import hopper_kernels, remainder_error_kernels, remainder_kernels, triton_kernels
 
 ROW_STRIDES = [f"{name}_{dim}" for name in "qkvo" for dim in ("sb", "sh", "sn")]
 ROW_STRIDES += [f"{name}_{dim}" for name in ("mk", "mv", "slope", "x", "m", "vm", "p") for dim in ("sb", "sh", "sm")]
 ROW_STRIDES += ["slope_sd", "x_sn", "p_sd"]
-DATA = ("q", "k", "v", "out", "x", "mean_k", "mean_v", "slopes", "products")
-FLOATS = ("lse", "bias", "mean", "square", "v_mean")
+DATA = ("q", "k", "v", "out", "x", "mean_k", "mean_v", "slopes", "products", "means")
+FLOATS = ("lse", "bias", "mean", "square", "v_mean", "norms", "overlaps", "errors", "sums")
 LISTS = ("counts", "indices", "partial_counts", "partial_indices", "bits", "q_offsets", "k_offsets", "offsets", "pace")
 
 
@@ -58,6 +58,13 @@ def moments(job: dict):
     return triton_source(remainder_kernels.moments_kernel, constants, job), options_of(job)
 
 
+def errors(job: dict):
+    constants = dict(
+        D=job["dim"], BLOCK_D=job["padded"], BLOCK_M=job["block_m"], BLOCK_N=job["block_n"], SPAN=64, UPCAST=False
+    )
+    return triton_source(remainder_error_kernels.remainder_error_kernel, constants, job), options_of(job)
+
+
 def options_of(job: dict) -> dict[str, int]:
     return dict(num_warps=job["warps"], num_stages=job["stages"])
 
@@ -94,7 +101,7 @@ def hopper(job: dict):
 
 
 def report(job: dict) -> dict:
-    source, options = {"triton": portable, "moments": moments, "hopper": hopper}[job["kernel"]](job)
+    source, options = {"triton": portable, "moments": moments, "errors": errors, "hopper": hopper}[job["kernel"]](job)
     log = io.StringIO()
     with contextlib.redirect_stdout(log):
         compiled = triton.compile(source, target=GPUTarget("cuda", job["target"], 32), options=options)

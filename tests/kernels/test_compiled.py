@@ -96,6 +96,25 @@ def test_the_kernel_of_moments_fits() -> None:
         assert found["shared"] <= LIMITS[job["target"]], job
 
 
+def test_the_kernel_of_errors_fits() -> None:
+    jobs = [
+        dict(
+            kernel="errors",
+            target=target,
+            dtype=dtype,
+            dim=dim,
+            padded=padded(dim),
+            block_m=32 if dtype == "fp32" else 128,
+            block_n=block_n,
+            warps=4 if dtype == "fp32" else 8,
+            stages=2,
+        )
+        for target, dim, dtype, block_n in ((90, 128, "bf16", 64), (86, 256, "bf16", 64), (80, 64, "fp32", 16))
+    ]
+    for job, found in zip(jobs, compile_kernels(jobs), strict=True):
+        assert found["shared"] <= LIMITS[job["target"]], job
+
+
 def test_the_hopper_kernel_fits_and_keeps_its_products_asynchronous() -> None:
     jobs = [dict(kernel="hopper", target=90, registers=128 if job["groups"] == 1 else None, **job) for job in HOPPER]
     for job, found in zip(jobs, compile_kernels(jobs), strict=True):

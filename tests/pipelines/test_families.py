@@ -124,6 +124,7 @@ def test_density_one_is_dense_up_to_rounding(pipe, family, method) -> None:
 @pytest.mark.parametrize("batch", [1, 2])
 def test_sparse_equals_dense_attention_under_the_plans_own_mask(pipe, family, method, batch, monkeypatch) -> None:
     """The same run with every sparse call replaced by float64 attention under the plan's token mask."""
+    method = Schedule(method, remainder="none")
     prompts = ["a red ball", "a blue square moving left"][:batch]
     got = family.run(sparsify(pipe, method), prompts, **family.guided)
     assert 0.3 < statistics(pipe).sparse_density < 0.7
