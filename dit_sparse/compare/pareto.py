@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +99,7 @@ def _draw(record: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], series: 
     entries = list(_legend_rows([one.name for one in series] + ["best"], width - 2 * _RIGHT))
     bottom = _TOP + _HEIGHT
     drawing = Drawing(
-        width, bottom + 62 + _ROW * len(entries), "Fidelity of sparse attention against density and speed"
+        width, bottom + 68 + _ROW * len(entries), "Fidelity of sparse attention against density and speed"
     )
     drawing.text((_RIGHT, 22), "Fidelity to the dense video of the same prompt and seed", 17)
     drawing.text((_RIGHT, 46), _about(record, rows), 12, colour="#555555")
@@ -111,7 +113,7 @@ def _draw(record: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], series: 
         axes = Axes(drawing, left, _TOP, left + _PANEL, bottom, _span(values + around), _span(psnr))
         axes.frame(title, label, "PSNR, dB", "{:g}x" if key == "speedup" else "{:g}")
         _draw_panel(axes, key, series, looks, lines)
-    _draw_legend(drawing, entries, looks, bottom + 60)
+    _draw_legend(drawing, entries, looks, bottom + 66)
     return drawing
 
 
@@ -143,6 +145,7 @@ def _draw_panel(
         axes.drawing.line([(x, axes.top), (x, axes.bottom)], INK, 1.5)
     places = {id(row): axes.at(row[key], row["psnr"]) for one in series for row in one.rows}
     taken += [(x - 6, y - 6, x + 6, y + 6) for x, y in places.values()]
+    taken += [area for one in series for area in _along([places[id(row)] for row in one.rows])]
     for one in series:
         colour, marker = looks[one.name]
         axes.drawing.line([places[id(row)] for row in one.rows], colour, 1.5, dashed=one.floor)
@@ -171,6 +174,15 @@ def _label(axes: Axes, at: tuple[float, float], row: Mapping[str, Any], colour: 
             taken.append(area)
             axes.drawing.text((x, y), text, 10, "middle", colour)
             return
+
+
+def _along(points: Sequence[tuple[float, float]], step: float = 4) -> Iterator[_Area]:
+    """Small areas that cover a line."""
+    for (x, y), (u, v) in pairwise(points):
+        count = math.ceil(math.hypot(u - x, v - y) / step)
+        for number in range(count):
+            at = (x + (u - x) * number / count, y + (v - y) * number / count)
+            yield at[0] - step / 2, at[1] - step / 2, at[0] + step / 2, at[1] + step / 2
 
 
 def _overlap(a: _Area, b: _Area) -> bool:
