@@ -16,7 +16,7 @@ from tests.cli.command import SMALL, assert_refused, exit_code, prompts_file, tr
 
 
 def command(model, *options):
-    given = ["--model", model, *SMALL, "--warmup", "0.5", "--format", "gif", "--out", "out"]
+    given = ["--model", model, *SMALL, "--frames", "5", "--warmup", "0.5", "--format", "gif", "--out", "out"]
     return ["compare", prompts_file("a red ball", "a blue square"), *given, *options]
 
 

@@ -36,7 +36,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def request_of(model: str) -> Request:
     """What all comparisons here share."""
-    size = {"height": 64, "width": 64, "frames": 9, "steps": 4, "guidance": 5.0}
+    size = {"height": 64, "width": 64, "frames": 5, "steps": 4, "guidance": 5.0}
     return Request(prompts=PROMPTS, config={}, out=Path(), model=model, device="cpu", format="gif", **size)
 
 
