@@ -70,6 +70,8 @@ class Drawing:
                 self.line([(at[0] - dx, at[1] - dy), (at[0] + dx, at[1] + dy)], colour, 2.5)
             return
         corners, turn = _CORNERS[shape]
+        # Few corners cover little.
+        radius *= 1.3 if corners == 3 else 1.1 if corners == 4 else 1
         angles = (turn + 2 * math.pi * corner / corners for corner in range(corners))
         points = tuple((at[0] + radius * math.cos(a), at[1] + radius * math.sin(a)) for a in angles)
         self.shapes.append(_Line(points, PAPER, 1, closed=True, fill=colour))

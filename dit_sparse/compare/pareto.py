@@ -137,9 +137,9 @@ def _draw_panel(
     for row in lines:
         _, y = axes.at(axes.x[0], row["psnr"])
         axes.drawing.line([(axes.left, y), (axes.right, y)], _GREY, 1.5, dashed=True)
-        x = axes.left + 8
-        taken.append((x, y - 17, x + text_width(row["label"], 11), y - 3))
-        axes.drawing.text((x, y - 10), row["label"], 11, colour=_GREY)
+        x = axes.right - 8
+        taken.append((x - text_width(row["label"], 11), y - 17, x, y - 3))
+        axes.drawing.text((x, y - 10), row["label"], 11, "end", _GREY)
     if key == "speedup":
         x, _ = axes.at(1.0, axes.y[0])
         axes.drawing.line([(x, axes.top), (x, axes.bottom)], INK, 1.5)
@@ -234,8 +234,9 @@ def _about(record: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
     size = f"{settings['frames']} frames of {settings['height']}x{settings['width']}, {settings['steps']} steps"
     runs = max(row["runs"] for row in rows)
     device = record["environment"]["device"]
+    medians = "one run each" if runs == 1 else f"medians of {runs} runs"
     model = settings["model"].rsplit("/", 1)[-1]
-    return f"{model}, {size}, {settings['dtype']}, {device}; medians of {runs} runs; numbers: density asked for"
+    return f"{model}, {size}, {settings['dtype']}, {device}; {medians}; numbers: density asked for"
 
 
 def _span(values: Sequence[float]) -> tuple[float, float]:
