@@ -27,7 +27,7 @@ import json
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,21 +40,22 @@ from rich.console import Console
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import dit_sparse
-from dit_sparse import AdaSpa, Dense, Paro, Schedule, SeerAttention, load_pipeline, sparsify, unsparsify
+from dit_sparse import AdaSpa, Dense, Paro, Schedule, SeerAttention, load_pipeline
 from dit_sparse.bench.report import environment, write_report
 from dit_sparse.calibrate import Calibration
 from dit_sparse.calibrate.observers import MassSums, OrderSearch
 from dit_sparse.calibrate.run import write_calibration
 from dit_sparse.calibrate.store import MassStore
+from dit_sparse.compare.cases import density_label
+from dit_sparse.compare.render import Stage, interrupt_after
 from dit_sparse.demo import demo_defaults, demo_model_path
 from dit_sparse.eval.agreement import SearchAgreement
 from dit_sparse.eval.fidelity import compare
 from dit_sparse.eval.floors import RandomBlocks
 from dit_sparse.generate.prompts import read_prompts
 from dit_sparse.methods import METHODS, find_method
-from dit_sparse.methods.parameters import accepts_density, takes_density, with_density
+from dit_sparse.methods.parameters import accepts_density, with_density
 from dit_sparse.pipelines import Observer, observe
-from dit_sparse.pipelines import statistics as run_statistics
 from dit_sparse.types import Method
 
 PROMPTS = Path(__file__).parent / "fidelity_prompts.txt"
@@ -105,10 +106,6 @@ def method_cases(methods: Sequence[Method], densities: Sequence[float]) -> list[
     return cases
 
 
-def density_label(method: Any) -> str:
-    return f"{method.name} {method.density:g}" if takes_density(method) else method.name
-
-
 def extra_cases(configs: Sequence[str]) -> list[Case]:
     """Any other settings: configs in JSON, as `Schedule.from_config` reads them.
 
@@ -146,6 +143,7 @@ class Bench:
 
     def __init__(self, pipe: Any, arguments: dict[str, Any], report: dict[str, Any], out: Path) -> None:
         self.pipe, self.arguments, self.report, self.out = pipe, arguments, report, out
+        self.stage = Stage(pipe, arguments)
 
     def videos(self, cases: Sequence[Case], prompts: Sequence[str]) -> None:
         """Render and compare every case of every prompt."""
@@ -189,29 +187,13 @@ class Bench:
     def _render(self, case: Case, prompt: str) -> tuple[np.ndarray, dict[str, Any]]:
         """Frames `[T, H, W, 3]` float32 in [0, 1], and what the run did."""
         row: dict[str, Any] = {"label": case.label, "config": case.config, "prompt": prompt}
-        with self._switched(case):
-            start = time.perf_counter()
-            frames = self._call(prompt, case.seed, "np")
-            row["seconds"] = time.perf_counter() - start
-            if case.schedule is not None:
-                found = run_statistics(self.pipe)
-                row |= {"density": found.density, "sparse_density": found.sparse_density}
-                row |= {"dense_calls": found.dense_calls, "backends": found.backends}
-        return np.asarray(frames[0], dtype=np.float32), row
-
-    @contextlib.contextmanager
-    def _switched(self, case: Case) -> Iterator[None]:
-        with contextlib.ExitStack() as stack:
-            if case.schedule is not None:
-                sparsify(self.pipe, case.schedule)
-                stack.callback(unsparsify, self.pipe)
-            if case.math:
-                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            yield
-
-    def _call(self, prompt: str, seed: int, output: str, **options: Any) -> Any:
-        generator = torch.Generator("cpu").manual_seed(seed)
-        return self.pipe(prompt, generator=generator, **self.arguments, **options, output_type=output).frames
+        with sdpa_kernel(SDPBackend.MATH) if case.math else contextlib.nullcontext():
+            rendering = self.stage.render(case.schedule, prompt, case.seed)
+        row["seconds"] = rendering.seconds
+        if case.schedule is not None:
+            kept = ("density", "sparse_density", "dense_calls", "backends")
+            row |= {name: rendering.statistics[name] for name in kept}
+        return rendering.frames, row
 
     def _calibrate(self, cases: Sequence[Case]) -> None:
         """Make the plan files that `cases` lack, of all densities from one calibration."""
@@ -224,11 +206,11 @@ class Bench:
         folder.mkdir(exist_ok=True)
         search = OrderSearch(lacking[0])
         with observe(self.pipe, search):
-            self._call(CALIBRATION, SEED, "latent")
+            self.stage.call(CALIBRATION, SEED, output_type="latent")
         axes, starts = search.axes(), Calibration().starts(search.num_steps)
         with tempfile.TemporaryDirectory(dir=folder) as own, MassStore(Path(own), 1) as store:
             with observe(self.pipe, MassSums(store, axes, lacking[0].block, starts, search.grid)):
-                self._call(CALIBRATION, SEED, "latent")
+                self.stage.call(CALIBRATION, SEED, output_type="latent")
             for method in lacking:
                 calibration = Calibration(Paro(density=method.density))
                 write_calibration(method.plan_file, calibration, search, store, axes, "demo", [CALIBRATION])
@@ -246,7 +228,7 @@ class Bench:
             last = max(schedule.warmup_steps(steps), *schedule.refresh_steps(steps))
             try:
                 with observe(self.pipe, each_of(watches)):
-                    self._call(prompt, SEED, "latent", callback_on_step_end=interrupt_after(last))
+                    self.stage.call(prompt, SEED, output_type="latent", callback_on_step_end=interrupt_after(last))
             except Exception as error:  # noqa: BLE001  # as above
                 self._failed("searches", error)
                 return
@@ -255,16 +237,6 @@ class Bench:
                 self.report["searches"].append(row | watch.to_dict())
             write_report(self.report, self.out)
             print(f"prompt {number} of {len(prompts)}: searches compared", flush=True)
-
-
-def interrupt_after(last: int) -> Callable[..., dict[str, Any]]:
-    """What a pipeline calls after each step, and by which it leaves the steps after `last` out."""
-
-    def stepped(pipe: Any, step: int, _: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        pipe._interrupt = step >= last
-        return tensors
-
-    return stepped
 
 
 def each_of(observers: Sequence[Observer]) -> Observer:

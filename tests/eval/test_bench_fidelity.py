@@ -18,6 +18,7 @@ import torch
 from bench_fidelity import main
 
 from dit_sparse import AdaSpa, Neighborhood, Paro, XAttention, load_pipeline, sparsify
+from dit_sparse.compare.render import Stage
 from dit_sparse.demo import demo_model_path
 from dit_sparse.eval import compare
 from dit_sparse.methods import METHODS
@@ -89,7 +90,7 @@ def test_what_is_there_is_not_done_again(quick: Path, monkeypatch: pytest.Monkey
     def never(*_: Any) -> None:
         raise AssertionError("a video was rendered again")
 
-    monkeypatch.setattr(bench_fidelity.Bench, "_call", never)
+    monkeypatch.setattr(Stage, "call", never)
     main([*SMALL, "--out", str(quick)])
     assert quick.read_bytes() == before
 
