@@ -1,10 +1,10 @@
 """VBench: its prompts, videos for them, scores in its own environment, and the leaderboard's table."""
 
-from dit_sparse.eval.vbench.dimensions import DIMENSIONS, VERSION, find_dimensions
-from dit_sparse.eval.vbench.job import JobReport, ScoreItem, ScoreJob, run_job
-from dit_sparse.eval.vbench.score import score
-from dit_sparse.eval.vbench.survey import Request, Survey, survey
-from dit_sparse.eval.vbench.table import Scores, read_scores, totals
+from dit_sparse.vbench.dimensions import DIMENSIONS, VERSION, find_dimensions
+from dit_sparse.vbench.job import JobReport, ScoreItem, ScoreJob, run_job
+from dit_sparse.vbench.score import score
+from dit_sparse.vbench.survey import Request, Survey, survey
+from dit_sparse.vbench.table import Scores, read_scores, totals
 
 __all__ = [
     "DIMENSIONS",

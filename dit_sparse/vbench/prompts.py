@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dit_sparse.eval.vbench.dimensions import DIMENSIONS, Dimension
+from dit_sparse.vbench.dimensions import DIMENSIONS, Dimension
 
 __all__ = ["FLICKERING_SAMPLES", "SAMPLES", "Prompt", "Sample", "read_prompts", "samples"]
 

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dit_sparse.eval.vbench.weights import VARIABLE
+from dit_sparse.vbench.weights import VARIABLE
 
 __all__ = ["JobReport", "ScoreItem", "ScoreJob", "run_job"]
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from dit_sparse.eval.vbench.dimensions import DIMENSIONS, QUALITY_WEIGHT, SEMANTIC_WEIGHT, Dimension
-from dit_sparse.eval.vbench.results import DimensionPlan, read_plan, read_result
+from dit_sparse.vbench.dimensions import DIMENSIONS, QUALITY_WEIGHT, SEMANTIC_WEIGHT, Dimension
+from dit_sparse.vbench.results import DimensionPlan, read_plan, read_result
 
 __all__ = ["DimensionScore", "Scores", "merge", "read_scores", "totals"]
 

@@ -13,8 +13,8 @@ import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
-from dit_sparse.eval.vbench.dimensions import HUB_MODEL, Dimension, WeightFile
-from dit_sparse.eval.vbench.files import file_hash, remembered
+from dit_sparse.vbench.dimensions import HUB_MODEL, Dimension, WeightFile
+from dit_sparse.vbench.files import file_hash, remembered
 
 __all__ = ["VARIABLE", "download", "problems", "weights_folder", "weights_hash"]
 

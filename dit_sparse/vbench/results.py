@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dit_sparse.eval.vbench.dimensions import VERSION, Dimension
-from dit_sparse.eval.vbench.files import read_json, write_json
-from dit_sparse.eval.vbench.prompts import Prompt
+from dit_sparse.vbench.dimensions import VERSION, Dimension
+from dit_sparse.vbench.files import read_json, write_json
+from dit_sparse.vbench.prompts import Prompt
 
 __all__ = ["DimensionPlan", "read_plan", "read_result", "result_file", "result_key", "write_plan"]
 

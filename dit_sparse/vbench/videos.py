@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 
 from dit_sparse.eval.flicker import temporal_flickering
-from dit_sparse.eval.vbench.files import file_hash, remembered
-from dit_sparse.eval.vbench.prompts import Prompt, Sample
+from dit_sparse.vbench.files import file_hash, remembered
+from dit_sparse.vbench.prompts import Prompt, Sample
 
 __all__ = ["SUFFIXES", "Facts", "Found", "Video", "disagreements", "find_custom", "find_samples", "inspect"]
 

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from dit_sparse.eval.vbench.dimensions import FILTER, Dimension
-from dit_sparse.eval.vbench.job import JobReport, ScoreItem, ScoreJob, run_job
-from dit_sparse.eval.vbench.prompts import SAMPLES
-from dit_sparse.eval.vbench.results import DimensionPlan, read_result, result_file, result_key, write_plan
-from dit_sparse.eval.vbench.survey import FLICKERING, Survey
-from dit_sparse.eval.vbench.weights import weights_hash
+from dit_sparse.vbench.dimensions import FILTER, Dimension
+from dit_sparse.vbench.job import JobReport, ScoreItem, ScoreJob, run_job
+from dit_sparse.vbench.prompts import SAMPLES
+from dit_sparse.vbench.results import DimensionPlan, read_result, result_file, result_key, write_plan
+from dit_sparse.vbench.survey import FLICKERING, Survey
+from dit_sparse.vbench.weights import weights_hash
 
 __all__ = ["Listener", "Outcome", "score"]
 

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dit_sparse.eval.vbench import weights
-from dit_sparse.eval.vbench.dimensions import DIMENSIONS, FILTER, Dimension, find_dimensions
-from dit_sparse.eval.vbench.environment import Environment, find_environment
-from dit_sparse.eval.vbench.prompts import SAMPLES, Sample, read_prompts, samples
-from dit_sparse.eval.vbench.videos import Facts, Found, Video, disagreements, find_custom, find_samples, inspect
+from dit_sparse.vbench import weights
+from dit_sparse.vbench.dimensions import DIMENSIONS, FILTER, Dimension, find_dimensions
+from dit_sparse.vbench.environment import Environment, find_environment
+from dit_sparse.vbench.prompts import SAMPLES, Sample, read_prompts, samples
+from dit_sparse.vbench.videos import Facts, Found, Video, disagreements, find_custom, find_samples, inspect
 
 __all__ = ["FLICKERING", "Request", "Survey", "survey"]
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from dit_sparse.eval.vbench.dimensions import VERSION
+from dit_sparse.vbench.dimensions import VERSION
 
 __all__ = ["PYTHON_VARIABLE", "Environment", "default_folder", "find_environment", "setup"]
 
