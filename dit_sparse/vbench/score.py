@@ -17,7 +17,7 @@ from dit_sparse.vbench.results import DimensionPlan, read_result, result_file, r
 from dit_sparse.vbench.survey import FLICKERING, Survey
 from dit_sparse.vbench.weights import weights_hash
 
-__all__ = ["Listener", "Outcome", "score"]
+__all__ = ["Listener", "Outcome", "parse_devices", "score"]
 
 
 class Listener:
@@ -40,6 +40,22 @@ class Outcome:
     made: int = 0
     done: int = 0
     failures: list[str] = field(default_factory=list)
+
+
+def parse_devices(text: str) -> tuple[str, ...]:
+    """The devices in a text such as "cuda:0,cuda:1"; "auto" is every GPU, or else the CPU.
+
+    Raises:
+        ValueError: no such device, or not here.
+    """
+    import torch
+
+    from dit_sparse.generate.models import resolve_device
+
+    count = torch.cuda.device_count()
+    if text == "auto":
+        return tuple(f"cuda:{index}" for index in range(count)) or ("cpu",)
+    return tuple(resolve_device(name) for name in text.split(","))
 
 
 def score(
