@@ -63,7 +63,6 @@ class Dimension:
         scale: from a video's score to the dimension's.
         custom: whether VBench scores videos of other prompts by it.
         mp4_only: it reads no other kind of file.
-        may_abstain: it has no score for a video in which it finds nothing to judge, and leaves that video out.
     """
 
     name: str
@@ -78,7 +77,6 @@ class Dimension:
     scale: float = 1.0
     custom: bool = True
     mp4_only: bool = False
-    may_abstain: bool = False
 
     def normalise(self, score: float) -> float:
         """`score` on the scale of the leaderboard, where `low` is 0 and `high` is 1."""
@@ -134,7 +132,7 @@ _TAG2TEXT = WeightFile(
 )
 
 
-def _detection(name: str, **values: bool | Average) -> Dimension:
+def _detection(name: str, average: Average = "video") -> Dimension:
     return Dimension(
         name,
         "semantic",
@@ -142,7 +140,7 @@ def _detection(name: str, **values: bool | Average) -> Dimension:
         hub_model=True,
         packages=("detectron2",),
         custom=False,
-        **values,  # type: ignore[arg-type]
+        average=average,
     )
 
 
@@ -158,7 +156,7 @@ _ALL = (
     _detection("object_class", average="frame"),
     _detection("multiple_objects", average="frame"),
     Dimension("human_action", "semantic", files=(_UMT,)),
-    _detection("color", may_abstain=True),
+    _detection("color"),
     _detection("spatial_relationship", average="frame"),
     Dimension("scene", "semantic", 0.0, 0.8222, files=(_TAG2TEXT,), hub_model=True, average="frame", custom=False),
     Dimension("appearance_style", "semantic", 0.0009, 0.2855, files=(_VIT_B,), average="frame", custom=False),

@@ -109,9 +109,9 @@ def _group(scores: Mapping[str, float], group: str) -> float:
 def _weight(dimension: Dimension, result: Mapping[str, Any]) -> int:
     if dimension.average == "video":
         return 1
-    details = result["details"]
     if dimension.average == "transition":
         return int(result["frames"]) - 1
+    details = result["details"]
     return len(details["frame_results"]) if "frame_results" in details else int(details["frame_count"])
 
 
