@@ -104,7 +104,7 @@ def generate(
             from dit_sparse.generate.config import build_schedule, split_arguments
             from dit_sparse.generate.request import Request
             from dit_sparse.presets import find_preset
-            from dit_sparse.vbench.generate import parse_shard, shard_clips
+            from dit_sparse.vbench.clips import parse_shard, shard_clips
 
             positional, options = split_arguments([*(arguments or ()), *context.args])
             if density is not None:
@@ -140,7 +140,7 @@ def generate(
 def setup(
     folder: Annotated[Path | None, opt.option("Where to make it.", default="~/.cache/dit-sparse/vbench-0.1.5")] = None,
     light: Annotated[
-        bool, opt.option("For temporal_flickering alone, beside this environment's torch.", flag="--light")
+        bool, opt.option("For flickering and dynamic degree alone, beside this torch.", flag="--light")
     ] = False,
     python: Annotated[Path | None, opt.option("Python 3.11 that makes it.", default="the running one")] = None,
 ) -> None:
@@ -211,7 +211,7 @@ def score(
     console = Console(stderr=True)
     with user_errors():
         from dit_sparse.vbench import score
-        from dit_sparse.vbench.score import parse_devices
+        from dit_sparse.vbench.scoring import parse_devices
 
         devices = parse_devices(device)
         if shards is not None and shards < 1:
@@ -263,8 +263,8 @@ def table(
 
 def _samples(positional: list[str], dimension: list[str] | None, python: Path | None) -> list[Sample]:
     from dit_sparse.vbench import find_dimensions
+    from dit_sparse.vbench.clips import custom_samples
     from dit_sparse.vbench.environment import find_environment
-    from dit_sparse.vbench.generate import custom_samples
     from dit_sparse.vbench.prompts import read_prompts, samples
 
     if positional and dimension:

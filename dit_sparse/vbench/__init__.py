@@ -2,8 +2,8 @@
 
 from dit_sparse.vbench.dimensions import DIMENSIONS, VERSION, find_dimensions
 from dit_sparse.vbench.job import JobReport, ScoreItem, ScoreJob, run_job
-from dit_sparse.vbench.score import score
-from dit_sparse.vbench.survey import Request, Survey, survey
+from dit_sparse.vbench.preflight import Request, Survey, survey
+from dit_sparse.vbench.scoring import score
 from dit_sparse.vbench.table import Scores, read_scores, totals
 
 __all__ = [

@@ -76,7 +76,7 @@ def setup(folder: Path, *, light: bool = False, python: Path | None = None, repo
     """Make VBench's environment in `folder`, and return its Python; one that is whole is left as it is.
 
     Args:
-        light: for `temporal_flickering` alone: torch, numpy and OpenCV of the running environment are used too.
+        light: for `temporal_flickering` and `dynamic_degree` alone; uses the running environment's torch and OpenCV.
         python: what makes it, of `PYTHON_VERSION`; by default the running one.
         report: is told what is done.
 
@@ -102,9 +102,9 @@ def setup(folder: Path, *, light: bool = False, python: Path | None = None, repo
     pip: list[Path | str] = [own, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     # The requirements are complete, and VBench's own would not resolve beside a newer torch.
     _step([*pip, "--no-deps", "--requirement", requirements], f"installing {requirements.name}", report)
-    if light and find_environment(own, ("torchvision",)).missing:
-        _step([*pip, *_torchvision(own)], "installing torchvision", report)
-    find_environment(own)
+    for package in find_environment(own, ("torchvision", "scipy") if light else ()).missing:
+        what = _torchvision(own) if package == "torchvision" else [package]
+        _step([*pip, *what], f"installing {package}", report)
     marker.write_text(made_from, encoding="utf-8")
     report(f"VBench {VERSION} is ready in {folder}")
     return own

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from dit_sparse.vbench.dimensions import DIMENSIONS
-from dit_sparse.vbench.score import Listener
+from dit_sparse.vbench.scoring import Listener
 from dit_sparse.vbench.table import Scores
 
 __all__ = ["ConsoleListener", "score_table"]

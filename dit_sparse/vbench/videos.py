@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import unicodedata
 from collections import Counter
@@ -113,6 +114,8 @@ def inspect(paths: Sequence[Path], cache: Path | None = None, workers: int = 1) 
     Args:
         cache: folder that remembers the facts of files by path, size and time, so that each is decoded once.
     """
+    # FFmpeg would tell of every file that it cannot read, too.
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
     with ThreadPoolExecutor(workers) as pool:
         yield from pool.map(lambda path: _inspect(path, cache), paths)
 

@@ -45,6 +45,8 @@ LOADERS = {
 }
 # What counts the frames that a dimension has seen, where it does not say so itself.
 READERS = ("load_video", "get_frames")
+# What uses none of the operators that torchvision has compiled.
+NO_OPERATORS = ("temporal_flickering", "dynamic_degree", FILTER)
 # What is defined in a library lasts as long as the library.
 LIBRARIES: list[Any] = []
 DOWNLOADERS = ("wget", "git", "curl", "unzip")
@@ -104,10 +106,10 @@ def _scorer(job: dict[str, Any], scratch: Path) -> Score:
     import torch
 
     device = torch.device(job["device"])
+    if job["dimension"] in NO_OPERATORS:
+        torchvision_without_operators()
     if job["dimension"] == FILTER:
         return _static_filter(device)
-    if job["dimension"] == "temporal_flickering":
-        _torchvision_without_operators()
     return _dimension(job["dimension"], device, scratch)
 
 
@@ -169,8 +171,8 @@ def _static_filter(device: Any) -> Score:
     return lambda video: {"score": float(judge.infer(video["path"])), "details": {}, "frames": None}
 
 
-def _torchvision_without_operators() -> None:
-    """Let torchvision be imported beside a torch that it was not built for: flickering uses none of its operators."""
+def torchvision_without_operators() -> None:
+    """Let torchvision be imported beside a torch that it was not built for, where none of its operators is used."""
     import torch
 
     try:

@@ -4,10 +4,12 @@ A video's prompt says what becomes of it: "boom" raises, "skip" is left out, "cr
 a download, "absent" has nothing to judge. Its score is the number in the prompt, or one half.
 """
 
+import functools
 import json
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -78,6 +80,7 @@ class DenseCaptioning:
         note("load")
     def initialize_model(self, **options):
         note("initialize")
+    initialize_model_det = initialize_model
 
 def get_aesthetic_model(path):
     note("load")
@@ -148,12 +151,22 @@ def make_standin(folder: Path, version: str = "0.1.5") -> Path:
 
 
 def make_videos(folder: Path, *names: str, frames: int = 3, fps: int = 8, size: int = 16) -> None:
-    """Small videos under `names`, each unlike the others."""
+    """Small videos under `names`, each unlike the others in its bytes."""
     folder.mkdir(parents=True, exist_ok=True)
-    for number, name in enumerate(names):
-        pixels = np.random.default_rng(number).integers(0, 255, (frames, size, size, 3)).astype(np.uint8)
-        path = folder / name
-        write_video(pixels, path, format=path.suffix[1:], fps=fps)
+    for name in names:
+        data = _video(Path(name).suffix[1:], frames, fps, size)
+        # A box that nobody reads, and what follows the end of a GIF.
+        box = name.encode()
+        (folder / name).write_bytes(data + (len(box) + 8).to_bytes(4, "big") + b"free" + box)
+
+
+@functools.cache
+def _video(format: str, frames: int, fps: int, size: int) -> bytes:
+    pixels = np.random.default_rng(0).integers(0, 255, (frames, size, size, 3)).astype(np.uint8)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"video.{format}"
+        write_video(pixels, path, format=format, fps=fps)
+        return path.read_bytes()
 
 
 def calls(weights: Path) -> list[str]:

@@ -12,9 +12,9 @@ from typing import Any
 
 from dit_sparse.vbench.dimensions import FILTER, Dimension
 from dit_sparse.vbench.job import JobReport, ScoreItem, ScoreJob, run_job
+from dit_sparse.vbench.preflight import FLICKERING, Survey
 from dit_sparse.vbench.prompts import SAMPLES
 from dit_sparse.vbench.results import DimensionPlan, read_result, result_file, result_key, write_plan
-from dit_sparse.vbench.survey import FLICKERING, Survey
 from dit_sparse.vbench.weights import weights_hash
 
 __all__ = ["Listener", "Outcome", "parse_devices", "score"]
