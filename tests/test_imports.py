@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "presets": {"methods", "schedule"},
     "generate": {"types", "methods", "schedule", "presets", "pipelines", "demo", "eval"},
     "compare": {"methods", "schedule", "pipelines", "bench", "eval", "generate"},
+    "vbench": {"eval", "generate"},
     "calibrate": {"types", "block_mask", "masks", "reorder", "methods", "pipelines", "generate"},
     "simulator": {"types", "masks", "methods"},
     "doctor": {"kernels", "demo"},
@@ -47,6 +48,7 @@ MAY_IMPORT = {
         "demo",
         "eval",
         "pipelines",
+        "vbench",
     },
 }
 # Everybody may read the version; nothing else lives in the package's own namespace.

@@ -1,6 +1,6 @@
 """The command line: parses and calls. Heavy imports wait until a command needs them."""
 
-from dit_sparse.cli import bench, calibrate, compare, generate, listings
+from dit_sparse.cli import bench, calibrate, compare, generate, listings, vbench
 from dit_sparse.cli.app import app, main
 
 __all__ = ["app", "main"]
@@ -19,3 +19,4 @@ for command in (
 ):
     app.command()(command)
 app.add_typer(bench.bench, name="bench")
+app.add_typer(vbench.vbench, name="vbench", no_args_is_help=True)

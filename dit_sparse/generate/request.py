@@ -38,6 +38,7 @@ class Request:
         fps: frames a second of the file; `None` is the preset's, or 16.
         compare_dense: also render every video dense, and compare.
         overwrite: make finished videos again.
+        clips: the videos to make, in place of those that the prompts, `seed` and `num_samples` mean.
 
     Raises:
         ValueError: a value out of range.
@@ -62,6 +63,7 @@ class Request:
     fps: int | None = None
     compare_dense: bool = False
     overwrite: bool = False
+    clips: tuple[Clip, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.prompts:
@@ -110,17 +112,19 @@ class Clip:
     Args:
         index: of its prompt in the file, from 1.
         repeat: how many equal prompts stand before it.
+        name: its file name without the ending, where others have settled it.
     """
 
     index: int
     prompt: str
     seed: int
     repeat: int = 0
+    name: str | None = None
 
     @property
     def stem(self) -> str:
         """File name without its ending, such as `0001-a-big-red-ball-seed0`."""
-        return f"{self.index:04d}-{slug(self.prompt)}-seed{self.seed}"
+        return self.name or f"{self.index:04d}-{slug(self.prompt)}-seed{self.seed}"
 
 
 def clips(prompts: Sequence[str], seed: int, num_samples: int) -> list[Clip]:

@@ -84,7 +84,7 @@ def run(job: Job, listener: Listener | None = None) -> Outcome:
     if not job.todo:
         return outcome
     job.request.out.mkdir(parents=True, exist_ok=True)
-    remove_partials(job.request.out)
+    remove_partials(job.request.out, [clip.name for clip in job.todo if clip.name is not None])
     for result in job.executor.render(job.settings, job.todo, listener):
         kept = result if isinstance(result, Failed) else _keep(job, result)
         if isinstance(kept, Failed):
@@ -132,8 +132,10 @@ def _settings(request: Request, schedule: Schedule, device: str, values: dict[st
 
 def _divide(request: Request, settings: Settings, manifest: Manifest) -> tuple[list[Clip], list[dict[str, Any]]]:
     todo, done = [], []
-    for clip in clips(request.prompts, request.seed, request.num_samples):
-        line = None if request.overwrite else manifest.finished(settings.key(clip))
+    for clip in request.clips or clips(request.prompts, request.seed, request.num_samples):
+        # A name that others have settled is found taken now, and not when the video is rendered.
+        name = None if clip.name is None else manifest.file_name(clip, settings)
+        line = None if request.overwrite else manifest.finished(settings.key(clip), name)
         # A comparison needs both renderings in memory, so a video without one is made again.
         if line is None or (request.compare_dense and "dense_seconds" not in line):
             todo.append(clip)
