@@ -77,9 +77,9 @@ class Trace:
             each of its steps the number of each layer's action, `None` where it did not run; and `density`, where it
             changes: `step` and `heads`, a list of each layer's heads (one entry where all are alike), `None` for a
             dense layer.
-            `masks`: `model`, `branch`, `layer` (`None`: all) and `step` of a plan, its `blocks` (query, key), and `png`,
-            base64 of the pictures of its heads under each other, `size` (rows, columns) each: the share of blocks
-            kept, rounded up to a 15th, in gray.
+            `masks`: `model`, `branch`, `layer` (`None`: all) and `step` of a plan, its `blocks` (query, key), and
+            `png`, base64 of the pictures of its heads under each other, `size` (rows, columns) each: the share of
+            blocks kept, rounded up to a 15th, in gray.
         """
         records = self._session.statistics.records
         groups: dict[tuple[str, str], list[CallRecord]] = {}
@@ -168,7 +168,7 @@ class _Pictures:
         kept = plan.block_mask.kept_blocks[0]
         self.branch = branch
         self.blocks = tuple(kept.shape[1:])
-        size = tuple(min(count, PICTURE_SIZE) for count in self.blocks)
+        size = min(self.blocks[0], PICTURE_SIZE), min(self.blocks[1], PICTURE_SIZE)
         # One head at a time: as floats, the blocks of all heads of a long video are hundreds of megabytes.
         shares = [F.adaptive_avg_pool2d(head[None].float(), size)[0] for head in kept]
         self.levels = (torch.stack(shares) * _LEVELS - 1e-4).ceil().to(torch.uint8)
@@ -197,7 +197,8 @@ def _track(model: str, branch: str, records: Sequence[CallRecord]) -> dict[str, 
     for record in records:
         by_step.setdefault(record.step, [None] * layers)[record.layer] = record
     words: dict[str, int] = {}
-    actions, density = [], []
+    actions: list[list[int | None]] = []
+    density: list[dict[str, Any]] = []
     for step, row in sorted(by_step.items()):
         actions.append([None if r is None else words.setdefault(_action(r), len(words)) for r in row])
         heads = [None if r is None or r.density is None else _rounded(r.density) for r in row]
