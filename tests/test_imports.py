@@ -32,6 +32,7 @@ MAY_IMPORT = {
     "generate": {"types", "methods", "schedule", "presets", "pipelines", "demo", "eval"},
     "compare": {"methods", "schedule", "pipelines", "bench", "eval", "generate"},
     "calibrate": {"types", "block_mask", "masks", "reorder", "methods", "pipelines", "generate"},
+    "report": {"schedule", "generate", "bench"},
     "simulator": {"types", "masks", "methods"},
     "doctor": {"kernels", "demo"},
     "cli": {
@@ -44,6 +45,7 @@ MAY_IMPORT = {
         "schedule",
         "generate",
         "doctor",
+        "report",
         "demo",
         "eval",
         "pipelines",
