@@ -18,7 +18,7 @@ __all__ = ["Media", "prepare"]
 _PLAYABLE = {"h264": ".mp4", "vp8": ".webm", "vp9": ".webm", "av1": ".mp4"}
 """Codecs that browsers play, with 4:2:0 colour, and what holds them."""
 
-_TYPES = {".mp4": "video/mp4", ".webm": "video/webm", ".png": "image/png"}
+_TYPES = {".mp4": "video/mp4", ".webm": "video/webm", ".png": "image/png", ".gif": "image/gif"}
 
 
 @dataclass(frozen=True)
@@ -70,11 +70,11 @@ def prepare(path: Path, fps: float, *, link: bool = False) -> Media:
     if path.is_dir():
         return _encode(path, _frames_of_folder(path), fps)
     if path.suffix.lower() in (".gif", ".png"):
-        frames = _frames_of_image(path)
+        frames = _frames_of_image(path, fps)
         if len(frames) > 1:
             return _encode(path, frames, fps)
         height, width = frames[0].shape[:2]
-        return Media(path, None if link else path.read_bytes(), "image/png", width, height, 1, fps)
+        return Media(path, None if link else path.read_bytes(), _TYPES[path.suffix.lower()], width, height, 1, fps)
     facts = _facts(path)
     width, height = facts["source_size"]
     plays = _PLAYABLE.get(facts["codec"]) == path.suffix.lower() and facts["pix_fmt"].startswith("yuv420p")
@@ -119,7 +119,7 @@ def _encode(path: Path, frames: list[np.ndarray], fps: float) -> Media:
 
 
 def _frames_of_folder(path: Path) -> list[np.ndarray]:
-    frames = [frame for file in sorted(path.glob("*.png")) for frame in _frames_of_image(file)]
+    frames = [frame for file in sorted(path.glob("*.png")) for frame in _frames_of_image(file, 1)]
     if not frames:
         raise ValueError(f"{path} has no PNG frames: make it again")
     if len({frame.shape for frame in frames}) > 1:
@@ -127,12 +127,17 @@ def _frames_of_folder(path: Path) -> list[np.ndarray]:
     return frames
 
 
-def _frames_of_image(path: Path) -> list[np.ndarray]:
+def _frames_of_image(path: Path, fps: float) -> list[np.ndarray]:
+    """Of a GIF all of them; equal ones after each other are written as one that lasts longer."""
     from PIL import Image, ImageSequence, UnidentifiedImageError
 
     try:
         with Image.open(path) as image:
-            return [np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(image)]
+            frames = []
+            for frame in ImageSequence.Iterator(image):
+                pixels = np.asarray(frame.convert("RGB"))
+                frames += [pixels] * max(1, round(frame.info.get("duration", 0) * fps / 1000))
+            return frames
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
         if isinstance(error, FileNotFoundError):
             raise

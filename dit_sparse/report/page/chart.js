@@ -8,7 +8,7 @@ function ticks(low, high, count = 6) {
   const step = power * [1, 2, 5, 10].find((factor) => factor * power >= raw);
   const first = Math.floor(low / step) * step;
   const marks = [first];
-  while (marks.at(-1) < high) marks.push(Number((marks.at(-1) + step).toPrecision(12)));
+  while (marks.at(-1) < high || marks.length < 2) marks.push(Number((marks.at(-1) + step).toPrecision(12)));
   return marks;
 }
 

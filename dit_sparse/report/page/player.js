@@ -89,7 +89,7 @@ class Player {
     const side = this.sides[number];
     const run = this.runs[index];
     const frame = this.still || !side.view ? 0 : this.frame();
-    this.pause();
+    if (!this.still) this.halt();
     side.index = index;
     side.view = run.media ? this.view(run) : make("p", { class: "missing", text: "this video is missing" });
     side.screen.replaceChildren(side.view);
@@ -119,11 +119,16 @@ class Player {
   }
 
   pauseAt(frame) {
-    this.pause();
+    this.halt();
     const at = Math.min(this.frames - 1, Math.max(0, frame));
     // The middle of the frame, so that rounding cannot lead to its neighbour.
     for (const video of this.videos()) video.currentTime = (at + 0.5) / this.fps;
     this.showFrame(at);
+  }
+
+  /** On one frame, which both videos then show. */
+  pause() {
+    if (this.playing) this.pauseAt(this.frame());
   }
 
   showFrame(frame) {
@@ -147,14 +152,12 @@ class Player {
     requestAnimationFrame(this.tick);
   }
 
-  pause() {
+  halt() {
     if (!this.playing) return;
     this.playing = false;
     this.playButton.textContent = "▶";
     this.playButton.setAttribute("aria-label", "Play (space)");
-    const videos = this.videos();
-    for (const video of videos) video.pause();
-    for (const video of videos.slice(1)) video.currentTime = videos[0].currentTime;
+    for (const video of this.videos()) video.pause();
   }
 
   start() {
