@@ -51,7 +51,6 @@ def test_what_is_left_open_stays_open() -> None:
     config = Schedule.from_config({"method": "adaspa"}).to_config()
     line = {"prompt": "x", "seed": 0, "model": "m", "config": config, "negative_prompt": None, "guidance": None}
     words = generate_command(line).split()
-    assert words == ["dit-sparse", "generate", "--prompt", "x", "--seed", "0", "--model", "m"] + [
-        *("--method", "adaspa", "--density", str(config["density"]))
-    ]
+    wanted = "dit-sparse generate --prompt x --seed 0 --model m --method adaspa --density"
+    assert words == [*wanted.split(), str(config["density"])]
     assert "--offload model" in generate_command(line | {"offload": "model"})

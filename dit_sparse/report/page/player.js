@@ -11,6 +11,7 @@ class Player {
     this.runs = group.runs;
     this.onChoice = onChoice;
     this.playing = false;
+    this.turn = 0;
     this.speed = 1;
     this.gain = 8;
     const shown = this.runs.map((run, index) => index).filter((index) => this.runs[index].media);
@@ -30,7 +31,6 @@ class Player {
       this.transport,
     );
     this.sides.forEach((side, number) => this.load(number, side.index));
-    this.tick = this.tick.bind(this);
   }
 
   makeSide(index, side) {
@@ -147,9 +147,10 @@ class Player {
     this.playing = true;
     this.playButton.textContent = "❚❚";
     this.playButton.setAttribute("aria-label", "Pause (space)");
+    const turn = ++this.turn;
     if (this.frame() >= this.frames - 1) await this.rewind();
-    await this.start();
-    requestAnimationFrame(this.tick);
+    if (this.playing) await this.start();
+    this.tick(turn);
   }
 
   halt() {
@@ -174,24 +175,27 @@ class Player {
     })));
   }
 
-  async tick() {
-    if (!this.playing) return;
+  /** On every picture of the screen, until the videos are paused or played anew. */
+  async tick(turn) {
+    if (!this.playing || turn !== this.turn) return;
     const [first, ...others] = this.videos();
     if (first.ended || others.some((video) => video.ended)) {
       await this.rewind();
       if (this.playing) await this.start();
     }
-    for (const video of others) this.follow(first, video);
-    this.showFrame(this.frame());
-    this.showDifference();
-    requestAnimationFrame(this.tick);
+    if (this.playing) {
+      for (const video of others) this.follow(first, video);
+      this.showFrame(this.frame());
+      this.showDifference();
+    }
+    requestAnimationFrame(() => this.tick(turn));
   }
 
   /** Small leads and lags are played away; a seek would stall the picture. */
   follow(first, video) {
     const lead = video.currentTime - first.currentTime;
-    if (Math.abs(lead) > 1 / this.fps && !video.seeking) video.currentTime = first.currentTime;
-    const correction = Math.max(-0.3, Math.min(0.3, lead * 4));
+    if (Math.abs(lead) > 2 / this.fps && !video.seeking) video.currentTime = first.currentTime;
+    const correction = Math.max(-0.5, Math.min(0.5, lead * 6));
     const rate = this.speed * (1 - correction);
     if (Math.abs(video.playbackRate - rate) > 0.01 * this.speed) video.playbackRate = rate;
   }
