@@ -33,6 +33,7 @@ MAY_IMPORT = {
     "compare": {"methods", "schedule", "pipelines", "bench", "eval", "generate"},
     "vbench": {"eval", "generate"},
     "calibrate": {"types", "block_mask", "masks", "reorder", "methods", "pipelines", "generate"},
+    "report": {"schedule", "generate", "bench"},
     "simulator": {"types", "masks", "methods"},
     "doctor": {"kernels", "demo"},
     "cli": {
@@ -45,6 +46,7 @@ MAY_IMPORT = {
         "schedule",
         "generate",
         "doctor",
+        "report",
         "demo",
         "eval",
         "pipelines",

@@ -1,6 +1,6 @@
 """The command line: parses and calls. Heavy imports wait until a command needs them."""
 
-from dit_sparse.cli import bench, calibrate, compare, generate, listings, vbench
+from dit_sparse.cli import bench, calibrate, compare, generate, listings, report, vbench
 from dit_sparse.cli.app import app, main
 
 __all__ = ["app", "main"]
@@ -16,6 +16,7 @@ for command in (
     listings.presets,
     listings.neighborhood,
     listings.doctor,
+    report.report,
 ):
     app.command()(command)
 app.add_typer(bench.bench, name="bench")

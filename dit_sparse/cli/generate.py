@@ -51,8 +51,16 @@ def generate(
         int | None, opt.option("Frames a second of the file.", opt.OUTPUT, default="the preset's, or 16")
     ] = None,
     compare_dense: Annotated[
-        bool, opt.option("Also render dense, and compare.", opt.OUTPUT, flag="--compare-dense")
+        bool, opt.option("Also render and write dense, and compare.", opt.OUTPUT, flag="--compare-dense")
     ] = False,
+    trace: Annotated[
+        bool,
+        typer.Option(
+            "--trace/--no-trace",
+            help="Write what each step, layer and head did, for `dit-sparse report`.",
+            rich_help_panel=opt.OUTPUT,
+        ),
+    ] = True,
     overwrite: Annotated[bool, opt.option("Make finished videos again.", opt.OUTPUT, flag="--overwrite")] = False,
 ) -> None:
     """Make a video of every prompt, or an image with a model that makes images.
@@ -98,6 +106,7 @@ def generate(
                 fps=fps,
                 compare_dense=compare_dense,
                 overwrite=overwrite,
+                trace=trace,
             )
         if preset is not None:
             console.print(preset_line(preset, takes_method), markup=False, highlight=False, soft_wrap=True)

@@ -30,6 +30,11 @@ class Manifest:
         self.path = folder / MANIFEST
         self._lines = _read(self.path)
 
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        """Of every video, finished or not, in order."""
+        return list(self._lines.values())
+
     def finished(self, key: str, file: str | None = None) -> dict[str, Any] | None:
         """The line of the video `key` if its file, which has to be called `file` where that is given, is there too."""
         line = self._lines.get(key)
@@ -89,7 +94,7 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
     for number, data in enumerate(whole, 1):
         line = _parse(data)
         if line is None:
-            raise ValueError(f"{path}, line {number} is no manifest line; move the file away or use another --out")
+            raise ValueError(f"{path}, line {number} is no manifest line; mend it or move the file away")
         lines[line["key"]] = line
     if (line := _parse(last)) is not None:
         lines[line["key"]] = line

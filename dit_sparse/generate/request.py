@@ -36,9 +36,10 @@ class Request:
         format: "mp4", "gif", or "png" for a folder of frames; `None` is mp4, and png where there is one frame, which
             is always an image of its own.
         fps: frames a second of the file; `None` is the preset's, or 16.
-        compare_dense: also render every video dense, and compare.
+        compare_dense: also render every video dense, write that too, and compare.
         overwrite: make finished videos again.
         clips: the videos to make, in place of those that the prompts, `seed` and `num_samples` mean.
+        trace: also write what each step, layer and head did, for `dit-sparse report`.
 
     Raises:
         ValueError: a value out of range.
@@ -64,6 +65,7 @@ class Request:
     compare_dense: bool = False
     overwrite: bool = False
     clips: tuple[Clip, ...] = ()
+    trace: bool = False
 
     def __post_init__(self) -> None:
         if not self.prompts:

@@ -6,6 +6,7 @@ from dit_sparse.pipelines.loading import ModelError, load_pipeline
 from dit_sparse.pipelines.observe import Observer, observe
 from dit_sparse.pipelines.sparsify import check, save_plan, session_of, sparsify, statistics, token_grid, unsparsify
 from dit_sparse.pipelines.statistics import RunStatistics
+from dit_sparse.pipelines.trace import Trace, record_trace
 
 if TYPE_CHECKING:
     from dit_sparse.pipelines.sparse_pipelines import (
@@ -29,9 +30,11 @@ __all__ = [
     "SparseHunyuanVideoPipeline",
     "SparseWanImageToVideoPipeline",
     "SparseWanPipeline",
+    "Trace",
     "check",
     "load_pipeline",
     "observe",
+    "record_trace",
     "save_plan",
     "session_of",
     "sparsify",

@@ -20,6 +20,7 @@ from dit_sparse.schedule import Decision, Schedule
 from dit_sparse.types import AttentionPlan, PackedPlan, Previous, Site, TokenGrid, TokenOrder
 
 DenseAttention = Callable[[], Tensor]
+PlanListener = Callable[[Site, AttentionPlan], None]
 
 _REMEMBERED_GRIDS = 8
 
@@ -48,6 +49,9 @@ class Session:
     Args:
         schedule: when which method applies.
         backend: kernel backend of the sparse calls, as in `sparse_attention`.
+
+    Attributes:
+        on_plan: is shown every new plan and where it was made.
     """
 
     def __init__(self, schedule: Schedule, backend: str = "auto") -> None:
@@ -65,6 +69,7 @@ class Session:
         self._has_order = True
         self._forward: _Forward | None = None
         self._unnamed_forwards = (-1, 0)
+        self.on_plan: PlanListener | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Of a pipeline that is copied as a whole: the copy has runs of its own, and begins afresh."""
@@ -219,6 +224,8 @@ class Session:
             method = self.schedule.method_at(site.step, site.num_steps)
             plan = self.schedule.finish(method.plan(q, k, v, site, previous))
             planning.stop()
+            if self.on_plan is not None:
+                self.on_plan(site, plan)
             at_rest = plan if self.schedule.method.scope == "grid" else _at_rest(plan)  # one plan may lie about
             self.previous[key] = Previous(at_rest, None if previous is None else previous.lse, site.step)
         else:
