@@ -82,7 +82,6 @@ def compare(
 
         named, wanted, schedule = _plan(methods, also, densities, config, warmup)
         cases = make_cases(named, wanted, schedule)
-        at = wanted if wanted is not None else sorted({c.density for c in cases if c.density is not None}, reverse=True)
         request = Request(
             prompts=tuple(opt.collect_prompts(prompts or [], prompt)),
             config={},
@@ -102,7 +101,7 @@ def compare(
             format=format,
             fps=fps,
         )
-        every = [*cases, *(floor_cases(at, schedule) if floors else [])]
+        every = [*cases, *(floor_cases(cases, schedule) if floors else [])]
     raise typer.Exit(_compare(request, every, _conventions(conventions), lpips, commit, console))
 
 

@@ -151,19 +151,21 @@ def make_cases(
     return cases
 
 
-def floor_cases(densities: Sequence[float], schedule: Mapping[str, Any] | None = None) -> list[Case]:
-    """What a PSNR has to be compared with: another seed of the same prompt, and random blocks at each density."""
+def floor_cases(cases: Sequence[Case], schedule: Mapping[str, Any] | None = None) -> list[Case]:
+    """What the PSNR of `cases` has to be compared with: another seed of the same prompt, and random blocks.
+
+    The random blocks are drawn at every density of `cases`, of as many tokens as their blocks where these agree, or 64,
+    with the warm-up and dense layers of `schedule`.
+    """
     options = {key: value for key, value in (schedule or {}).items() if key in ("warmup", "dense_layers")}
     wrapped = Schedule.from_config({"method": "dense", **options})
-    random = [
-        Case(
-            f"random blocks {density:g}",
-            "floor",
-            Schedule(RandomBlocks(density), warmup=wrapped.warmup, dense_layers=wrapped.dense_layers),
-            density,
-        )
-        for density in densities
-    ]
+    sizes = {getattr(case.schedule.method, "block", None) for case in cases if case.schedule is not None}
+    block = sizes.pop() if len(sizes) == 1 else None
+    random = []
+    for density in sorted({case.density for case in cases if case.density is not None}, reverse=True):
+        method = RandomBlocks(density) if block is None else RandomBlocks(density, block)
+        own = replace(wrapped, method=method)
+        random.append(Case(f"random blocks {density:g}", "floor", own, density))
     return [Case("another seed", "floor", density=1.0, other_noise=True), *random]
 
 

@@ -41,7 +41,8 @@ def request_of(model: str) -> Request:
 
 
 def cases() -> list[Case]:
-    return [*make_cases([SMALL], [0.6, 0.3], SCHEDULE), *floor_cases([0.3], SCHEDULE)]
+    methods = make_cases([SMALL], [0.6, 0.3], SCHEDULE)
+    return [*methods, *floor_cases(methods[1:], SCHEDULE)]
 
 
 def compare_into(request: Request, out: Path, chosen: list[Case] | None = None, **changes: object) -> Job:

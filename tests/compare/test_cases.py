@@ -9,6 +9,7 @@ from dit_sparse.compare import floor_cases, make_cases
 from dit_sparse.compare.cases import parse_densities
 from dit_sparse.eval.floors import RandomBlocks
 from dit_sparse.methods import METHODS
+from dit_sparse.methods.parameters import accepts_density
 
 
 def test_methods_times_densities() -> None:
@@ -42,18 +43,24 @@ def test_a_config_with_a_density_is_one_case_and_labels_say_what_differs() -> No
     assert [case.label for case in make_cases([given[2]], [0.5, 0.25])] == ["mine 0.5", "mine 0.25"]
 
 
-def test_every_method_can_be_compared() -> None:
-    names = [name for name in METHODS if name != "dense"]
+def test_every_method_with_a_density_can_be_compared() -> None:
+    names = [name for name, method in METHODS.items() if accepts_density(method())]
+    assert len(names) > 20
     cases = make_cases(names, [0.5, 0.125])
     assert len(cases) == 2 * len(names)
     assert {case.density for case in cases} == {0.5, 0.125}
 
 
 def test_floors() -> None:
-    seed, *blocks = floor_cases([0.5, 0.25], {"warmup": 0.4, "remainder": "mean"})
+    schedule = {"warmup": 0.4, "remainder": "mean", "dense_layers": [0]}
+    seed, *blocks = floor_cases(make_cases(["adaspa", "svg"], [0.25, 0.5], schedule), schedule)
     assert (seed.label, seed.schedule, seed.other_noise) == ("another seed", None, True)
-    assert [case.schedule for case in blocks] == [Schedule(RandomBlocks(d), warmup=0.4) for d in (0.5, 0.25)]
+    assert [case.schedule for case in blocks] == [
+        Schedule(RandomBlocks(density), warmup=0.4, dense_layers=(0,)) for density in (0.5, 0.25)
+    ]
     assert [case.label for case in blocks] == ["random blocks 0.5", "random blocks 0.25"]
+    (_, large) = floor_cases(make_cases([{"method": "adaspa", "block": 128}], [0.5]))
+    assert large.schedule == Schedule(RandomBlocks(0.5, block=128))
 
 
 @pytest.mark.parametrize(
