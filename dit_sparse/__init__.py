@@ -54,6 +54,7 @@ if TYPE_CHECKING:
         sparsify,
         statistics,
         unsparsify,
+        velocity_ramp,
     )
     from dit_sparse.presets import preset
     from dit_sparse.schedule import Schedule
@@ -107,6 +108,7 @@ _HOMES = {
         "sparsify",
         "statistics",
         "unsparsify",
+        "velocity_ramp",
     ),
     "presets": ("preset",),
     "schedule": ("Schedule",),
@@ -166,6 +168,7 @@ __all__ = [
     "sparsify",
     "statistics",
     "unsparsify",
+    "velocity_ramp",
 ]
 
 

@@ -65,6 +65,7 @@ class SparseVideoGen2(AnyGrid):
         cached="the clusters of the last plan",
         differs="clusters of a mean size, 5 first iterations instead of 50, started from tokens at equal distances",
     )
+    control: ClassVar[str] = "top_p"
     scope: ClassVar[Scope] = "call"
     uses_lse: ClassVar[bool] = False
     refresh: ClassVar[tuple[float, ...]] = EVERY_STEP
