@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         SparseVideoGen2,
         Strided,
         SvgEar,
+        Svoo,
         VMoBA,
         XAttention,
     )
@@ -89,6 +90,7 @@ _HOMES = {
         "VMoBA",
         "Blade",
         "SvgEar",
+        "Svoo",
         "SolAttention",
         "Pisa",
         "Lvsa",
@@ -156,6 +158,7 @@ __all__ = [
     "SparseWanPipeline",
     "Strided",
     "SvgEar",
+    "Svoo",
     "TokenGrid",
     "TokenOrder",
     "VMoBA",
