@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         SparseVideoGen2,
         Strided,
         SvgEar,
+        Svoo,
         VMoBA,
         XAttention,
     )
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
         sparsify,
         statistics,
         unsparsify,
+        velocity_ramp,
     )
     from dit_sparse.presets import preset
     from dit_sparse.schedule import Schedule
@@ -88,6 +90,7 @@ _HOMES = {
         "VMoBA",
         "Blade",
         "SvgEar",
+        "Svoo",
         "SolAttention",
         "Pisa",
         "Lvsa",
@@ -107,6 +110,7 @@ _HOMES = {
         "sparsify",
         "statistics",
         "unsparsify",
+        "velocity_ramp",
     ),
     "presets": ("preset",),
     "schedule": ("Schedule",),
@@ -154,6 +158,7 @@ __all__ = [
     "SparseWanPipeline",
     "Strided",
     "SvgEar",
+    "Svoo",
     "TokenGrid",
     "TokenOrder",
     "VMoBA",
@@ -166,6 +171,7 @@ __all__ = [
     "sparsify",
     "statistics",
     "unsparsify",
+    "velocity_ramp",
 ]
 
 

@@ -14,7 +14,18 @@ if TYPE_CHECKING:
 __all__ = ["DEFAULT_METHOD", "build_schedule", "read_config", "split_arguments"]
 
 DEFAULT_METHOD = "adaspa"
-_SCHEDULE_OPTIONS = ("warmup", "dense_layers", "refresh", "ramp", "remainder")
+_SCHEDULE_OPTIONS = (
+    "warmup",
+    "dense_layers",
+    "refresh",
+    "ramp",
+    "remainder",
+    "drift",
+    "noise_densities",
+    "noise_slope",
+    "layer_densities",
+    "layer_thresholds",
+)
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:

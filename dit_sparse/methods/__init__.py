@@ -32,6 +32,7 @@ from dit_sparse.methods.strided import Strided
 from dit_sparse.methods.svg import SparseVideoGen
 from dit_sparse.methods.svg2 import SparseVideoGen2
 from dit_sparse.methods.svgear import SvgEar
+from dit_sparse.methods.svoo import Svoo
 from dit_sparse.methods.vmoba import VMoBA
 from dit_sparse.methods.xattention import XAttention
 from dit_sparse.types import Method
@@ -61,6 +62,7 @@ _OWN: tuple[type[Method], ...] = (
     BigBird,
     Strided,
     SvgEar,
+    Svoo,
     Pisa,
     SolAttention,
     DfsAttention,
@@ -125,6 +127,7 @@ __all__ = [
     "SparseVideoGen2",
     "Strided",
     "SvgEar",
+    "Svoo",
     "VMoBA",
     "XAttention",
     "all_methods",

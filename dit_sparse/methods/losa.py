@@ -54,6 +54,7 @@ class LoSA(AnyGrid):
         cached="row LSE",
         differs="measured in the step after the last dense one",
     )
+    control: ClassVar[str] = "retained"
     scope: ClassVar[Scope] = "call"
     uses_lse: ClassVar[bool] = True
     refresh: ClassVar[tuple[float, ...]] = ()

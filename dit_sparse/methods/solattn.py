@@ -55,6 +55,7 @@ class SolAttention(AnyGrid):
         selection="above a threshold, or the largest of a head by density; neighbours and text kept; the rest as means",
         differs="scores are made once a plan instead of in the kernel; exact variance",
     )
+    control: ClassVar[str] = "tau"
     scope: ClassVar[Scope] = "call"
     uses_lse: ClassVar[bool] = False
     refresh: ClassVar[tuple[float, ...]] = EVERY_STEP

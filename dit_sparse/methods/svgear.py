@@ -15,7 +15,7 @@ from dit_sparse.kernels import remainder_errors
 from dit_sparse.masks import fill_budget, keep_text, pooled_scores, select_density, text_blocks, top_k, top_p
 from dit_sparse.methods.description import Description
 from dit_sparse.methods.svg2 import SparseVideoGen2
-from dit_sparse.types import Remainder, TokenGrid, TokenOrder
+from dit_sparse.types import Remainder, Site, TokenOrder
 
 
 @dataclass(frozen=True)
@@ -50,16 +50,14 @@ class SvgEar(SparseVideoGen2):
     )
     _remainder: ClassVar[Remainder] = "mean"
 
-    def _kept(
-        self, q: Tensor, k: Tensor, v: Tensor, q_order: TokenOrder, kv_order: TokenOrder, grid: TokenGrid
-    ) -> Tensor:
-        sizes = kv_order.block_sizes.clamp(min=1)
+    def _kept(self, q: Tensor, k: Tensor, v: Tensor, q_order: TokenOrder, kv_order: TokenOrder, site: Site) -> Tensor:
+        grid, sizes = site.grid, kv_order.block_sizes.clamp(min=1)
         scores = remainder_errors(q, k, v, q_order, kv_order) - sizes.log()[..., None, :]
         if self.density is not None:
             return select_density(scores, self.density, q_order, kv_order, grid)
         is_text = text_blocks(grid, kv_order.offsets)[..., None, :]
         shares = pooled_scores(q, k, q_order, kv_order).masked_fill(is_text, 0.0)
-        least = self._least(grid)
+        least = self._least(site)
         spent = top_p(shares, self.top_p, 2 * least) & ~is_text
         budget = (spent * kv_order.block_sizes[..., None, :]).sum(-1)
         kept = fill_budget(

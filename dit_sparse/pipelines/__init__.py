@@ -7,6 +7,7 @@ from dit_sparse.pipelines.observe import Observer, observe
 from dit_sparse.pipelines.sparsify import check, save_plan, session_of, sparsify, statistics, token_grid, unsparsify
 from dit_sparse.pipelines.statistics import RunStatistics
 from dit_sparse.pipelines.trace import Trace, record_trace
+from dit_sparse.pipelines.velocity import velocity_ramp
 
 if TYPE_CHECKING:
     from dit_sparse.pipelines.sparse_pipelines import (
@@ -41,6 +42,7 @@ __all__ = [
     "statistics",
     "token_grid",
     "unsparsify",
+    "velocity_ramp",
 ]
 
 

@@ -6,6 +6,7 @@ import functools
 import warnings
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple, NoReturn, Self
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from dit_sparse.attention import sparse_attention
 from dit_sparse.kernels import dense_attention, select
+from dit_sparse.pipelines.drift import DriftMeter
 from dit_sparse.pipelines.layout import Group, Layout
 from dit_sparse.pipelines.statistics import CHANGED, CallRecord, RunStatistics, Stopwatch
 from dit_sparse.pipelines.steps import StepCounter
@@ -63,6 +65,7 @@ class Session:
         self.steps = StepCounter()
         self.statistics = RunStatistics()
         self.previous: dict[tuple[Any, ...], Previous] = {}
+        self._drifts: dict[tuple[Any, ...], DriftMeter] = {}
         self._pipelines: weakref.WeakSet[Any] = weakref.WeakSet()
         self._run = 0
         self._warned = False
@@ -156,6 +159,7 @@ class Session:
         # Grids differ by the prompt's length in some families, so their number has a limit.
         if self.schedule.method.scope != "grid" or len(self.previous) > _REMEMBERED_GRIDS:
             self.previous.clear()
+            self._drifts.clear()
 
     def _numbered_branch(self) -> str:
         """Without a name, forwards of one step are told apart by their number, so that their plans never mix."""
@@ -212,6 +216,8 @@ class Session:
         if self.schedule.method.scope == "call":
             key += (batch,)  # FasterCache leaves a guidance branch out of some batches
         previous = self.previous.get(key)
+        if previous is not None and key in self._drifts:
+            previous = replace(previous, drift=self._drifts[key].read())
         return _Part(site, key, previous, self.schedule.decide(site, previous))
 
     def _run_part(self, part: _Part, q: Tensor, k: Tensor, v: Tensor, dense: DenseAttention) -> Tensor:
@@ -221,17 +227,21 @@ class Session:
         planning = None
         if decision.action == "plan":
             planning = Stopwatch(q.device)
-            method = self.schedule.method_at(site.step, site.num_steps)
+            method = self.schedule.method_for(site)
             plan = self.schedule.finish(method.plan(q, k, v, site, previous))
             planning.stop()
             if self.on_plan is not None:
                 self.on_plan(site, plan)
             at_rest = plan if self.schedule.method.scope == "grid" else _at_rest(plan)  # one plan may lie about
             self.previous[key] = Previous(at_rest, None if previous is None else previous.lse, site.step)
+            if self.schedule.drift is not None:
+                self._drifts[key] = DriftMeter(q, k)
         else:
             assert previous is not None
             assert previous.plan is not None
             plan = previous.plan.unpack()
+            if key in self._drifts:
+                self._drifts[key].measure(q, k)
         return self._sparse(plan, planning, site, q, k, v)
 
     def _site(self, layer: int, num_layers: int, grid: TokenGrid) -> Site:

@@ -2,7 +2,7 @@
 
 from dit_sparse.reorder.axes import AXIS_ORDERS, axis_order, axis_orders_per_head, distinct_axis_orders
 from dit_sparse.reorder.choose import choose_order
-from dit_sparse.reorder.clusters import cluster_order, kmeans, spread_tokens
+from dit_sparse.reorder.clusters import cluster_order, co_clusters, kmeans, spread_tokens
 from dit_sparse.reorder.curve import curve_order
 from dit_sparse.reorder.frames import frame_bounds, frame_order
 from dit_sparse.reorder.grid import grid_order, raster_order
@@ -18,6 +18,7 @@ __all__ = [
     "axis_orders_per_head",
     "choose_order",
     "cluster_order",
+    "co_clusters",
     "curve_once",
     "curve_order",
     "distinct_axis_orders",
