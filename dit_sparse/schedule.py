@@ -45,6 +45,8 @@ class Schedule:
             part has its density. Where a part begins, a plan is made anew. (0.5, 0.4, 0.3, 0.2) goes from 0.5 to 0.2.
         remainder: what stands in for the blocks that the method does not keep, as in `AttentionPlan`; "method" leaves
             it to the method, of which most say "none".
+        strict: whether a call that was to be sparse and would run dense for a reason that is not in this schedule is an
+            error; otherwise the statistics count it.
 
     Raises:
         ValueError: a share outside its range, an unknown remainder, or a ramp for a method that has no density to
@@ -64,6 +66,9 @@ class Schedule:
     remainder: Literal["method", "none", "mean", "value", "mass"] = field(
         default="method",
         metadata={"help": "what stands in for blocks not kept: none, mean, value or mass; method: as the method says"},
+    )
+    strict: bool = field(
+        default=True, metadata={"help": "whether a sparse layer that would run dense without being told to is an error"}
     )
 
     def __post_init__(self) -> None:
@@ -105,6 +110,10 @@ class Schedule:
         for layer in self.dense_layers:
             if not -num_layers <= layer < num_layers:
                 raise ValueError(f"dense_layers must be from {-num_layers} to {num_layers - 1}, got {layer}")
+
+    def is_dense_layer(self, layer: int, num_layers: int) -> bool:
+        """Whether `layer` of `num_layers` always runs dense."""
+        return layer in {own % num_layers for own in self.dense_layers}
 
     def warmup_steps(self, num_steps: int) -> int:
         """Dense steps at the start of a run of `num_steps`."""
@@ -150,7 +159,7 @@ class Schedule:
 
     def decide(self, site: Site, previous: Previous | None) -> Decision:
         """What the call at `site` does, given what is there from before."""
-        if site.layer in {layer % site.num_layers for layer in self.dense_layers}:
+        if self.is_dense_layer(site.layer, site.num_layers):
             return Decision("dense", "layer")
         warmup = self.warmup_steps(site.num_steps)
         if site.step < warmup:
