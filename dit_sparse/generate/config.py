@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 __all__ = ["DEFAULT_METHOD", "build_schedule", "read_config", "split_arguments"]
 
 DEFAULT_METHOD = "adaspa"
-_SCHEDULE_OPTIONS = ("warmup", "dense_layers", "refresh", "ramp", "remainder", "strict")
+_SCHEDULE_OPTIONS = ("warmup", "dense_layers", "refresh", "ramp", "remainder", "strict", "never_slower")
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
