@@ -32,12 +32,16 @@ MAY_IMPORT = {
     "presets": {"methods", "schedule"},
     "generate": {"types", "methods", "schedule", "presets", "pipelines", "demo", "eval"},
     "calibrate": {"types", "block_mask", "masks", "reorder", "methods", "pipelines", "generate"},
+    "analyze": {
+        *("types", "block_mask", "masks", "methods", "schedule", "pipelines", "bench", "generate", "calibrate"),
+    },
     "simulator": {"types", "masks", "methods"},
     "doctor": {"kernels", "demo", "cost"},
     "cli": {
         "simulator",
         "presets",
         "bench",
+        "analyze",
         "calibrate",
         "cost",
         "methods",
