@@ -20,6 +20,8 @@ _SCHEDULE_OPTIONS = (
     "refresh",
     "ramp",
     "remainder",
+    "strict",
+    "never_slower",
     "drift",
     "noise_densities",
     "noise_slope",
