@@ -122,11 +122,11 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def remove_partials(folder: Path) -> None:
-    """Remove what processes that no longer run left unfinished in `folder`."""
+def remove_partials(folder: Path, owner: int | None = None) -> None:
+    """Remove what processes that no longer run, and the process `owner`, left unfinished in `folder`."""
     for path in folder.glob(f"{_PREFIX}*"):
         pid = path.name[len(_PREFIX) :].partition("-")[0]
-        if not (pid.isdigit() and _alive(int(pid))):
+        if not pid.isdigit() or int(pid) == owner or not _alive(int(pid)):
             remove(path)
 
 
