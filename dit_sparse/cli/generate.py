@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +15,7 @@ from dit_sparse.cli.app import INTERRUPTED, print_error, user_errors
 
 if TYPE_CHECKING:
     from dit_sparse.generate import Job, Request
+    from dit_sparse.generate.render import Executor
 
 
 def generate(
@@ -66,6 +67,8 @@ def generate(
         ),
     ] = True,
     overwrite: Annotated[bool, opt.option("Make finished videos again.", opt.OUTPUT, flag="--overwrite")] = False,
+    ray: opt.Ray = None,
+    ray_workers: opt.RayWorkers = None,
 ) -> None:
     """Make a video of every prompt, or an image with a model that makes images.
 
@@ -116,28 +119,42 @@ def generate(
             )
         if preset is not None:
             console.print(preset_line(preset, takes_method), markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(_generate(request, console))
+        raise typer.Exit(_generate(request, console, ray, ray_workers))
 
 
-def _generate(request: Request, console: Console) -> int:
+def _generate(request: Request, console: Console, ray: str | None, ray_workers: int | None) -> int:
+    from dit_sparse.cluster import NoWorkers
     from dit_sparse.generate import report
     from dit_sparse.generate.run import prepare, run
 
-    with report.warnings_as_lines(console):
-        with user_errors(), report.loading(console, request.model):
-            job = prepare(request)
-        _warn_of_unknown_words(job, console)
-        try:
+    try:
+        with report.warnings_as_lines(console), ExitStack() as stack:
+            with user_errors(), report.loading(console, request.model):
+                job = prepare(request, _executor(request, ray, ray_workers, stack))
+            _warn_of_unknown_words(job, console)
             with report.ConsoleListener(console) as listener:
                 outcome = run(job, listener)
-        except OSError as error:
-            print_error(f"{request.out} cannot be written: {error}")
-            return 1
+    except OSError as error:
+        print_error(f"{request.out} cannot be written: {error}")
+        return 1
+    except NoWorkers as error:
+        print_error(str(error))
+        return 1
     output = report.output_console()
     if outcome.lines:
         output.print(report.result_table(outcome.lines))
     output.print(report.closing_line(job, outcome), markup=False, highlight=False, soft_wrap=True)
     return 1 if outcome.failures else 0
+
+
+def _executor(request: Request, ray: str | None, workers: int | None, stack: ExitStack) -> Executor | None:
+    if ray is None:
+        if workers is not None:
+            raise ValueError("--ray-workers needs --ray auto, local or HOST:PORT")
+        return None
+    from dit_sparse.generate.on_ray import RayExecutor
+
+    return stack.enter_context(RayExecutor(request, ray, workers))
 
 
 def _warn_of_unknown_words(job: Job, console: Console) -> None:

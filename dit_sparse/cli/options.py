@@ -25,6 +25,12 @@ Guidance = Annotated[float | None, option("Guidance scale.", SAMPLING, default="
 NegativePrompt = Annotated[str | None, option("What to avoid.", SAMPLING)]
 Dtype = Annotated[str, option("auto, float32, float16 or bfloat16.", MACHINE)]
 Device = Annotated[str, option("auto, cpu, cuda or cuda:N.", MACHINE)]
+Ray = Annotated[
+    str | None, option("Spread over a Ray cluster: auto, local or HOST:PORT.", MACHINE, default="this process")
+]
+RayWorkers = Annotated[
+    int | None, option("Ray workers, each with the model.", MACHINE, default="one a GPU, or for four cores")
+]
 Offload = Annotated[str, option("none, model or group: keep weights off the GPU.", MACHINE)]
 
 

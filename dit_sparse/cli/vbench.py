@@ -133,7 +133,7 @@ def generate(
                 fps=fps,
                 clips=tuple(shard_clips(samples, seed, part)),
             )
-        raise typer.Exit(_generate(request, console))
+        raise typer.Exit(_generate(request, console, None, None))
 
 
 @vbench.command()

@@ -162,6 +162,8 @@ BAD_OPTIONS = [
     (["--config", "broken.json"], "not valid JSON"),
     (["--config", "unknown.json"], "density"),
     (["--config", "zero.json"], "density must be above 0"),
+    (["--ray-workers", "2"], "--ray-workers needs --ray"),
+    (["--ray", "moon"], "--ray must be auto, local or HOST:PORT|pip install 'dit-sparse[ray]'"),
     (["--model", "none/at/all"], "model"),
     (["--model", "empty"], "model_index.json"),
     (["--model", "family"], "StableDiffusionPipeline|not supported|supported"),
