@@ -8,8 +8,9 @@ Leaves with the exit code of whatever failed.
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
+
+from dit_sparse import cli
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -20,9 +21,11 @@ def main(arguments: list[str] | None = None) -> int:
     options, rest = parser.parse_known_args(arguments)
     partial = ["--allow-partial"] if options.allow_partial else []
     for command in (["score", *rest, "--out", options.out, *partial], ["table", options.out, *partial]):
-        code = subprocess.run([sys.executable, "-m", "dit_sparse", "vbench", *command]).returncode
-        if code:
-            return code
+        try:
+            cli.main(["vbench", *command])
+        except SystemExit as stopped:
+            if stopped.code:
+                return int(stopped.code)
     return 0
 
 

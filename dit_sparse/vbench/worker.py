@@ -109,7 +109,7 @@ def _scorer(job: dict[str, Any], scratch: Path) -> Score:
     if job["dimension"] in NO_OPERATORS:
         torchvision_without_operators()
     if job["dimension"] == FILTER:
-        return _static_filter(device)
+        return static_filter(device)
     return _dimension(job["dimension"], device, scratch)
 
 
@@ -156,18 +156,18 @@ def _dimension(name: str, device: Any, scratch: Path) -> Score:
     return score
 
 
-def _static_filter(device: Any) -> Score:
+def static_filter(device: Any) -> Score:
     import torch
     from easydict import EasyDict
-    from vbench.cli import static_filter
+    from vbench.cli import static_filter as upstream
     from vbench.utils import CACHE_DIR
 
-    static_filter.DEVICE = device
+    upstream.DEVICE = device
     # The weights were saved on a GPU.
-    static_filter.torch.load = functools.partial(torch.load, map_location=device)
+    upstream.torch.load = functools.partial(torch.load, map_location=device)
     model = f"{CACHE_DIR}/raft_model/models/raft-things.pth"
     arguments = EasyDict(model=model, small=False, mixed_precision=False, alternate_corr=False)
-    judge = static_filter.StaticFilter(arguments, device=device)
+    judge = upstream.StaticFilter(arguments, device=device)
     return lambda video: {"score": float(judge.infer(video["path"])), "details": {}, "frames": None}
 
 
