@@ -65,7 +65,9 @@ def print_summary(record: Mapping[str, Any], drawn: Sequence[Path], console: Con
     size = f"{settings['frames']} frames of {settings['height']}x{settings['width']}, {settings['steps']} steps"
     about = f"{settings['model']}, {size}, {settings['dtype']}, {where['device']}"
     console.print(about, markup=False, highlight=False, soft_wrap=True)
-    console.print(summary_table(summarize(record["runs"]), f"medians over prompts and seeds; {name}: {definition}"))
+    console.print(summary_table(summarize(record["runs"])))
+    text = f"medians over prompts and seeds; {name}: {definition}"
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
     sessions = {run["session"] for run in record["runs"]}
     if len(sessions) > 1:
         text = f"made in {len(sessions)} sessions: a speed-up may compare seconds of two of them"

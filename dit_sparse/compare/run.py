@@ -7,11 +7,11 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 
+from dit_sparse import __version__
 from dit_sparse.bench.report import environment
 from dit_sparse.compare.cases import DENSE, Case
 from dit_sparse.compare.record import Record
@@ -298,7 +298,8 @@ def _environment(device: str, commit: str | None) -> dict[str, Any]:
     import torch
 
     found = environment(torch.device(device))
-    return found | {"diffusers": version("diffusers"), "commit": found["commit"] or commit}
+    # A checkout that is not installed has a version too.
+    return found | {"dit-sparse": __version__, "commit": found["commit"] or commit}
 
 
 def _stage(pipe: Any, request: Request, settings: Mapping[str, Any], cases: Sequence[Case]) -> Stage:

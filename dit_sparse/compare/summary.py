@@ -30,9 +30,9 @@ def summarize(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def summary_table(rows: Sequence[Mapping[str, Any]], definition: str) -> Table:
-    """The rows of `summarize` as a table; `definition` says how its figures are defined."""
-    table = Table(box=None, header_style="bold", pad_edge=False, caption=definition, caption_justify="left")
+def summary_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """The rows of `summarize` as a table."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
     table.add_column("", overflow="fold", min_width=12)
     for heading in ("runs", "density", "whole\nrun", "seconds", "speed-\nup"):
         table.add_column(heading, justify="right", no_wrap=True)

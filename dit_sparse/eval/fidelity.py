@@ -23,6 +23,7 @@ __all__ = [
     "Fidelity",
     "compare",
     "find_convention",
+    "frame_pairs",
     "psnr",
     "ssim",
 ]
@@ -142,7 +143,7 @@ def compare(a: Frames, b: Frames, *, convention: Convention = DEFAULT, lpips: bo
 
         distance = measure(a, b, network=convention.lpips, rescaled=convention.lpips_rescaled)
         text += f"; {convention.lpips_text}"
-    same = sum(bool(torch.equal(x, y)) for x, y in _pairs(a, b))
+    same = sum(bool(torch.equal(x, y)) for x, y in frame_pairs(a, b))
     return Fidelity(value, ssim(a, b, convention=convention), same == len(a), len(a), text, same, distance)
 
 
@@ -159,7 +160,7 @@ def psnr(a: Frames, b: Frames, *, over: Literal["frames", "clip"] = "frames", ca
     """
     if over not in ("frames", "clip"):
         raise ValueError(f"over must be 'frames' or 'clip', got {over!r}")
-    errors = [(x - y).square().mean().item() for x, y in _pairs(a, b)]
+    errors = [(x - y).square().mean().item() for x, y in frame_pairs(a, b)]
     if not any(errors):
         return math.inf
     if over == "clip":
@@ -181,7 +182,7 @@ def ssim(a: Frames, b: Frames, *, convention: Convention = DEFAULT) -> float:
     """
     if min(a.shape[1:3], default=_WINDOW) < _WINDOW:
         raise ValueError(f"frames must be at least {_WINDOW}x{_WINDOW} for SSIM, got {a.shape[1]}x{a.shape[2]}")
-    values = [_frame_ssim(x, y, convention) for x, y in _pairs(a, b)]
+    values = [_frame_ssim(x, y, convention) for x, y in frame_pairs(a, b)]
     return sum(values) / len(values)
 
 
@@ -208,8 +209,12 @@ def _window_means(images: Tensor, convention: Convention) -> Tensor:
     return F.conv2d(rows, weights.mT, padding=(0, around)).squeeze(1).unflatten(0, images.shape[:2])
 
 
-def _pairs(a: Frames, b: Frames) -> Iterator[tuple[Tensor, Tensor]]:
-    """The frames of both clips in turn, `[H, W, 3]` float64 in [0, 1]."""
+def frame_pairs(a: Frames, b: Frames) -> Iterator[tuple[Tensor, Tensor]]:
+    """The frames of both clips in turn, `[H, W, 3]` float64 in [0, 1].
+
+    Raises:
+        ValueError: shapes that differ or are no clips, values outside [0, 1] or not finite.
+    """
     if tuple(a.shape) != tuple(b.shape):
         raise ValueError(f"clips must have one shape, got {list(a.shape)} and {list(b.shape)}")
     if a.ndim != 4 or a.shape[-1] != 3 or 0 in a.shape:

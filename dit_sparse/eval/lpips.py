@@ -60,7 +60,7 @@ def lpips(a: Tensor | np.ndarray, b: Tensor | np.ndarray, *, network: Network = 
     Source: Zhang et al., "The unreasonable effectiveness of deep features as a perceptual metric" (arXiv 1801.03924),
     version 0.1 of its weights.
     """
-    from dit_sparse.eval.fidelity import _pairs
+    from dit_sparse.eval.fidelity import frame_pairs
 
     if min(a.shape[1:3], default=0) < _LEAST_SIDE[network]:
         raise ValueError(
@@ -70,7 +70,7 @@ def lpips(a: Tensor | np.ndarray, b: Tensor | np.ndarray, *, network: Network = 
     weights = _weights(network, device)
     distances = []
     with torch.no_grad():
-        for x, y in _pairs(a, b):
+        for x, y in frame_pairs(a, b):
             both = torch.stack([x, y]).float().permute(0, 3, 1, 2)
             distances.append(_distance(both * 2 - 1 if rescaled else both, network, weights))
     return sum(distances) / len(distances)

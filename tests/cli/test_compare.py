@@ -12,7 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dit_sparse.compare.render import Stage
+from dit_sparse.compare.run import _Runner
 from tests.cli.command import SMALL, assert_refused, exit_code, prompts_file, tree
+from tests.eval.videos import write_video
+from tests.pipelines.tiny_families import tiny_flux
 
 
 def command(model, *options):
@@ -96,6 +100,66 @@ def test_prompts_alike_are_refused(model, tmp_path, capsys):
     assert_refused(tmp_path, capsys, arguments, "two prompts alike: 'a red ball'")
 
 
+def test_an_image_model(capsys):
+    tiny_flux().save_pretrained("flux")
+    arguments = ["compare", "--prompt", "a red ball", "--model", "flux", "--device", "cpu", "--height", "32"]
+    arguments += ["--width", "48", "--steps", "2", "--also", '{"method": "adaspa", "block": 16, "density": 0.5}']
+    assert exit_code(*arguments, "--warmup", "0", "--out", "out") == 0
+    for line in record()["runs"]:
+        assert Path("out", line["video"]).suffix == Path("out", line["reference"]).suffix == ".png"
+        with Image.open(Path("out", line["video"])) as image:
+            assert image.size == (48, 32)
+    shutil.rmtree("out/videos")
+    assert exit_code(*arguments, "--warmup", "0", "--out", "out") == 0
+    assert {line["session"] for line in record()["runs"]} == {2}
+
+
+def test_an_interruption_keeps_what_is_finished(model, capsys, monkeypatch):
+    render, renderings = Stage.render, []
+
+    def interrupted(self, schedule, prompt, seed):
+        if len(renderings) == 2:
+            raise KeyboardInterrupt
+        renderings.append(prompt)
+        return render(self, schedule, prompt, seed)
+
+    monkeypatch.setattr(Stage, "render", interrupted)
+    arguments = command(model, "--also", '{"method": "adaspa", "block": 8}', "--no-floors")
+    assert exit_code(*arguments) == 130
+    captured = capsys.readouterr()
+    assert captured.err.splitlines()[-1].startswith("interrupted; finished runs are in out")
+    assert captured.out == ""
+    assert len(record()["runs"]) == 2
+    monkeypatch.setattr(Stage, "render", render)
+    assert exit_code(*arguments) == 0
+    assert "made in 2 sessions" in capsys.readouterr().out
+
+
+def test_a_case_that_fails_gives_exit_code_1_and_a_full_disk_too(model, capsys, monkeypatch):
+    render = Stage.render
+
+    def failing(self, schedule, prompt, seed):
+        if schedule is not None:
+            raise RuntimeError("no [luck]")
+        return render(self, schedule, prompt, seed)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Stage, "render", failing)
+    arguments = command(model, "--also", '{"method": "adaspa", "block": 8}', "--no-floors")
+    assert exit_code(*arguments) == 1
+    captured = capsys.readouterr()
+    assert "failed: adaspa 0.25 block=8, prompt 1, seed 0: RuntimeError: no [luck]" in captured.err
+    assert "failed: adaspa 0.25 block=8: 'a red ball': RuntimeError: no [luck]" in captured.out
+    monkeypatch.setattr(Stage, "render", render)
+    monkeypatch.setitem(_Runner._write.__globals__, "write_video", full)
+    assert exit_code(*arguments) == 1
+    assert (
+        capsys.readouterr().err.splitlines()[-1] == "error: out cannot be written: [Errno 28] No space left on device"
+    )
+
+
 def _lines():
     return record()["runs"] if Path("out/compare.json").exists() else []
 
@@ -173,3 +237,21 @@ def test_fidelity_refuses_what_is_no_pair(tmp_path, capsys, other, message):
     if other is not None:
         _clip("b", **other)
     assert_refused(tmp_path, capsys, ["fidelity", "a", "b"], message)
+
+
+def test_fidelity_of_videos(tmp_path, capsys):
+    write_video(Path("a.mkv"), "ffv1", "bgr0")
+    write_video(Path("lossy.mp4"), "libx264", "yuv444p")
+    write_video(Path("fast.mkv"), "ffv1", "bgr0", fps=24)
+    Path("broken.mkv").write_bytes(b"broken")
+    assert exit_code("fidelity", "a.mkv", "a.mkv") == 0
+    assert "ffv1, bgr0" in capsys.readouterr().out
+    assert_refused(
+        tmp_path, capsys, ["fidelity", "a.mkv", "fast.mkv"], "must have one frames a second, got 16.0 and 24.0"
+    )
+    assert_refused(
+        tmp_path, capsys, ["fidelity", "a.mkv", "lossy.mp4"], "lossy.mp4 is h264, yuv444p, which may have lost"
+    )
+    assert_refused(tmp_path, capsys, ["fidelity", "a.mkv", "broken.mkv"], "broken.mkv cannot be read as a video")
+    assert exit_code("fidelity", "a.mkv", "lossy.mp4", "--allow-lossy") == 0
+    assert "lossy: the figures measure the codec too" in capsys.readouterr().out

@@ -3,25 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-import imageio.v2 as imageio
 import numpy as np
 import pytest
 from PIL import Image
 
 from dit_sparse.eval.frames import read_clip
-
-FRAMES = np.random.default_rng(0).integers(0, 256, (5, 33, 47, 3), dtype=np.uint8)
-
-
-def write_video(path: Path, codec: str, pixels: str, frames: np.ndarray = FRAMES) -> Path:
-    options: dict[str, Any] = {"codec": codec, "pixelformat": pixels, "quality": None, "macro_block_size": 1}
-    writer: Any = imageio.get_writer(path, format="FFMPEG", mode="I", fps=16, ffmpeg_log_level="error", **options)
-    with writer:
-        for frame in frames:
-            writer.append_data(frame)
-    return path
+from tests.eval.videos import FRAMES, write_video
 
 
 def write_folder(folder: Path, names: list[str], frames: np.ndarray = FRAMES) -> Path:
