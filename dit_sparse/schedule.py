@@ -54,6 +54,8 @@ class Schedule:
             layer takes theirs times its own over the mean of all.
         layer_thresholds: a value for each layer of the parameter that decides where a method has no density, such as
             `top_p` or `tau`.
+        strict: whether a call that was to be sparse and would run dense for a reason that is not in this schedule is an
+            error; otherwise the statistics count it.
 
     Source: HEART (arXiv 2605.14513) for `drift`, iCATS for `noise_densities`.
 
@@ -89,6 +91,9 @@ class Schedule:
     )
     layer_thresholds: tuple[float, ...] | None = field(
         default=None, metadata={"help": "a value for each layer of what decides without a density, such as top_p"}
+    )
+    strict: bool = field(
+        default=True, metadata={"help": "whether a sparse layer that would run dense without being told to is an error"}
     )
 
     def __post_init__(self) -> None:
@@ -159,6 +164,10 @@ class Schedule:
         for layer in self.dense_layers:
             if not -num_layers <= layer < num_layers:
                 raise ValueError(f"dense_layers must be from {-num_layers} to {num_layers - 1}, got {layer}")
+
+    def is_dense_layer(self, layer: int, num_layers: int) -> bool:
+        """Whether `layer` of `num_layers` always runs dense."""
+        return layer in {own % num_layers for own in self.dense_layers}
 
     def warmup_steps(self, num_steps: int) -> int:
         """Dense steps at the start of a run of `num_steps`."""
@@ -251,7 +260,7 @@ class Schedule:
         """What the call at `site` does, given what is there from before."""
         if self.noise_densities is not None:
             self._noise_density(site)  # before the first dense step, not in the middle of a run
-        if site.layer in {layer % site.num_layers for layer in self.dense_layers}:
+        if self.is_dense_layer(site.layer, site.num_layers):
             return Decision("dense", "layer")
         warmup = self.warmup_steps(site.num_steps)
         if site.step < warmup:

@@ -32,6 +32,10 @@ def generate(
     config: Annotated[
         Path | None, opt.option("JSON file with the method and its parameters; options override it.")
     ] = None,
+    no_strict: Annotated[
+        bool,
+        opt.option("Let a sparse layer run dense, where it has to, instead of failing.", flag="--no-strict"),
+    ] = False,
     height: opt.Height = None,
     width: opt.Width = None,
     frames: opt.Frames = None,
@@ -81,6 +85,8 @@ def generate(
             positional, options = split_arguments([*(arguments or ()), *context.args])
             if density is not None:
                 options["density"] = density
+            if no_strict:
+                options["strict"] = "false"
             prompts = opt.collect_prompts(positional, prompt)
             preset = None if model is None else find_preset(model)
             takes_method = method is None and config is None

@@ -25,6 +25,7 @@ _SCHEDULE_OPTIONS = (
     "noise_slope",
     "layer_densities",
     "layer_thresholds",
+    "strict",
 )
 
 

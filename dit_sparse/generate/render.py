@@ -262,6 +262,7 @@ def _line(renderer: Renderer, settings: Settings, clip: Clip, seconds: float) ->
         "sparse_density": run_statistics.sparse_density,
         "calls": run_statistics.calls,
         "dense_calls": dict(run_statistics.dense_calls),
+        "receipts": run_statistics.receipts(),
         "attention_seconds": run_statistics.attention_seconds,
         "plan_seconds": run_statistics.plan_seconds,
         "key": settings.key(clip),

@@ -6,6 +6,7 @@ from dit_sparse.pipelines.loading import ModelError, load_pipeline
 from dit_sparse.pipelines.observe import Observer, observe
 from dit_sparse.pipelines.sparsify import check, save_plan, session_of, sparsify, statistics, token_grid, unsparsify
 from dit_sparse.pipelines.statistics import RunStatistics
+from dit_sparse.pipelines.strict import NotSparseError
 from dit_sparse.pipelines.trace import Trace, record_trace
 from dit_sparse.pipelines.velocity import velocity_ramp
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ModelError",
+    "NotSparseError",
     "Observer",
     "RunStatistics",
     "SparseCogVideoXImageToVideoPipeline",

@@ -18,6 +18,7 @@ from dit_sparse.pipelines.drift import DriftMeter
 from dit_sparse.pipelines.layout import Group, Layout
 from dit_sparse.pipelines.statistics import CHANGED, CallRecord, RunStatistics, Stopwatch
 from dit_sparse.pipelines.steps import StepCounter
+from dit_sparse.pipelines.strict import ALLOW, NotSparseError, check_blocks, check_inside_run, demands
 from dit_sparse.schedule import Decision, Schedule
 from dit_sparse.types import AttentionPlan, PackedPlan, Previous, Site, TokenGrid, TokenOrder
 
@@ -141,14 +142,20 @@ class Session:
         self.steps.release(keep=[pipe.scheduler for pipe in pipelines])
 
     def _warn_of_stranger(self, model: str) -> None:
-        """Only pipelines name branches, so this one drives a scheduler that is not watched; said once."""
+        """Only pipelines name branches, so this one drives a scheduler that is not watched; said once.
+
+        Raises:
+            NotSparseError: the schedule is strict.
+        """
+        text = (
+            f"{model} is run by a pipeline whose scheduler is not followed, so its attention is dense; "
+            "sparsify that pipeline"
+        )
+        if demands(self.schedule):
+            raise NotSparseError(f"{text}, {ALLOW}")
         if not self._warned:
             self._warned = True
-            warnings.warn(
-                f"{model} is run by a pipeline whose scheduler is not followed, so its attention is dense; "
-                "sparsify that pipeline",
-                stacklevel=2,
-            )
+            warnings.warn(text, stacklevel=2)
 
     def _begin_run(self) -> None:
         self._run = self.steps.run
@@ -175,8 +182,12 @@ class Session:
             layer, num_layers: which transformer block of how many.
             q, k, v: `[B, H, N, D]`, any strides.
             dense: computes the model's own attention, `[B, H, N, D]`.
+
+        Raises:
+            NotSparseError: it would run dense although the schedule, which is strict, does not say so.
         """
         if self._forward is None or not self.steps.inside_run:
+            check_inside_run(self.schedule, layer, num_layers)
             return self._dense(Decision("dense", "outside a run"), None, q, k, v, dense, layer)
         layout = self._forward.layout
         parts = [self._part(layer, num_layers, group, q.shape[0]) for group in layout.groups]
@@ -253,13 +264,15 @@ class Session:
     def _sparse(
         self, plan: AttentionPlan, planning: Stopwatch | None, site: Site, q: Tensor, k: Tensor, v: Tensor
     ) -> Tensor:
+        full = plan.block_mask.is_full
+        if full or plan.block_mask.num_k_blocks == 1:  # more would have to be read back from the device
+            check_blocks(self.schedule, self.schedule.method_at(site.step, site.num_steps), site.layer, q.shape[2])
         backend = select(self.backend, q, k, v, plan)
         if site.in_order:
             self._check_order(plan)
         watch = Stopwatch(q.device)
         out = sparse_attention(q, k, v, plan, backend=backend.name, in_order=site.in_order)
         watch.stop()
-        full = plan.block_mask.is_full
         self.statistics.records.append(
             CallRecord(
                 layer=site.layer,

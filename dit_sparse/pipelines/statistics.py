@@ -104,10 +104,34 @@ class RunStatistics:
 
     def layers(self) -> list[dict[str, Any]]:
         """Per transformer block: calls, dense calls by reason, mean density of each head over its sparse calls."""
+        return [_layer_summary(model, layer, records) for (model, layer), records in self._by_layer()]
+
+    def receipts(self) -> dict[str, Any]:
+        """What every layer ran, in short, by transformer: lists with an entry a layer.
+
+        "layer" numbers them; "calls" counts their calls; "density" is the share of query-key pairs computed, dense
+        calls counted as 1; "dense" counts the dense calls by reason.
+        """
+        found: dict[str, Any] = {}
+        for (model, layer), records in self._by_layer():
+            part = RunStatistics(records)
+            own = found.setdefault(model, {"layer": [], "calls": [], "density": [], "dense": {}})
+            own["layer"].append(layer)
+            own["calls"].append(part.calls)
+            own["density"].append(round(part.density or 0.0, 4))
+            for reason, count in part.dense_calls.items():
+                own["dense"].setdefault(reason, {})[layer] = count
+        for own in found.values():
+            own["dense"] = {
+                reason: [counts.get(layer, 0) for layer in own["layer"]] for reason, counts in own["dense"].items()
+            }
+        return found
+
+    def _by_layer(self) -> list[tuple[tuple[str, int], list[CallRecord]]]:
         groups: dict[tuple[str, int], list[CallRecord]] = {}
         for record in self.records:
             groups.setdefault((record.model, record.layer), []).append(record)
-        return [_layer_summary(model, layer, records) for (model, layer), records in sorted(groups.items())]
+        return sorted(groups.items())
 
     def to_dict(self) -> dict[str, Any]:
         """Everything above, ready for JSON."""

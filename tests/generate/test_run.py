@@ -86,6 +86,22 @@ def test_makes_every_video_once(request_for, tmp_path):
     assert _lines(tmp_path / "out") == lines
 
 
+def test_a_line_has_receipts_of_every_layer(request_for):
+    (line,) = run(prepare(request_for(config=ADASPA | {"warmup": 0.5, "dense_layers": [1]}))).lines
+    found = line["receipts"]["transformer"]
+    assert (found["layer"], found["calls"]) == ([0, 1], [4, 4])
+    assert found["dense"] == {"warm-up": [2, 0], "layer": [0, 4]}
+    assert found["density"][0] < 1 == found["density"][1]
+
+
+def test_a_layer_that_cannot_be_sparse_fails_the_video_unless_allowed(request_for):
+    """48 tokens are one block of 64."""
+    config = ADASPA | {"block": 64}
+    ((_, error),) = run(prepare(request_for(config=config))).failures
+    assert "layer 0 would run dense: 'adaspa' at density 0.3 keeps every block of 48 tokens" in str(error)
+    assert len(run(prepare(request_for(config=config | {"strict": False}))).lines) == 1
+
+
 def test_a_line_is_enough_to_make_the_video_again(request_for, tmp_path):
     run(prepare(request_for("x", "a red ball", seed=5)))
     line = _lines(tmp_path / "out")[1]

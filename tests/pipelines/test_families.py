@@ -67,7 +67,7 @@ def test_dense_calls_equal_upstreams_bit_for_bit(pipe, family, dtype: torch.dtyp
     cast = {name: x.to(dtype) if _is_data(name, x) else x for name, x in arguments.items()}
     with torch.no_grad():
         want = transformer(**cast)[0]
-        sparsify(pipe, AdaSpa())
+        sparsify(pipe, AdaSpa(), strict=False)
         got = transformer(**cast)[0]
     assert torch.equal(got, want)
     assert statistics(pipe).dense_calls == {"outside a run": statistics(pipe).calls}
