@@ -24,11 +24,13 @@ class Decision:
         action: run "dense", "reuse" the plan there is, or "plan" anew.
         reason: why it is dense; empty otherwise.
         keep_lse: whether the dense call should hand its LSE to the method's next plan.
+        predicted: time that sparse attention would take over dense attention's, where that is why it is dense.
     """
 
     action: Action
     reason: str = ""
     keep_lse: bool = False
+    predicted: float | None = None
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class Schedule:
             `top_p` or `tau`.
         strict: whether a call that was to be sparse and would run dense for a reason that is not in this schedule is an
             error; otherwise the statistics count it.
+        never_slower: whether a layer for which the cost model predicts no gain runs dense; the statistics say so.
 
     Source: HEART (arXiv 2605.14513) for `drift`, iCATS for `noise_densities`.
 
@@ -94,6 +97,9 @@ class Schedule:
     )
     strict: bool = field(
         default=True, metadata={"help": "whether a sparse layer that would run dense without being told to is an error"}
+    )
+    never_slower: bool = field(
+        default=True, metadata={"help": "whether a layer for which the cost model predicts no gain runs dense"}
     )
 
     def __post_init__(self) -> None:
@@ -179,6 +185,14 @@ class Schedule:
         own = self.method.refresh if self.drift is None else ()
         places = own if self.refresh is None else self.refresh
         return frozenset(int(at) if at >= 1 else round(at * num_steps) for at in places)
+
+    def plans_per_call(self, num_steps: int) -> float:
+        """Plans that a run of `num_steps` makes, over its sparse steps."""
+        first = self.warmup_steps(num_steps)
+        sparse = max(1, num_steps - first)
+        later = {step for step in self.refresh_steps(num_steps) if first < step < num_steps}
+        later |= {step for step in range(first + 1, num_steps) if self._new_part(step - 1, step, num_steps)}
+        return (1 + len(later)) / sparse
 
     @cached_property
     def _methods(self) -> tuple[Method, ...]:
@@ -269,14 +283,14 @@ class Schedule:
             return Decision("dense", "search", keep_lse=True)
         if previous is None or previous.plan is None:
             return Decision("plan")
-        if self.method.scope != "grid" and self._new_part(previous.step, site):
+        if self.method.scope != "grid" and self._new_part(previous.step, site.step, site.num_steps):
             return Decision("plan")
         due = site.step in self.refresh_steps(site.num_steps) and previous.step != site.step
         due = due or (self.drift is not None and previous.drift is not None and previous.drift > self.drift)
         return Decision("plan" if due and self.method.scope != "grid" else "reuse")
 
-    def _new_part(self, planned_at: int, site: Site) -> bool:
-        return self._part(planned_at, site.num_steps) != self._part(site.step, site.num_steps)
+    def _new_part(self, planned_at: int, step: int, num_steps: int) -> bool:
+        return self._part(planned_at, num_steps) != self._part(step, num_steps)
 
     def to_config(self) -> dict[str, Any]:
         """A flat JSON-ready dict with the method's name, version and parameters and this schedule's."""

@@ -155,7 +155,7 @@ def kinds_of_steps(schedule: Schedule, steps: int, uses_lse: bool) -> list[str]:
 
 def measure(runner: Runner, method: Method, rounds: int, complete: bool) -> dict[str, Any]:
     """Times of the kinds of step under `method`, and the run composed of them."""
-    schedule = Schedule(method)
+    schedule = Schedule(method, never_slower=False)
     torch._dynamo.reset()
     sparsify(runner.pipe, schedule)
     runner.pipe.scheduler.set_timesteps(runner.steps, device=runner.device)

@@ -49,7 +49,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     method = find_method(config.getoption("method"))(density=1.0)  # type: ignore[call-arg]
     # Some tests call a transformer by itself, where it is dense.
-    schedule = Schedule(method, warmup=0, strict=False)
+    schedule = Schedule(method, warmup=0, strict=False, never_slower=False)
     sparse = config.stash[_SPARSE] = SparseClasses(schedule, config.getoption("backend"))
     for item in items:
         module, cls = item.module, item.cls  # type: ignore[attr-defined]

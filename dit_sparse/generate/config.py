@@ -26,6 +26,7 @@ _SCHEDULE_OPTIONS = (
     "layer_densities",
     "layer_thresholds",
     "strict",
+    "never_slower",
 )
 
 

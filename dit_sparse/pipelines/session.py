@@ -15,6 +15,7 @@ from torch import Tensor
 from dit_sparse.attention import sparse_attention
 from dit_sparse.kernels import dense_attention, select
 from dit_sparse.pipelines.drift import DriftMeter
+from dit_sparse.pipelines.judge import Judge
 from dit_sparse.pipelines.layout import Group, Layout
 from dit_sparse.pipelines.statistics import CHANGED, CallRecord, RunStatistics, Stopwatch
 from dit_sparse.pipelines.steps import StepCounter
@@ -67,6 +68,7 @@ class Session:
         self.statistics = RunStatistics()
         self.previous: dict[tuple[Any, ...], Previous] = {}
         self._drifts: dict[tuple[Any, ...], DriftMeter] = {}
+        self._judge = Judge(self.schedule, self.backend)
         self._pipelines: weakref.WeakSet[Any] = weakref.WeakSet()
         self._run = 0
         self._warned = False
@@ -167,6 +169,7 @@ class Session:
         if self.schedule.method.scope != "grid" or len(self.previous) > _REMEMBERED_GRIDS:
             self.previous.clear()
             self._drifts.clear()
+            self._judge.forget()
 
     def _numbered_branch(self) -> str:
         """Without a name, forwards of one step are told apart by their number, so that their plans never mix."""
@@ -190,7 +193,7 @@ class Session:
             check_inside_run(self.schedule, layer, num_layers)
             return self._dense(Decision("dense", "outside a run"), None, q, k, v, dense, layer)
         layout = self._forward.layout
-        parts = [self._part(layer, num_layers, group, q.shape[0]) for group in layout.groups]
+        parts = [self._part(layer, num_layers, group, q) for group in layout.groups]
         if all(part.decision.action == "dense" and not part.decision.keep_lse for part in parts):
             return self._dense(parts[0].decision, None, q, k, v, dense, layer)
         if not layout.is_padded:
@@ -221,15 +224,18 @@ class Session:
             out[rows, :, : grid.num_tokens] = dense_attention(*(x[rows, :, : grid.num_tokens] for x in (q, k, v)))
         return out
 
-    def _part(self, layer: int, num_layers: int, group: Group, batch: int) -> _Part:
+    def _part(self, layer: int, num_layers: int, group: Group, q: Tensor) -> _Part:
         site = self._site(layer, num_layers, group.grid)
         key = self.schedule.key(site)
         if self.schedule.method.scope == "call":
-            key += (batch,)  # FasterCache leaves a guidance branch out of some batches
+            key += (q.shape[0],)  # FasterCache leaves a guidance branch out of some batches
         previous = self.previous.get(key)
         if previous is not None and key in self._drifts:
             previous = replace(previous, drift=self._drifts[key].read())
-        return _Part(site, key, previous, self.schedule.decide(site, previous))
+        decision = self.schedule.decide(site, previous)
+        if decision.action != "dense" or decision.reason == "search":
+            decision = self._judge.before(site, key, q[:, :, : group.grid.num_tokens]) or decision
+        return _Part(site, key, previous, decision)
 
     def _run_part(self, part: _Part, q: Tensor, k: Tensor, v: Tensor, dense: DenseAttention) -> Tensor:
         site, key, previous, decision = part
@@ -241,6 +247,9 @@ class Session:
             method = self.schedule.method_for(site)
             plan = self.schedule.finish(method.plan(q, k, v, site, previous))
             planning.stop()
+            refused = self._judge.after(plan, site, key, q)
+            if refused is not None:
+                return self._dense(refused, key, q, k, v, dense, site.layer, planning)
             if self.on_plan is not None:
                 self.on_plan(site, plan)
             at_rest = plan if self.schedule.method.scope == "grid" else _at_rest(plan)  # one plan may lie about
@@ -304,6 +313,7 @@ class Session:
         v: Tensor,
         dense: DenseAttention,
         layer: int,
+        planning: Stopwatch | None = None,
     ) -> Tensor:
         watch = Stopwatch(q.device)
         if decision.keep_lse and key is not None:
@@ -314,7 +324,18 @@ class Session:
         watch.stop()
         model, branch = ("", "") if self._forward is None else (self._forward.model, self._forward.branch)
         self.statistics.records.append(
-            CallRecord(layer, self.steps.step, branch, model, None, decision.reason, "dense", watch)
+            CallRecord(
+                layer=layer,
+                step=self.steps.step,
+                branch=branch,
+                model=model,
+                density=None,
+                reason=decision.reason,
+                backend="dense",
+                attention=watch,
+                planning=planning,
+                predicted=decision.predicted,
+            )
         )
         return out
 
