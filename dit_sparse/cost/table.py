@@ -71,19 +71,26 @@ def costs_of(device: torch.device) -> DeviceCosts:
     Raises:
         ValueError: a table that cannot be read.
     """
-    own = os.environ.get(TABLE_VARIABLE)
-    return _costs_of(device_name(device), own, str(user_table()))
-
-
-@lru_cache(maxsize=32)
-def _costs_of(name: str, given: str | None, user: str) -> DeviceCosts:
-    paths = [*([] if given is None else [Path(given)]), *([Path(user)] if Path(user).is_file() else []), OWN_TABLE]
+    name, given = device_name(device).lower(), os.environ.get(TABLE_VARIABLE)
+    paths = [OWN_TABLE]
+    if user_table().is_file():
+        paths.insert(0, user_table())
+    if given is not None:
+        paths.insert(0, Path(given))
     for path in paths:
-        table = read_table(path)
-        found = next((costs for key, costs in table.items() if key.lower() in name.lower()), None)
+        found = next((costs for key, costs in _table(path).items() if key.lower() in name), None)
         if found is not None:
             return found
-    return read_table(OWN_TABLE)["unknown GPU"]
+    return _table(OWN_TABLE)["unknown GPU"]
+
+
+def _table(path: Path) -> dict[str, DeviceCosts]:
+    return _read_once(path, path.stat().st_mtime_ns) if path.is_file() else read_table(path)
+
+
+@lru_cache(maxsize=8)
+def _read_once(path: Path, changed: int) -> dict[str, DeviceCosts]:
+    return read_table(path)
 
 
 def device_name(device: torch.device) -> str:
