@@ -35,12 +35,16 @@ MAY_IMPORT = {
     "vbench": {"eval", "generate"},
     "calibrate": {"types", "block_mask", "masks", "reorder", "methods", "pipelines", "generate"},
     "report": {"schedule", "generate", "bench"},
+    "analyze": {
+        *("types", "block_mask", "masks", "methods", "schedule", "pipelines", "bench", "generate", "calibrate"),
+    },
     "simulator": {"types", "masks", "methods"},
     "doctor": {"kernels", "demo", "cost"},
     "cli": {
         "simulator",
         "presets",
         "bench",
+        "analyze",
         "calibrate",
         "compare",
         "cost",

@@ -1,6 +1,6 @@
 """The command line: parses and calls. Heavy imports wait until a command needs them."""
 
-from dit_sparse.cli import bench, calibrate, compare, generate, listings, report, vbench
+from dit_sparse.cli import analyze, bench, calibrate, compare, generate, listings, report, vbench
 from dit_sparse.cli.app import app, main
 
 __all__ = ["app", "main"]
@@ -8,6 +8,7 @@ __all__ = ["app", "main"]
 # The method's own parameters are options too.
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(generate.generate)
 for command in (
+    analyze.analyze,
     calibrate.calibrate,
     calibrate.inspect,
     compare.compare,

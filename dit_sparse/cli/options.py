@@ -28,6 +28,18 @@ Device = Annotated[str, option("auto, cpu, cuda or cuda:N.", MACHINE)]
 Offload = Annotated[str, option("none, model or group: keep weights off the GPU.", MACHINE)]
 
 
+def numbers(flag: str, text: str) -> tuple[float, ...]:
+    """The numbers in `text`, with commas between them.
+
+    Raises:
+        ValueError: something else.
+    """
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"{flag} must be numbers with commas between them, such as 0.5,0.25, got {text!r}") from None
+
+
 def collect_prompts(positional: list[str], prompts: list[str] | None) -> list[str]:
     """The prompts of a file, or those given one by one.
 

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from dit_sparse.pipelines.loading import ModelError, load_pipeline
-from dit_sparse.pipelines.observe import Observer, observe
+from dit_sparse.pipelines.observe import Observer, ValueObserver, observe, observe_values
 from dit_sparse.pipelines.sparsify import check, save_plan, session_of, sparsify, statistics, token_grid, unsparsify
 from dit_sparse.pipelines.statistics import RunStatistics
 from dit_sparse.pipelines.strict import NotSparseError
@@ -34,9 +34,11 @@ __all__ = [
     "SparseWanImageToVideoPipeline",
     "SparseWanPipeline",
     "Trace",
+    "ValueObserver",
     "check",
     "load_pipeline",
     "observe",
+    "observe_values",
     "record_trace",
     "save_plan",
     "session_of",

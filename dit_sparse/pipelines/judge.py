@@ -24,9 +24,9 @@ Key = tuple[Any, ...]
 class Judge:
     """Knows which layers run dense because sparse attention would not be faster there.
 
-    A method that has a density and plans from the data is judged before it plans. Any other is judged by its first plan
-    of each layer, guidance branch and part of a density ramp, and the verdict stands for that part of the run: later
-    plans would have to be made, or read back from the device, to be judged.
+    A method that has a density and plans from the data is judged before it plans, by its parameters. Every method is
+    judged by its first plan of each layer, guidance branch and part of a density ramp, and that verdict stands for the
+    part of the run: later plans would have to be made, or read back from the device, to be judged.
 
     Args:
         schedule, backend: as of the session.
@@ -36,11 +36,13 @@ class Judge:
         self._schedule = schedule
         self._backend = backend
         self._predicted: dict[Key, float] = {}
+        self._planned: set[Key] = set()
         self._warned = False
 
     def forget(self) -> None:
         """Forget the verdicts of an earlier run."""
         self._predicted.clear()
+        self._planned.clear()
 
     def before(self, site: Site, key: Key, q: Tensor) -> Decision | None:
         """To run the call at `site` with `q` `[B, H, N, D]` dense, if it is known to be no gain.
@@ -55,10 +57,10 @@ class Judge:
         key = (*key, method)
         if self._is_free(method):
             return None
-        if key not in self._predicted and method.scope == "call" and takes_density(method):
-            remainder = self._remainder(getattr(method, "remainder", "none"))
-            density, block = float(method.density), _block_of(method)  # type: ignore[attr-defined]
-            self._predict(key, site, q, density=density, block=block, remainder=remainder)
+        density = _stated(method)
+        if key not in self._predicted and density is not None:
+            remainder = "none" if self._schedule.remainder == "method" else self._schedule.remainder
+            self._predict(key, site, q, density=density, block=_block_of(method), remainder=remainder)
         return self._refused(key, site, q)
 
     def after(self, plan: AttentionPlan, site: Site, key: Key, q: Tensor) -> Decision | None:
@@ -67,19 +69,9 @@ class Judge:
         key = (*key, method)
         if self._is_free(method):
             return None
-        if key not in self._predicted:
-            mask, order = plan.block_mask, plan.q_order
-            whole, partial = (1.0, 0.0) if mask.is_full else _visited(plan)
-            self._predict(
-                key,
-                site,
-                q,
-                density=whole,
-                partial=partial,
-                block=order.num_tokens / order.num_blocks,
-                remainder=plan.remainder,
-                moved=not (site.in_order or order.is_identity),
-            )
+        if key not in self._planned:
+            self._planned.add(key)
+            self._predict(key, site, q, **work_of(plan, site, _stated(method)))
         return self._refused(key, site, q)
 
     def _method(self, site: Site) -> Method:
@@ -89,20 +81,8 @@ class Judge:
         """Whether nothing is judged: nobody asked for it, or the method is dense attention itself."""
         return not self._schedule.never_slower or method.name == "dense"
 
-    def _remainder(self, own: Remainder) -> Remainder:
-        return own if self._schedule.remainder == "method" else self._schedule.remainder
-
     def _predict(self, key: Key, site: Site, q: Tensor, **options: Any) -> None:
-        costs = costs_of(q.device)
-        backend = _backend(self._backend, q.device, options["remainder"])
-        if backend not in costs.backends:
-            self._predicted[key] = 0.0  # asked for by name, and nobody has measured it
-            return
-        method = self._method(site)
-        plans = 0.0 if method.scope == "grid" else self._schedule.plans_per_call(site.num_steps)
-        batch, heads, tokens, dim = q.shape
-        call = Call(tokens, batch * heads, dim, backend=backend, method=method.name, plans=plans, **options)
-        self._predicted[key] = predict(call, costs)
+        self._predicted[key] = predicted_time(self._schedule, site, q, backend=self._backend, **options) or 0.0
 
     def _refused(self, key: Key, site: Site, q: Tensor) -> Decision | None:
         predicted = self._predicted.get(key, 0.0)
@@ -112,6 +92,48 @@ class Judge:
             self._warned = True
             warnings.warn(_warning(self._method(site), site, predicted, costs_of(q.device)), stacklevel=2)
         return Decision("dense", NOT_FASTER, predicted=predicted)
+
+
+def predicted_time(
+    schedule: Schedule, site: Site, q: Tensor, *, backend: str = "auto", remainder: Remainder = "none", **work: Any
+) -> float | None:
+    """Time of a sparse call over dense attention's, planning counted; `None` for a backend that nobody has measured.
+
+    Args:
+        schedule, site, q: of the call; of `q` `[B, H, N, D]` only shape and device matter.
+        backend: as in `sparse_attention`.
+        remainder, work: of its plan, as `work_of` gives them.
+    """
+    costs, method = costs_of(q.device), schedule.method_at(site.step, site.num_steps)
+    backend = _backend(backend, q.device, remainder)
+    if backend not in costs.backends:
+        return None
+    plans = 0.0 if method.scope == "grid" else schedule.plans_per_call(site.num_steps)
+    batch, heads, tokens, dim = q.shape
+    call = Call(
+        tokens, batch * heads, dim, backend=backend, method=method.name, plans=plans, remainder=remainder, **work
+    )
+    return predict(call, costs)
+
+
+def work_of(plan: AttentionPlan, site: Site, density: float | None = None) -> dict[str, Any]:
+    """What of `plan` decides its cost: the arguments of `predicted_time`.
+
+    Args:
+        density: where it is known, so that it need not be read back from the device.
+    """
+    order, mask = plan.q_order, plan.block_mask
+    if mask.is_full or mask.num_k_blocks == 1:
+        whole, partial = 1.0, 0.0
+    else:
+        whole, partial = _visited(plan) if density is None else (density, 0.0)
+    return {
+        "density": whole,
+        "partial": partial,
+        "block": order.num_tokens / order.num_blocks,
+        "remainder": plan.remainder,
+        "moved": not (site.in_order or order.is_identity),
+    }
 
 
 def _warning(method: Method, site: Site, predicted: float, costs: DeviceCosts) -> str:
@@ -131,6 +153,12 @@ def _backend(name: str, device: torch.device, remainder: Remainder) -> str:
     hopper = BACKENDS["hopper"]
     able = remainder in getattr(hopper, "remainders", ("none",)) and hopper.unavailable(device) is None
     return "hopper" if able else "triton"
+
+
+def _stated(method: Method) -> float | None:
+    """The density that `method` will keep to, if it says so; that of a static method is read off its one plan."""
+    stated = method.scope == "call" and takes_density(method)
+    return float(method.density) if stated else None  # type: ignore[attr-defined]
 
 
 def _block_of(method: Method) -> float:
