@@ -31,8 +31,8 @@ from dit_sparse import SeerAttention, Site, load_pipeline
 from dit_sparse.demo import demo_defaults, demo_model_path
 from dit_sparse.eval.attention import mass_recall
 from dit_sparse.eval.floors import RandomBlocks
-from dit_sparse.methods import METHODS, find_method
-from dit_sparse.methods.parameters import accepts_density, parse_parameter, read_parameter, with_density
+from dit_sparse.methods import METHODS, parse_method
+from dit_sparse.methods.parameters import accepts_density, with_density, without_density
 from dit_sparse.pipelines import observe
 from dit_sparse.types import Method, Previous
 
@@ -91,31 +91,20 @@ def measure(label: str, method: Method, density: float | None, calls: Sequence[C
 
 
 def methods_for(texts: Sequence[str], seer: str | None) -> dict[str, Method]:
-    """The methods that accept a density, by the texts that name them: a name, or name:parameter=value+parameter=value.
+    """The methods that accept a density, by the texts that name them, as `parse_method` reads them.
 
     Raises:
         ValueError: an unknown method or parameter, or a bad value.
     """
-    made: dict[str, Method] = {}
+    made = {}
     for text in texts:
-        name, _, given = text.partition(":")
-        cls = find_method(name)
-        pairs = [pair.partition("=") for pair in given.split("+") if pair]
-        options = {key: parse_parameter(cls, key, value) for key, _, value in pairs}
-        if cls is SeerAttention:
-            options["weights"] = seer
-        if cls is not SeerAttention or seer is not None:
-            made[text] = cls(**options)
+        method = parse_method(text)
+        if isinstance(method, SeerAttention):
+            if seer is None:
+                continue
+            method = replace(method, weights=seer)
+        made[text] = method
     return {text: method for text, method in made.items() if accepts_density(method)}
-
-
-def by_threshold(method: Method) -> Method | None:
-    """`method` without a density, if it can do without."""
-    try:
-        read_parameter(type(method), "density", None)
-    except ValueError:
-        return None
-    return replace(method, density=None)  # type: ignore[type-var]
 
 
 def table(rows: Sequence[Row]) -> Table:
@@ -159,7 +148,7 @@ def main() -> None:
             if not math.isclose(row.achieved, density, rel_tol=0.1):
                 worse.append(f"{label} at {density:g} keeps {row.achieved:.3f}")
     for label, method in methods.items():
-        free = by_threshold(method)
+        free = without_density(method)
         if free is not None:
             rows.append(measure(label, free, None, calls))
     console = Console(width=100)

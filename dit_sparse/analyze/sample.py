@@ -11,8 +11,8 @@ from torch import Tensor
 
 from dit_sparse.block_mask import BlockMask
 from dit_sparse.masks import probe_rows
-from dit_sparse.methods import all_methods, find_method
-from dit_sparse.methods.parameters import accepts_density, with_density
+from dit_sparse.methods import all_methods, parse_method
+from dit_sparse.methods.parameters import accepts_density, with_density, without_density
 from dit_sparse.pipelines.judge import predicted_time, work_of
 from dit_sparse.schedule import Schedule
 from dit_sparse.types import AttentionPlan, Method, PackedPlan, Previous, Site
@@ -26,34 +26,39 @@ _LEFT_OUT = ("dense", "paro", "seer")
 
 @dataclass(frozen=True)
 class Candidate:
-    """A method at a density, or at its own threshold where `density` is `None`."""
+    """A method at a density, or as it is where `density` is `None`; `name` is how it was named."""
 
+    name: str
     method: Method
     density: float | None
 
     @property
     def label(self) -> str:
-        return f"{self.method.name} {'threshold' if self.density is None else format(self.density, 'g')}"
+        return self.name if self.density is None else f"{self.name} {self.density:g}"
 
 
 def candidates(names: Sequence[str] | None, densities: Sequence[float]) -> list[Candidate]:
-    """Every method at every density, and those that take no density as they are.
+    """Every method at every density, and by its own threshold where it has one.
 
     Args:
-        names: of the methods; `None` takes all but `paro`, which plans for longer than it attends, and `seer`.
+        names: of the methods, perhaps with parameters, as `parse_method` reads them; `None` takes all but `paro`, which
+            plans for longer than it attends, and `seer`, which needs a file.
         densities: in (0, 1].
 
     Raises:
-        ValueError: an unknown method, no method, or a density out of range.
+        ValueError: an unknown method or parameter, no method, or a density out of range.
     """
     chosen = [name for name in all_methods() if name not in _LEFT_OUT] if names is None else list(names)
     found = []
     for name in chosen:
-        method = find_method(name)()
-        if accepts_density(method):
-            found += [Candidate(with_density(method, density), density) for density in densities]
-        else:
-            found.append(Candidate(method, None))
+        method = parse_method(name)
+        if not accepts_density(method):
+            found.append(Candidate(name, method, None))
+            continue
+        found += [Candidate(name, with_density(method, density), density) for density in densities]
+        free = without_density(method)
+        if free is not None:
+            found.append(Candidate(name, free, None))
     if not found:
         raise ValueError("methods and densities must leave something to compare, got none of them")
     return found

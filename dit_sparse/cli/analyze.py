@@ -22,7 +22,11 @@ def analyze(
     prompt: opt.Prompt = None,
     model: opt.Model = None,
     methods: Annotated[
-        str | None, opt.option("Methods with commas between them.", default="all that need no file, but paro")
+        str | None,
+        opt.option(
+            "Methods with commas between, or name:parameter=value+other=value.",
+            default="all that need no file, but paro",
+        ),
     ] = None,
     densities: Annotated[str, opt.option("Densities of methods that take one.")] = "0.5,0.25,0.125",
     target: Annotated[float, opt.option("Share of the attention mass to keep, a mean over heads.")] = 0.9,
@@ -56,7 +60,7 @@ def analyze(
         from dit_sparse.generate import Request
         from dit_sparse.generate import report as reporting
 
-        names = None if methods is None else [name.strip() for name in methods.split(",")]
+        names = None if methods is None else methods.split(",")
         compared = candidates(names, opt.numbers("--densities", densities))
         analysis = Analysis(compared, opt.numbers("--at", at), layers=layers, heads=heads, rows=rows)
         check_files(target, out, report)

@@ -96,6 +96,18 @@ def find_method(name: str) -> type[Method]:
     return plugins.methods[name]
 
 
+def parse_method(text: str) -> Method:
+    """The method that `text` names: a name, or `name:parameter=value+parameter=value`.
+
+    Raises:
+        ValueError: an unknown method or parameter, or a bad value.
+    """
+    name, _, given = text.strip().partition(":")
+    cls = find_method(name)
+    pairs = [pair.partition("=") for pair in given.split("+") if pair]
+    return cls(**{key: parse_parameter(cls, key, value) for key, _, value in pairs})
+
+
 __all__ = [
     "METHODS",
     "AdaSpa",
@@ -134,6 +146,7 @@ __all__ = [
     "find_method",
     "nearest",
     "parameters",
+    "parse_method",
     "parse_parameter",
     "read_parameter",
 ]

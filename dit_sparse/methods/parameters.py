@@ -95,6 +95,17 @@ def with_threshold(method: Method, value: float) -> Method:
     return replace(method, **{name: value})  # type: ignore[type-var]
 
 
+def without_density(method: Method) -> Method | None:
+    """`method` by its own threshold; `None` where it needs a density, or takes none."""
+    if not accepts_density(method):
+        return None
+    try:
+        read_parameter(type(method), "density", None)
+    except ValueError:
+        return None
+    return replace(method, density=None)  # type: ignore[type-var]
+
+
 def check_share(name: str, value: float) -> None:
     """Raise ValueError unless `value` is a number in (0, 1]."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not 0 < value <= 1:

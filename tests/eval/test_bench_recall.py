@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from bench_recall import Call, by_threshold, measure, methods_for, table
+from bench_recall import Call, measure, methods_for, table
 
-from dit_sparse import AdaSpa, Oracle, PbsAttention, ProxyAttention, Site, TokenGrid
+from dit_sparse import AdaSpa, Neighborhood, Oracle, PbsAttention, ProxyAttention, Site, TokenGrid
 from dit_sparse.eval.floors import RandomBlocks
+from dit_sparse.methods.parameters import without_density
 from tests.methods.literal import random_qkv
 
 
@@ -33,8 +34,9 @@ def test_methods_are_named_with_their_parameters() -> None:
 
 
 def test_a_threshold_of_its_own_is_measured_where_there_is_one() -> None:
-    assert by_threshold(AdaSpa()) is None
-    free = by_threshold(PbsAttention(0.25, threshold=0.5, block=8, segment=16))
+    assert without_density(AdaSpa()) is None
+    assert without_density(Neighborhood(window=2)) is None
+    free = without_density(PbsAttention(0.25, threshold=0.5, block=8, segment=16))
     assert free == PbsAttention(None, threshold=0.5, block=8, segment=16)
     row = measure("pbs", free, None, [call_on(TokenGrid(2, 8, 8))])
     assert row.density is None
