@@ -75,7 +75,7 @@ class Judge:
         return self._refused(key, site, q)
 
     def _method(self, site: Site) -> Method:
-        return self._schedule.method_at(site.step, site.num_steps)
+        return self._schedule.method_for(site)
 
     def _is_free(self, method: Method) -> bool:
         """Whether nothing is judged: nobody asked for it, or the method is dense attention itself."""
@@ -104,7 +104,7 @@ def predicted_time(
         backend: as in `sparse_attention`.
         remainder, work: of its plan, as `work_of` gives them.
     """
-    costs, method = costs_of(q.device), schedule.method_at(site.step, site.num_steps)
+    costs, method = costs_of(q.device), schedule.method_for(site)
     backend = _backend(backend, q.device, remainder)
     if backend not in costs.backends:
         return None

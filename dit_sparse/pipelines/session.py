@@ -233,7 +233,7 @@ class Session:
         if previous is not None and key in self._drifts:
             previous = replace(previous, drift=self._drifts[key].read())
         decision = self.schedule.decide(site, previous)
-        if decision.action != "dense" or decision.reason == "search":
+        if decision.action == "plan" or decision.reason == "search":  # a plan that is in use was found to pay
             decision = self._judge.before(site, key, q[:, :, : group.grid.num_tokens]) or decision
         return _Part(site, key, previous, decision)
 
@@ -275,7 +275,7 @@ class Session:
     ) -> Tensor:
         full = plan.block_mask.is_full
         if full or plan.block_mask.num_k_blocks == 1:  # more would have to be read back from the device
-            check_blocks(self.schedule, self.schedule.method_at(site.step, site.num_steps), site.layer, q.shape[2])
+            check_blocks(self.schedule, self.schedule.method_for(site), site.layer, q.shape[2])
         backend = select(self.backend, q, k, v, plan)
         if site.in_order:
             self._check_order(plan)
