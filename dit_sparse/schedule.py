@@ -56,6 +56,9 @@ class Schedule:
             layer takes theirs times its own over the mean of all.
         layer_thresholds: a value for each layer of the parameter that decides where a method has no density, such as
             `top_p` or `tau`.
+        strict: whether a call that was to be sparse and would run dense for a reason that is not in this schedule is an
+            error; otherwise the statistics count it.
+        never_slower: whether a layer for which the cost model predicts no gain runs dense; the statistics say so.
 
         strict: whether a call that was to be sparse and would run dense for a reason that is not in this schedule is an
             error; otherwise the statistics count it.

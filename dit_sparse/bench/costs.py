@@ -92,7 +92,7 @@ def measure_costs(
         dense = _seconds({"": functools.partial(dense_attention, *inputs[largest])}, device, rounds)[""]
     found = environment(device)
     threads = 0 if device.type == "cuda" else torch.get_num_threads()
-    where = f"measured with torch {found['torch']} on {found['device']}" + (f", {threads} threads" if threads else "")
+    where = f"measured with torch {found['torch']} on {found['device']}" + (f", threads: {threads}" if threads else "")
     return {
         "source": where,
         "environment": found,

@@ -27,6 +27,8 @@ _SCHEDULE_OPTIONS = (
     "noise_slope",
     "layer_densities",
     "layer_thresholds",
+    "strict",
+    "never_slower",
 )
 
 

@@ -233,7 +233,7 @@ class Session:
         if previous is not None and key in self._drifts:
             previous = replace(previous, drift=self._drifts[key].read())
         decision = self.schedule.decide(site, previous)
-        if decision.action != "dense" or decision.reason == "search":
+        if decision.action == "plan" or decision.reason == "search":  # a plan that is in use was found to pay
             decision = self._judge.before(site, key, q[:, :, : group.grid.num_tokens]) or decision
         return _Part(site, key, previous, decision)
 
