@@ -24,11 +24,13 @@ class Rendering:
         frames: `[T, H, W, 3]` float32 in [0, 1], or slightly beyond.
         seconds: wall time of the pipeline's call, decoding included.
         statistics: densities, calls, dense calls by reason, backends and times; empty for plain diffusers.
+        trace: what `pipelines.Trace.to_dict` gives; `None` for plain diffusers, and where it was not asked for.
     """
 
     frames: np.ndarray
     seconds: float
     statistics: dict[str, Any]
+    trace: dict[str, Any] | None = None
 
 
 class Stage:
@@ -42,15 +44,20 @@ class Stage:
     def __init__(self, pipe: Any, arguments: Mapping[str, Any]) -> None:
         self.pipe, self.arguments = pipe, dict(arguments)
 
-    def render(self, schedule: Schedule | None, prompt: str, seed: int) -> Rendering:
-        """Render `prompt`; a schedule of `None` is plain diffusers."""
+    def render(self, schedule: Schedule | None, prompt: str, seed: int, *, trace: bool = False) -> Rendering:
+        """Render `prompt`; a schedule of `None` is plain diffusers, which leaves no trace."""
+        from dit_sparse.pipelines import record_trace
+
         with self._sparse(schedule):
-            start = time.perf_counter()
-            output = self.call(prompt, seed, output_type="np")
-            seconds = time.perf_counter() - start
+            traced = trace and schedule is not None
+            with record_trace(self.pipe) if traced else contextlib.nullcontext() as recorder:
+                start = time.perf_counter()
+                output = self.call(prompt, seed, output_type="np")
+                seconds = time.perf_counter() - start
             statistics = {} if schedule is None else _statistics(self.pipe)
+            found = None if recorder is None else recorder.to_dict()
         frames = output.frames[0] if hasattr(output, "frames") else output.images
-        return Rendering(np.asarray(frames, dtype=np.float32), seconds, statistics)
+        return Rendering(np.asarray(frames, dtype=np.float32), seconds, statistics, found)
 
     def warm_up(self, schedule: Schedule | None, prompt: str, steps: int) -> None:
         """Run the first steps of `schedule`, untimed, so that no timing pays for compilation and first allocations."""

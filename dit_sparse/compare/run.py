@@ -7,12 +7,13 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dit_sparse import __version__
-from dit_sparse.bench.report import environment
+from dit_sparse.bench.report import environment, write_report
 from dit_sparse.compare.cases import DENSE, Case
 from dit_sparse.compare.record import Record
 from dit_sparse.compare.render import Rendering, Stage
@@ -180,7 +181,7 @@ class _Runner:
                 self.stage.warm_up(case.schedule, clip.prompt, job.settings["steps"])
                 self._warm.add(case.label)
             self.listener.rendering(f"{case.label}: {clip.stem}")
-            rendering = self.stage.render(case.schedule, clip.prompt, seed)
+            rendering = self.stage.render(case.schedule, clip.prompt, seed, trace=job.request.trace)
             frames = to_uint8(rendering.frames)
             dense = dense or _Dense(frames, rendering.seconds, _digest(frames), _file(job, DENSE, clip, "reference"))
             line = _line(job, case, clip, seed, rendering, dense) | _fidelity(job, frames, dense.frames, self.stage)
@@ -191,6 +192,9 @@ class _Runner:
             self.listener.failed(clip, case, error)
             _free_memory()
             return None
+        if rendering.trace is not None:
+            line["trace"] = f"videos/{Path(line['video']).stem}.trace.json"
+            write_report(rendering.trace, job.request.out / line["trace"])
         self._write(case, clip, frames, line, dense)
         return dense
 

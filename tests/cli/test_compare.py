@@ -30,9 +30,10 @@ def record():
 
 def test_compares_draws_and_prints(model, capsys):
     Path("plan.json").write_text(
-        '{"methods": ["neighborhood", {"method": "adaspa", "block": 8, "label": "mine"}], "densities": [0.5]}'
+        '{"methods": [{"method": "oracle", "block": 8}, {"method": "adaspa", "block": 8, "label": "mine"}],'
+        '"densities": [0.5]}'
     )
-    assert exit_code(*command(model, "--config", "plan.json", "--no-floors", "--num-samples", "1")) == 0
+    assert exit_code(*command(model, "--config", "plan.json", "--no-floors", "--num-samples", "1", "--trace")) == 0
     output = capsys.readouterr()
     assert "6 of 6: mine, prompt 2, seed 0:" in output.err
     assert "out/pareto.svg" in output.out
@@ -43,6 +44,15 @@ def test_compares_draws_and_prints(model, capsys):
         *(f"{found['speedup']:.2f}x", f"{found['psnr']:.2f}", f"{found['psnr_min']:.2f}"),
         *(f"{found['ssim']:.4f}", f"{found['ssim_min']:.4f}"),
     ]
+    for line in record()["runs"]:
+        assert ("trace" in line) is (line["kind"] == "method")
+        if "trace" in line:
+            trace = json.loads(Path("out", line["trace"]).read_text())
+            densities = [step["density"] for step in trace["steps"]]
+            assert sum(densities) / len(densities) == pytest.approx(line["achieved_density"])
+    assert exit_code("report", "out", "--out", "report.html") == 0
+    assert "mine" in Path("report.html").read_text()
+    capsys.readouterr()
     files = ["compare.csv", "compare.json", "pareto.png", "pareto.svg", "reference", "videos"]
     assert sorted(path.name for path in Path("out").iterdir()) == files
 
@@ -117,11 +127,11 @@ def test_an_image_model(capsys):
 def test_an_interruption_keeps_what_is_finished(model, capsys, monkeypatch):
     render, renderings = Stage.render, []
 
-    def interrupted(self, schedule, prompt, seed):
+    def interrupted(self, schedule, prompt, seed, **options):
         if len(renderings) == 2:
             raise KeyboardInterrupt
         renderings.append(prompt)
-        return render(self, schedule, prompt, seed)
+        return render(self, schedule, prompt, seed, **options)
 
     monkeypatch.setattr(Stage, "render", interrupted)
     arguments = command(model, "--also", '{"method": "adaspa", "block": 8}', "--no-floors")
@@ -138,10 +148,10 @@ def test_an_interruption_keeps_what_is_finished(model, capsys, monkeypatch):
 def test_a_case_that_fails_gives_exit_code_1_and_a_full_disk_too(model, capsys, monkeypatch):
     render = Stage.render
 
-    def failing(self, schedule, prompt, seed):
+    def failing(self, schedule, prompt, seed, **options):
         if schedule is not None:
             raise RuntimeError("no [luck]")
-        return render(self, schedule, prompt, seed)
+        return render(self, schedule, prompt, seed, **options)
 
     def full(*_, **__):
         raise OSError(28, "No space left on device")
@@ -167,11 +177,11 @@ def _lines():
 def test_goes_on_where_it_was_killed(model, capsys):
     """The process is killed in the middle of its second prompt, and a run that is not recorded is done again."""
     arguments = command(model, "--also", '{"method": "adaspa", "block": 8}', "--densities", "0.5,0.3", "--no-floors")
-    arguments += ["--steps", "8"]
+    arguments += ["--steps", "4"]
     with subprocess.Popen(
         [sys.executable, "-m", "dit_sparse", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as process:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 200
         while len(_lines()) < 4:
             assert process.poll() is None
             assert time.monotonic() < deadline

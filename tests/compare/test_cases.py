@@ -93,3 +93,8 @@ def test_densities_are_read_from_text() -> None:
     for text in ("", "0.5,", "a"):
         with pytest.raises(ValueError, match="numbers with commas between"):
             parse_densities(text)
+
+
+def test_the_cost_model_is_heeded_only_where_that_is_asked_for() -> None:
+    (case,) = make_cases([{"method": "adaspa", "never_slower": True}], [0.5])
+    assert case.schedule == Schedule(AdaSpa(density=0.5), never_slower=True)

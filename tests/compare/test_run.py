@@ -121,9 +121,9 @@ def test_more_is_added_against_the_same_dense_video(
     rendered: list[tuple[str, int]] = []
     render = Stage.render
 
-    def watched(self: Stage, schedule: Any, prompt: str, seed: int) -> Any:
+    def watched(self: Stage, schedule: Any, prompt: str, seed: int, **options: Any) -> Any:
         rendered.append((schedule.method.name, seed))
-        return render(self, schedule, prompt, seed)
+        return render(self, schedule, prompt, seed, **options)
 
     monkeypatch.setattr(Stage, "render", watched)
     before = runs_of(folder)
@@ -189,10 +189,10 @@ def test_a_case_that_fails_does_not_stop_the_others(
 ) -> None:
     render, failures = Stage.render, _Failures()
 
-    def failing(self: Stage, schedule: Any, prompt: str, seed: int) -> Any:
+    def failing(self: Stage, schedule: Any, prompt: str, seed: int, **options: Any) -> Any:
         if schedule is not None and schedule.method.density == 0.6:
             raise RuntimeError("no such luck")
-        return render(self, schedule, prompt, seed)
+        return render(self, schedule, prompt, seed, **options)
 
     monkeypatch.setattr(Stage, "render", failing)
     chosen = make_cases([SMALL], [0.6, 0.3], SCHEDULE)
