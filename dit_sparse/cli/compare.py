@@ -61,6 +61,7 @@ def compare(
     fps: Annotated[int | None, opt.option("Frames a second.", opt.OUTPUT, default="the preset's, or 16")] = None,
     conventions: Conventions = "skimage,svg,fastvideo",
     lpips: Lpips = False,
+    trace: opt.Trace = True,
     commit: Annotated[str | None, opt.option("Recorded where there is no checkout to ask.", opt.OUTPUT)] = None,
     draw_only: Annotated[
         bool, opt.option("Draw and print what --out holds; renders nothing.", opt.OUTPUT, flag="--draw-only")
@@ -100,6 +101,7 @@ def compare(
             offload=offload,
             format=format,
             fps=fps,
+            trace=trace,
         )
         every = [*cases, *(floor_cases(cases, schedule) if floors else [])]
     raise typer.Exit(_compare(request, every, _conventions(conventions), lpips, commit, console))

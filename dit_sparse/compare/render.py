@@ -24,11 +24,13 @@ class Rendering:
         frames: `[T, H, W, 3]` float32 in [0, 1], or slightly beyond.
         seconds: wall time of the pipeline's call, decoding included.
         statistics: densities, calls, dense calls by reason, backends and times; empty for plain diffusers.
+        trace: as `Trace.to_dict` gives it; `None` where it was not asked for, and for plain diffusers.
     """
 
     frames: np.ndarray
     seconds: float
     statistics: dict[str, Any]
+    trace: dict[str, Any] | None = None
 
 
 class Stage:
@@ -37,20 +39,25 @@ class Stage:
     Args:
         pipe: a diffusers pipeline.
         arguments: of its call, but for the prompt and what comes out.
+        trace: whether sparse runs are traced.
     """
 
-    def __init__(self, pipe: Any, arguments: Mapping[str, Any]) -> None:
-        self.pipe, self.arguments = pipe, dict(arguments)
+    def __init__(self, pipe: Any, arguments: Mapping[str, Any], *, trace: bool = False) -> None:
+        self.pipe, self.arguments, self.trace = pipe, dict(arguments), trace
 
     def render(self, schedule: Schedule | None, prompt: str, seed: int) -> Rendering:
         """Render `prompt`; a schedule of `None` is plain diffusers."""
-        with self._sparse(schedule):
+        from dit_sparse.pipelines import record_trace
+
+        traced = self.trace and schedule is not None
+        with self._sparse(schedule), record_trace(self.pipe) if traced else contextlib.nullcontext() as recorder:
             start = time.perf_counter()
             output = self.call(prompt, seed, output_type="np")
             seconds = time.perf_counter() - start
             statistics = {} if schedule is None else _statistics(self.pipe)
+            steps = None if recorder is None else recorder.to_dict()
         frames = output.frames[0] if hasattr(output, "frames") else output.images
-        return Rendering(np.asarray(frames, dtype=np.float32), seconds, statistics)
+        return Rendering(np.asarray(frames, dtype=np.float32), seconds, statistics, steps)
 
     def warm_up(self, schedule: Schedule | None, prompt: str, steps: int) -> None:
         """Run the first steps of `schedule`, untimed, so that no timing pays for compilation and first allocations."""

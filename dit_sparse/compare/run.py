@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,15 @@ from dit_sparse.eval.frames import read_clip
 from dit_sparse.generate import models
 from dit_sparse.generate.request import Clip, Request, clips, slug
 from dit_sparse.generate.run import check_folder
-from dit_sparse.generate.video import check_writer, extension, remove_partials, to_uint8, write_video
+from dit_sparse.generate.video import (
+    check_writer,
+    extension,
+    partial_path,
+    place,
+    remove_partials,
+    to_uint8,
+    write_video,
+)
 
 __all__ = ["Job", "Listener", "prepare", "run"]
 
@@ -191,8 +201,18 @@ class _Runner:
             self.listener.failed(clip, case, error)
             _free_memory()
             return None
+        self._write_trace(line, rendering)
         self._write(case, clip, frames, line, dense)
         return dense
+
+    def _write_trace(self, line: dict[str, Any], rendering: Rendering) -> None:
+        if rendering.trace is None:
+            return
+        line["trace"] = str(Path(line["video"]).with_suffix(".trace.json"))
+        path = self.job.request.out / line["trace"]
+        partial = partial_path(path)
+        partial.write_text(json.dumps(rendering.trace, allow_nan=False) + "\n", "utf-8")
+        place(partial, path)
 
     def _write(self, case: Case, clip: Clip, frames: np.ndarray, line: dict[str, Any], dense: _Dense) -> None:
         # The line comes last: files without their line are not counted, and are replaced.
@@ -316,7 +336,7 @@ def _stage(pipe: Any, request: Request, settings: Mapping[str, Any], cases: Sequ
     values = {name: settings[name] for name in ("height", "width", "frames", "steps", "guidance")}
     negative = settings["negative_prompt"]
     texts = {} if negative is None else {"negative_prompt": negative}
-    return Stage(pipe, models.call_arguments(pipe, values) | texts)
+    return Stage(pipe, models.call_arguments(pipe, values) | texts, trace=request.trace)
 
 
 def _refuse_alike(prompts: Sequence[str]) -> None:
