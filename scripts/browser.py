@@ -111,9 +111,17 @@ class Browser:
         """Messages since the last call."""
         return [f"{line['level']}: {line['message']}" for line in self._send("/se/log", {"type": "browser"})]
 
-    def picture(self, path: Path | None = None, *, whole: bool = False) -> bytes:
-        """A PNG of the window, or of the whole page, also written to `path`."""
-        found = self.command("Page.captureScreenshot", {"format": "png", "captureBeyondViewport": whole})
+    def picture(self, path: Path | None = None, *, of: str = "body", margin: int = 24) -> bytes:
+        """A PNG of the first element that fits `of`, wherever it is on the page; also written to `path`."""
+        area = self.run(
+            "const at = document.querySelector(arguments[0]).getBoundingClientRect();"
+            "return {x: at.left + scrollX, y: at.top + scrollY, width: at.width, height: at.height};",
+            of,
+        )
+        area = {"x": max(0, area["x"] - margin), "y": max(0, area["y"] - margin), "scale": 1} | {
+            side: area[side] + 2 * margin for side in ("width", "height")
+        }
+        found = self.command("Page.captureScreenshot", {"format": "png", "clip": area, "captureBeyondViewport": True})
         data = base64.b64decode(found["data"])
         if path is not None:
             path.write_bytes(data)

@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "compare": {"methods", "schedule", "pipelines", "bench", "eval", "generate"},
     "vbench": {"eval", "generate"},
     "calibrate": {"types", "block_mask", "masks", "reorder", "methods", "pipelines", "generate"},
-    "report": {"schedule", "generate", "bench"},
+    "report": {"schedule", "generate", "bench", "compare"},
     "analyze": {
         *("types", "block_mask", "masks", "methods", "schedule", "pipelines", "bench", "generate", "calibrate"),
     },

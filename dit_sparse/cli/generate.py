@@ -58,14 +58,7 @@ def generate(
     compare_dense: Annotated[
         bool, opt.option("Also render and write dense, and compare.", opt.OUTPUT, flag="--compare-dense")
     ] = False,
-    trace: Annotated[
-        bool,
-        typer.Option(
-            "--trace/--no-trace",
-            help="Write what each step, layer and head did, for `dit-sparse report`.",
-            rich_help_panel=opt.OUTPUT,
-        ),
-    ] = True,
+    trace: opt.Trace = True,
     overwrite: Annotated[bool, opt.option("Make finished videos again.", opt.OUTPUT, flag="--overwrite")] = False,
     ray: opt.Ray = None,
     ray_workers: opt.RayWorkers = None,

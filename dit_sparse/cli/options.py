@@ -31,6 +31,14 @@ Ray = Annotated[
 RayWorkers = Annotated[
     int | None, option("Ray workers, each with the model.", MACHINE, default="one a GPU, or for four cores")
 ]
+Trace = Annotated[
+    bool,
+    typer.Option(
+        "--trace/--no-trace",
+        help="Write what each step, layer and head did, for `dit-sparse report`.",
+        rich_help_panel=OUTPUT,
+    ),
+]
 Offload = Annotated[str, option("none, model or group: keep weights off the GPU.", MACHINE)]
 
 

@@ -25,9 +25,10 @@ PICTURE_SIZE = 64
 """Cells a side of a mask's picture, at most."""
 
 PICTURE_STEPS = 4
-"""Steps a transformer whose masks are drawn: the first three that plan, and the last."""
+"""Parts of a run, of each of which the masks of the first step that plans are drawn."""
 
 _LEVELS = 15
+_FLOATS = 1 << 24
 
 
 class Trace:
@@ -42,7 +43,7 @@ class Trace:
         self._session = session
         self._clock = _StepClock(device)
         self._scheduler = scheduler
-        self._pictures: dict[tuple[str, int], dict[int | None, _Pictures]] = {}
+        self._pictures: dict[tuple[str, int], tuple[int, dict[int, _Pictures]]] = {}
         self._branches: dict[str, str] = {}
 
     def start(self) -> None:
@@ -60,10 +61,10 @@ class Trace:
             return  # the session still has it when the run is over, and may have had it before
         if self._branches.setdefault(site.model, site.branch) != site.branch:
             return
-        steps = [step for model, step in self._pictures if model == site.model]
-        if site.step not in steps and len(steps) == PICTURE_STEPS:
-            del self._pictures[site.model, steps[-1]]
-        self._pictures.setdefault((site.model, site.step), {})[site.layer] = _Pictures(site.branch, plan)
+        part = PICTURE_STEPS * site.step // site.num_steps
+        step, layers = self._pictures.setdefault((site.model, part), (site.step, {}))
+        if step == site.step:
+            layers[site.layer] = _Pictures(site.branch, plan)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, ready for JSON; seconds, and densities as shares of query-key pairs.
@@ -115,7 +116,7 @@ class Trace:
             return [{"model": None, "layer": None, "step": step} | _Pictures(None, p).to_dict() for step, p in plans]
         return [
             {"model": model, "layer": layer, "step": step} | pictures.to_dict()
-            for (model, step), layers in self._pictures.items()
+            for (model, _), (step, layers) in self._pictures.items()
             for layer, pictures in layers.items()
         ]
 
@@ -169,9 +170,10 @@ class _Pictures:
         self.branch = branch
         self.blocks = tuple(kept.shape[1:])
         size = min(self.blocks[0], PICTURE_SIZE), min(self.blocks[1], PICTURE_SIZE)
-        # One head at a time: as floats, the blocks of all heads of a long video are hundreds of megabytes.
-        shares = [F.adaptive_avg_pool2d(head[None].float(), size)[0] for head in kept]
-        self.levels = (torch.stack(shares) * _LEVELS - 1e-4).ceil().to(torch.uint8)
+        # A few heads at a time: as floats, the blocks of all heads of a long video are hundreds of megabytes.
+        few = kept.split(max(1, _FLOATS // kept[0].numel()))
+        shares = torch.cat([F.adaptive_avg_pool2d(heads.float(), size) for heads in few])
+        self.levels = (shares * _LEVELS - 1e-4).ceil().to(torch.uint8)
 
     def to_dict(self) -> dict[str, Any]:
         return {

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dit_sparse.compare.record import RECORD, read_record
 from dit_sparse.report.content import Fact, Group, Report, Run, Table
-from dit_sparse.report.read import inside, number, read_object, require
+from dit_sparse.report.read import inside, number, require
 from dit_sparse.report.reproduce import generate_command
 
-__all__ = ["COMPARED", "load_compared"]
+__all__ = ["load_compared"]
 
-COMPARED = "compare.json"
-_VERSION = 1
-_KEYS = ("settings", "environment", "conventions", "runs", "failed", "summary")
 _RUN_KEYS = (
     "label",
     "kind",
@@ -38,11 +35,9 @@ def load_compared(folder: Path) -> Report:
         ValueError: a file of another version, or one without a run.
         OSError: it cannot be read.
     """
-    path = folder / COMPARED
-    found = read_object(path)
-    require(found, ("version", *_KEYS), str(path))
-    if found["version"] != _VERSION:
-        raise ValueError(f"{path} has version {found['version']!r}, this dit-sparse reads {_VERSION}; compare again")
+    path = folder / RECORD
+    found = read_record(folder)
+    require(found, ("failed", "summary"), str(path))
     for run in found["runs"]:
         require(run, _RUN_KEYS, f"{path}, a run,")
     notes = [f"failed: {f['label']}, seed {f['seed']}: {f['error']}" for f in found["failed"]]
@@ -62,7 +57,6 @@ def load_compared(folder: Path) -> Report:
         groups=[_group(folder, settings, runs, notes) for runs in groups.values()],
         tables=[_medians(found["summary"], found["conventions"]), _all_runs(found["runs"])],
         points=_points(found["summary"]),
-        commands=[shlex.join(found["command"])] if isinstance(found.get("command"), list) else [],
         notes=notes,
     )
 

@@ -22,6 +22,7 @@ from dit_sparse.eval import compare, find_convention
 from dit_sparse.eval.frames import read_clip
 from dit_sparse.generate import Request
 from dit_sparse.generate.video import to_uint8
+from dit_sparse.report import load
 from tests.compare.conftest import PROMPTS, SCHEDULE, SMALL, compare_into
 
 LABELS = ["dense", "adaspa 0.6 block=8", "adaspa 0.3 block=8", "another seed", "random blocks 0.3"]
@@ -67,6 +68,18 @@ def test_every_run_is_there_with_what_it_did(finished: Path) -> None:
     assert 0.2 < sparse["sparse_density"] < sparse["achieved_density"] < 1
     assert found[LABELS[4], PROMPTS[0]]["config"]["method"] == "random-blocks"
     assert read_record(finished)["failed"] == []
+
+
+def test_traces_lie_beside_the_videos(request_of: Request, tmp_path: Path) -> None:
+    chosen = make_cases([SMALL], [0.3], SCHEDULE)
+    run(compare_into(request_of, tmp_path / "out", chosen, prompts=PROMPTS[:1], trace=True))
+    dense, sparse = read_record(tmp_path / "out")["runs"]
+    assert "trace" not in dense
+    assert sparse["trace"] == sparse["video"].removesuffix(".gif") + ".trace.json"
+    trace = json.loads((tmp_path / "out" / sparse["trace"]).read_text("utf-8"))
+    density = sum(step["density"] for step in trace["steps"]) / len(trace["steps"])
+    assert density == pytest.approx(sparse["achieved_density"])
+    assert load(tmp_path / "out").groups[0].runs[1].trace == tmp_path / "out" / sparse["trace"]
 
 
 def test_figures_are_those_of_the_pipeline(finished: Path, model: str) -> None:

@@ -31,7 +31,7 @@ def _compare_json(folder: Path) -> dict:
     line = manifest_line(folder)
     names = ("model", "height", "width", "frames", "steps", "guidance", "negative_prompt", "dtype", "device", "offload")
     settings = {name: line[name] for name in (*names, "format", "fps")}
-    common = {"prompt": PROMPT, "seed": 0, "identical": False, "ssim": 0.9}
+    common = {"prompt": PROMPT, "seed": 0, "reference": "reference/a", "identical": False, "ssim": 0.9}
     dense = {"label": "dense", "kind": "dense", "config": None, "video": line["dense_file"], "trace": None}
     dense |= {"seconds": 4.0, "speedup": 1.0, "achieved_density": 1.0, "psnr": None, "identical": True}
     sparse = {"label": "adaspa 0.3", "kind": "method", "config": line["config"], "video": line["file"]}

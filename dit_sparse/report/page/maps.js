@@ -202,7 +202,7 @@ class Maps {
     const thumbs = Array.from({ length: heads }, (_, head) => this.makeThumb(levels, mask, head, head === one));
     this.masks.replaceChildren(
       title,
-      make("p", { class: "hint", text: `${size}, planned at step ${mask.step + 1}${branch}; the darker, the more blocks are kept.` }),
+      make("p", { class: "hint", text: `${size}, planned at step ${mask.step + 1}${branch}; the stronger, the more blocks are kept.` }),
       make("figure", { class: "mask" }, this.picture(levels, mask, one), make("figcaption", { text: heads > 1 ? `head ${one}` : "all heads" })),
       heads > 1 ? make("div", { class: "thumbs" }, ...thumbs) : "",
     );
