@@ -67,6 +67,7 @@ FREE = {""}
 LATE = {
     "compact_kernel.py",
     "hopper_kernels.py",
+    "hopper_producer.py",
     "hopper_tiles.py",
     "modulate_kernel.py",
     "norm_rope_kernel.py",

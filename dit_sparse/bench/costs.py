@@ -93,15 +93,23 @@ def measure_costs(
     found = environment(device)
     threads = 0 if device.type == "cuda" else torch.get_num_threads()
     where = f"measured with torch {found['torch']} on {found['device']}" + (f", threads: {threads}" if threads else "")
-    return {
-        "source": where,
-        "environment": found,
+    measured = {
         "flops": Shape(sizes.heads, sizes.dim, largest.num_tokens).flops / dense,
         "threads": threads,
         "backends": backends,
         "plans": plans,
         "other_plans": plans.get("adaspa", [0.3, 0.0]),
     }
+    return {"source": where, "environment": found, **_short(measured)}
+
+
+def _short(value: Any) -> Any:
+    """`value` with its numbers to four digits."""
+    if isinstance(value, dict):
+        return {key: _short(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_short(item) for item in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
 def _inputs(sizes: Sizes, grid: TokenGrid, device: torch.device) -> Inputs:

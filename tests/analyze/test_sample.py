@@ -94,11 +94,14 @@ def test_what_does_not_fit_is_left_out_with_its_reason() -> None:
 
 
 def test_candidates() -> None:
-    labels = [candidate.label for candidate in candidates(["adaspa", "xattention:block=64", "radial"], (0.5, 0.25))]
+    labels = [
+        candidate.label
+        for candidate in candidates(["adaspa", "xattention:block=64", "neighborhood:window=1x3x3"], (0.5, 0.25))
+    ]
     assert labels == [
         *("adaspa 0.5", "adaspa 0.25"),
         *("xattention:block=64 0.5", "xattention:block=64 0.25", "xattention:block=64"),
-        "radial",
+        "neighborhood:window=1x3x3",
     ]
     everything = {candidate.method.name for candidate in candidates(None, (0.25,))}
     assert everything == set(METHODS) - {"dense", "paro", "seer"}
