@@ -89,6 +89,8 @@ def generate(
         int | None, opt.option("Frames a second of the file.", opt.OUTPUT, default="the preset's, or 16")
     ] = None,
     vbench_python: Python = None,
+    ray: opt.Ray = None,
+    ray_workers: opt.RayWorkers = None,
 ) -> None:
     """Make the videos that VBench asks for, under their official names.
 
@@ -133,7 +135,7 @@ def generate(
                 fps=fps,
                 clips=tuple(shard_clips(samples, seed, part)),
             )
-        raise typer.Exit(_generate(request, console, None, None))
+        raise typer.Exit(_generate(request, console, ray, ray_workers))
 
 
 @vbench.command()
