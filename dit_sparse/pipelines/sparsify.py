@@ -53,8 +53,7 @@ def sparsify(pipe: Pipeline, method: Method | Schedule, *, backend: str = "auto"
             context or tensor parallelism, or a backend without the schedule's remainder.
     """
     schedule = Schedule.of(method)
-    if schedule.remainder != "method":
-        check_remainder(backend, schedule.remainder)
+    check_remainder(backend, schedule.planned_remainder)
     return install(pipe, Session(schedule, backend))
 
 
