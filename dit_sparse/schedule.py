@@ -11,7 +11,7 @@ import torch
 
 from dit_sparse.methods import find_method, nearest, read_parameter
 from dit_sparse.methods.parameters import check_share, takes_density, threshold_name, with_density, with_threshold
-from dit_sparse.types import REMAINDERS, AttentionPlan, Method, Previous, Site, TokenGrid, TokenOrder
+from dit_sparse.types import REMAINDERS, AttentionPlan, Method, Previous, Remainder, Site, TokenGrid, TokenOrder
 
 Action = Literal["dense", "reuse", "plan"]
 
@@ -261,6 +261,11 @@ class Schedule:
         """
         orders = [method.shared_order(grid, device) for method in self._variants]
         return orders[0] if all(order is orders[0] for order in orders) else None
+
+    @property
+    def planned_remainder(self) -> Remainder:
+        """The remainder of this schedule's plans: the one asked for, or the method's own, its `own_remainder`."""
+        return getattr(self.method, "own_remainder", "none") if self.remainder == "method" else self.remainder
 
     def finish(self, plan: AttentionPlan) -> AttentionPlan:
         """What a method planned, with the remainder that this schedule asks for."""

@@ -16,7 +16,7 @@ from dit_sparse.methods.any_grid import AnyGrid
 from dit_sparse.methods.description import Description
 from dit_sparse.methods.parameters import EVERY_STEP, check_block, check_share
 from dit_sparse.reorder import raster_once
-from dit_sparse.types import AttentionPlan, Previous, Scope, Site
+from dit_sparse.types import AttentionPlan, Previous, Remainder, Scope, Site
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class Pisa(AnyGrid):
     scope: ClassVar[Scope] = "call"
     uses_lse: ClassVar[bool] = False
     refresh: ClassVar[tuple[float, ...]] = EVERY_STEP
+    own_remainder: ClassVar[Remainder] = "value"
 
     def __post_init__(self) -> None:
         check_share("density", self.density)
@@ -65,4 +66,4 @@ class Pisa(AnyGrid):
             # A factor, which orders the blocks as the logarithm under the softmax does.
             scores = scores * product_spread(k, v, order)[..., None, :].clamp_min(torch.finfo(torch.float32).tiny)
         kept = select_density(scores, self.density, order, order, grid)
-        return AttentionPlan.from_kept(order, kept, remainder="value")
+        return AttentionPlan.from_kept(order, kept, remainder=self.own_remainder)

@@ -18,7 +18,7 @@ from dit_sparse.methods.any_grid import AnyGrid
 from dit_sparse.methods.description import Description
 from dit_sparse.methods.parameters import EVERY_STEP, check_block, check_budget
 from dit_sparse.reorder import morton_once
-from dit_sparse.types import AttentionPlan, Previous, Scope, Site, TokenGrid, TokenOrder
+from dit_sparse.types import AttentionPlan, Previous, Remainder, Scope, Site, TokenGrid, TokenOrder
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ class SolAttention(AnyGrid):
     scope: ClassVar[Scope] = "call"
     uses_lse: ClassVar[bool] = False
     refresh: ClassVar[tuple[float, ...]] = EVERY_STEP
+    own_remainder: ClassVar[Remainder] = "mean"
 
     def __post_init__(self) -> None:
         check_budget(self.density)
@@ -85,7 +86,7 @@ class SolAttention(AnyGrid):
             # Exponentials rank as the deviations do, and none is negative.
             weights = apart.clamp(max=80.0).exp().masked_fill(near, math.inf)
             kept = heaviest_blocks(weights, self.density, order.offsets, grid)
-        return AttentionPlan.from_kept(order, kept, remainder="mean")
+        return AttentionPlan.from_kept(order, kept, remainder=self.own_remainder)
 
 
 def _deviations(scores: Tensor, is_text: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ class SparseVideoGen2(AnyGrid):
     scope: ClassVar[Scope] = "call"
     uses_lse: ClassVar[bool] = False
     refresh: ClassVar[tuple[float, ...]] = EVERY_STEP
-    _remainder: ClassVar[Remainder] = "none"
+    own_remainder: ClassVar[Remainder] = "none"
 
     def __post_init__(self) -> None:
         check_budget(self.density)
@@ -86,7 +86,7 @@ class SparseVideoGen2(AnyGrid):
         q_order, kv_order = self._orders(q, k, site, previous)
         kept = self._kept(q_order.permute(q), kv_order.permute(k), kv_order.permute(v), q_order, kv_order, site)
         mask = BlockMask.from_bool(kept, q_order.offsets, kv_order.offsets)
-        return AttentionPlan(q_order, kv_order, mask, self._remainder)
+        return AttentionPlan(q_order, kv_order, mask, self.own_remainder)
 
     def _orders(self, q: Tensor, k: Tensor, site: Site, previous: Previous | None) -> tuple[TokenOrder, TokenOrder]:
         """The orders of queries and of keys."""

@@ -48,7 +48,7 @@ class SvgEar(SparseVideoGen2):
         cached="the clusters of the last plan",
         differs="clusters as in svg2; keys that lie too far apart for a mean leave nothing",
     )
-    _remainder: ClassVar[Remainder] = "mean"
+    own_remainder: ClassVar[Remainder] = "mean"
 
     def _kept(self, q: Tensor, k: Tensor, v: Tensor, q_order: TokenOrder, kv_order: TokenOrder, site: Site) -> Tensor:
         grid, sizes = site.grid, kv_order.block_sizes.clamp(min=1)

@@ -64,8 +64,7 @@ def sparsify(
     schedule = Schedule.of(method)
     if strict is not None:
         schedule = replace(schedule, strict=strict)
-    if schedule.remainder != "method":
-        check_remainder(backend, schedule.remainder)
+    check_remainder(backend, schedule.planned_remainder)
     return install(pipe, Session(schedule, backend))
 
 

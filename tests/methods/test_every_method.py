@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dit_sparse import Site, TokenGrid, sparse_attention
+from dit_sparse import Schedule, Site, TokenGrid, sparse_attention
 from dit_sparse.methods import METHODS, find_method
 from dit_sparse.methods.gate_file import Gate, write_gates
 from dit_sparse.methods.parameters import accepts_density, with_density
@@ -53,6 +53,7 @@ def test_any_grid(method: Method, grid: TokenGrid, dtype: torch.dtype) -> None:
         plan = method.plan(q, k, v, Site(grid), None)
     assert all(torch.equal(x, y) for x, y in zip((q, k, v), before, strict=True))
     mask = plan.token_mask()
+    assert plan.remainder == Schedule(method).planned_remainder
     assert mask.any(-1).all(), "a query keeps no key"
     text = slice(grid.text_start, grid.text_start + grid.text_len)
     assert mask[..., text, :].all()

@@ -11,7 +11,7 @@ from diffusers.models.attention_dispatch import attention_backend
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor
 
-from dit_sparse import AdaSpa, Dense, Neighborhood, Paro, Schedule, TokenGrid, sparsify, statistics, unsparsify
+from dit_sparse import AdaSpa, Dense, Neighborhood, Paro, Pisa, Schedule, TokenGrid, sparsify, statistics, unsparsify
 from dit_sparse.pipelines import check, session_of, token_grid
 from dit_sparse.pipelines import session as session_module
 from dit_sparse.pipelines.adapter import uses_default_backend
@@ -102,6 +102,9 @@ def test_a_backend_without_the_remainder_is_refused_before_the_run(pipe) -> None
         sparsify(pipe, Schedule(AdaSpa(), remainder="mean"), backend="flex")
     assert session_of(pipe) is None
     assert session_of(sparsify(pipe, Schedule(AdaSpa(), remainder="none"), backend="flex")) is not None
+    with pytest.raises(ValueError, match="backend 'flex' cannot be used: it has no remainder 'value'"):
+        sparsify(pipe, Pisa(), backend="flex")
+    assert session_of(sparsify(pipe, Schedule(Pisa(), remainder="none"), backend="flex")) is not None
 
 
 def test_a_shared_order_is_taken_once_a_forward(pipe, render, monkeypatch) -> None:
