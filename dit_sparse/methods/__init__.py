@@ -9,6 +9,7 @@ from dit_sparse.methods.blade import Blade
 from dit_sparse.methods.dense import Dense
 from dit_sparse.methods.dhsa import Dhsa
 from dit_sparse.methods.draft import DraftAttention
+from dit_sparse.methods.lea import LeastError
 from dit_sparse.methods.lserve import LServe
 from dit_sparse.methods.minference import MInference
 from dit_sparse.methods.neighborhood import Neighborhood
@@ -56,6 +57,7 @@ _OWN: tuple[type[Method], ...] = (
     BigBird,
     Strided,
     SvgEar,
+    LeastError,
     Oracle,
 )
 
@@ -94,6 +96,7 @@ __all__ = [
     "Dhsa",
     "DraftAttention",
     "LServe",
+    "LeastError",
     "MInference",
     "Neighborhood",
     "Oracle",

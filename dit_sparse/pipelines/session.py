@@ -204,7 +204,7 @@ class Session:
     def _part(self, layer: int, num_layers: int, group: Group, batch: int) -> _Part:
         site = self._site(layer, num_layers, group.grid)
         key = self.schedule.key(site)
-        if self.schedule.method.scope == "call":
+        if self.schedule.method.scope in ("sample", "call"):
             key += (batch,)  # FasterCache leaves a guidance branch out of some batches
         previous = self.previous.get(key)
         return _Part(site, key, previous, self.schedule.decide(site, previous))

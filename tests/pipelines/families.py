@@ -16,6 +16,7 @@ from dit_sparse import (
     Blade,
     Dhsa,
     DraftAttention,
+    LeastError,
     LServe,
     MInference,
     Neighborhood,
@@ -61,6 +62,7 @@ METHODS = [
     LServe(density=0.5, block=16),
     Dhsa(density=0.5, tile=(1, 4, 4)),
     Sale(density=0.5, block=16),
+    LeastError(density=0.5, tile=(1, 4, 4), rows=4),
     SvgEar(density=0.5, q_tokens=32, k_tokens=16),
 ]
 
