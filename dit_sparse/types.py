@@ -244,7 +244,7 @@ class Previous:
     drift: float | None = None
 
 
-Scope = Literal["grid", "layer", "call"]
+Scope = Literal["grid", "layer", "sample", "call"]
 
 
 @runtime_checkable
@@ -257,7 +257,8 @@ class Method(Protocol):
         name: its name in configs and on the command line.
         version: of its parameters, written into configs.
         paper: what it follows, with the arXiv id.
-        scope: what a plan depends on: the "grid" alone, the "layer" too, or the data of the "call".
+        scope: what a plan depends on: the "grid" alone, the "layer" too, the data of the "call", or that of the
+            "sample", whose guidance branches then share one plan.
         uses_lse: whether `plan` can use the LSE of a dense attention.
         refresh: shares of the run at which a "layer" or "call" plan is made anew, unless the schedule says otherwise.
     """

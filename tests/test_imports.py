@@ -71,6 +71,7 @@ LATE = {
     "hopper_tiles.py",
     "modulate_kernel.py",
     "norm_rope_kernel.py",
+    "output_error_kernel.py",
     "permute_kernel.py",
     "remainder_error_kernels.py",
     "remainder_kernels.py",

@@ -135,7 +135,7 @@ def test_every_method_is_hashable_and_has_the_protocols_attributes() -> None:
         method = cls()
         assert hash(method) == hash(cls())
         assert method.name == name
-        assert method.scope in ("grid", "layer", "call")
+        assert method.scope in ("grid", "layer", "sample", "call")
         assert "arXiv" in method.paper
 
 

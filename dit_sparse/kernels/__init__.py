@@ -21,6 +21,7 @@ from dit_sparse.kernels.hopper_backend import HopperBackend
 from dit_sparse.kernels.keep_best import keep_best
 from dit_sparse.kernels.modulate import add_gated, layer_norm
 from dit_sparse.kernels.norm_rope import norm_rope
+from dit_sparse.kernels.output_error import output_errors, scattered_rows
 from dit_sparse.kernels.permute import permute, restore
 from dit_sparse.kernels.pooled import pooled_blocks
 from dit_sparse.kernels.reference import ReferenceBackend
@@ -41,6 +42,7 @@ __all__ = [
     "keep_best",
     "layer_norm",
     "norm_rope",
+    "output_errors",
     "permute",
     "pooled_blocks",
     "refusal",
@@ -49,6 +51,7 @@ __all__ = [
     "restore",
     "sample_rows",
     "sampled_block_mass",
+    "scattered_rows",
     "select",
 ]
 

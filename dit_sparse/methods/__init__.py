@@ -10,6 +10,7 @@ from dit_sparse.methods.dense import Dense
 from dit_sparse.methods.dfsattn import DfsAttention
 from dit_sparse.methods.dhsa import Dhsa
 from dit_sparse.methods.draft import DraftAttention
+from dit_sparse.methods.lea import LeastError
 from dit_sparse.methods.losa import LoSA
 from dit_sparse.methods.lserve import LServe
 from dit_sparse.methods.lvsa import Lvsa
@@ -68,6 +69,7 @@ _OWN: tuple[type[Method], ...] = (
     DfsAttention,
     LoSA,
     Lvsa,
+    LeastError,
     Oracle,
 )
 
@@ -119,6 +121,7 @@ __all__ = [
     "Dhsa",
     "DraftAttention",
     "LServe",
+    "LeastError",
     "LoSA",
     "Lvsa",
     "MInference",

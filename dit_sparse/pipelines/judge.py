@@ -157,7 +157,7 @@ def _backend(name: str, device: torch.device, remainder: Remainder) -> str:
 
 def _stated(method: Method) -> float | None:
     """The density that `method` will keep to, if it says so; that of a static method is read off its one plan."""
-    stated = method.scope == "call" and takes_density(method)
+    stated = method.scope in ("sample", "call") and takes_density(method)
     return float(method.density) if stated else None  # type: ignore[attr-defined]
 
 

@@ -227,7 +227,7 @@ class Session:
     def _part(self, layer: int, num_layers: int, group: Group, q: Tensor) -> _Part:
         site = self._site(layer, num_layers, group.grid)
         key = self.schedule.key(site)
-        if self.schedule.method.scope == "call":
+        if self.schedule.method.scope in ("sample", "call"):
             key += (q.shape[0],)  # FasterCache leaves a guidance branch out of some batches
         previous = self.previous.get(key)
         if previous is not None and key in self._drifts:

@@ -13,13 +13,19 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from dit_sparse.kernels import hopper_kernels, remainder_error_kernels, remainder_kernels, triton_kernels
+from dit_sparse.kernels import (
+    hopper_kernels,
+    output_error_kernel,
+    remainder_error_kernels,
+    remainder_kernels,
+    triton_kernels,
+)
 
 ROW_STRIDES = [f"{name}_{dim}" for name in "qkvo" for dim in ("sb", "sh", "sn")]
 ROW_STRIDES += [f"{name}_{dim}" for name in ("mk", "mv", "slope", "x", "m", "vm", "p") for dim in ("sb", "sh", "sm")]
 ROW_STRIDES += ["slope_sd", "x_sn", "p_sd"]
 DATA = ("q", "k", "v", "out", "x", "mean_k", "mean_v", "slopes", "products", "means")
-FLOATS = ("lse", "bias", "mean", "square", "v_mean", "norms", "overlaps", "errors", "sums")
+FLOATS = ("lse", "bias", "mean", "square", "v_mean", "middle", "norms", "overlaps", "errors", "sums")
 LISTS = ("counts", "indices", "partial_counts", "partial_indices", "bits", "q_offsets", "k_offsets", "offsets", "pace")
 
 
@@ -65,6 +71,14 @@ def errors(job: dict):
     return triton_source(remainder_error_kernels.remainder_error_kernel, constants, job), options_of(job)
 
 
+def changes(job: dict):
+    constants = dict(
+        D=job["dim"], DV=job["dim"], BLOCK_D=job["padded"], BLOCK_DV=job["padded"], BLOCK_M=job["block_m"],
+        BLOCK_N=job["block_n"], SPAN=32, UPCAST=False,
+    )  # fmt: skip
+    return triton_source(output_error_kernel.output_error_kernel, constants, job), options_of(job)
+
+
 def options_of(job: dict) -> dict[str, int]:
     return dict(num_warps=job["warps"], num_stages=job["stages"])
 
@@ -101,7 +115,8 @@ def hopper(job: dict):
 
 
 def report(job: dict) -> dict:
-    source, options = {"triton": portable, "moments": moments, "errors": errors, "hopper": hopper}[job["kernel"]](job)
+    kinds = {"triton": portable, "moments": moments, "errors": errors, "changes": changes, "hopper": hopper}
+    source, options = kinds[job["kernel"]](job)
     log = io.StringIO()
     with contextlib.redirect_stdout(log):
         compiled = triton.compile(source, target=GPUTarget("cuda", job["target"], 32), options=options)

@@ -96,20 +96,21 @@ def test_the_kernel_of_moments_fits() -> None:
         assert found["shared"] <= LIMITS[job["target"]], job
 
 
-def test_the_kernel_of_errors_fits() -> None:
+@pytest.mark.parametrize(("kernel", "rows", "warps", "wide"), [("errors", 128, 8, 64), ("changes", 64, 4, 32)])
+def test_the_kernels_of_errors_fit(kernel: str, rows: int, warps: int, wide: int) -> None:
     jobs = [
         dict(
-            kernel="errors",
+            kernel=kernel,
             target=target,
             dtype=dtype,
             dim=dim,
             padded=padded(dim),
-            block_m=32 if dtype == "fp32" else 128,
+            block_m=32 if dtype == "fp32" else rows,
             block_n=block_n,
-            warps=4 if dtype == "fp32" else 8,
+            warps=4 if dtype == "fp32" else warps,
             stages=2,
         )
-        for target, dim, dtype, block_n in ((90, 128, "bf16", 64), (86, 256, "bf16", 64), (80, 64, "fp32", 16))
+        for target, dim, dtype, block_n in ((90, 128, "bf16", 64), (86, 256, "bf16", wide), (80, 64, "fp32", 16))
     ]
     for job, found in zip(jobs, compile_kernels(jobs), strict=True):
         assert found["shared"] <= LIMITS[job["target"]], job
