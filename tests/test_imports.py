@@ -33,6 +33,7 @@ MAY_IMPORT = {
     "presets": {"methods", "schedule"},
     "generate": {"types", "methods", "schedule", "presets", "pipelines", "demo", "eval", "cluster"},
     "calibrate": {"types", "block_mask", "masks", "reorder", "methods", "pipelines", "generate"},
+    "estimate": {"types", "methods", "schedule", "presets", "cost"},
     "simulator": {"types", "masks", "methods"},
     "doctor": {"kernels", "demo", "cost"},
     "cli": {
@@ -45,6 +46,7 @@ MAY_IMPORT = {
         "schedule",
         "generate",
         "cluster",
+        "estimate",
         "doctor",
         "demo",
         "eval",

@@ -1,6 +1,6 @@
 """The command line: parses and calls. Heavy imports wait until a command needs them."""
 
-from dit_sparse.cli import bench, calibrate, generate, listings
+from dit_sparse.cli import bench, calibrate, estimate, generate, listings
 from dit_sparse.cli.app import app, main
 
 __all__ = ["app", "main"]
@@ -10,6 +10,7 @@ app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options"
 for command in (
     calibrate.calibrate,
     calibrate.inspect,
+    estimate.estimate,
     listings.methods,
     listings.presets,
     listings.neighborhood,
