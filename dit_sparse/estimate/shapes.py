@@ -54,6 +54,8 @@ class ModelShape:
         for name, size, step in (("height", height, self.stride[1]), ("width", width, self.stride[2])):
             if size < 1 or size % step:
                 raise ValueError(f"{name} must be a multiple of {step} for this model, got {size}")
+        if self.stride[0] == 1 and frames != 1:
+            raise ValueError(f"frames must be 1: this model makes single images, got {frames}")
         if frames < 1 or (frames - 1) % self.stride[0]:
             raise ValueError(f"frames must be a multiple of {self.stride[0]} plus 1 for this model, got {frames}")
         latents = (frames - 1) // self.stride[0] + 1
