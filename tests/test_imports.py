@@ -39,6 +39,7 @@ MAY_IMPORT = {
     "analyze": {
         *("types", "block_mask", "masks", "methods", "schedule", "pipelines", "bench", "generate", "calibrate"),
     },
+    "estimate": {"types", "methods", "schedule", "presets", "cost"},
     "simulator": {"types", "masks", "methods"},
     "doctor": {"kernels", "demo", "cost"},
     "cli": {
@@ -53,6 +54,7 @@ MAY_IMPORT = {
         "schedule",
         "generate",
         "cluster",
+        "estimate",
         "doctor",
         "report",
         "demo",

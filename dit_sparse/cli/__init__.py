@@ -1,6 +1,6 @@
 """The command line: parses and calls. Heavy imports wait until a command needs them."""
 
-from dit_sparse.cli import analyze, bench, calibrate, compare, generate, listings, report, vbench
+from dit_sparse.cli import analyze, bench, calibrate, compare, estimate, generate, listings, report, vbench
 from dit_sparse.cli.app import app, main
 
 __all__ = ["app", "main"]
@@ -13,6 +13,7 @@ for command in (
     calibrate.inspect,
     compare.compare,
     compare.fidelity,
+    estimate.estimate,
     listings.methods,
     listings.presets,
     listings.neighborhood,
