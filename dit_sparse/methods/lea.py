@@ -18,7 +18,7 @@ from dit_sparse.methods.any_grid import AnyGrid
 from dit_sparse.methods.description import Description
 from dit_sparse.methods.parameters import check_block, check_count, check_share
 from dit_sparse.reorder import tiles_once
-from dit_sparse.types import AttentionPlan, Previous, Scope, Site, TokenGrid, TokenOrder
+from dit_sparse.types import AttentionPlan, BlockMask, Previous, Scope, Site, TokenGrid, TokenOrder
 
 
 @dataclass(frozen=True)
@@ -82,13 +82,16 @@ class LeastError(AnyGrid):
         needs = torch.cat([part.mean().expand(len(part)) for part in falling.split(sizes)])
         return share_out(needs[None], self.density)[0].tolist()
 
+    def density_at(self, site: Site) -> float:
+        """Density of the call at `site`; 1 where early steps need everything."""
+        return self.step_densities(site.num_steps)[min(site.step, site.num_steps - 1)]
+
     def plan(self, q: Tensor, k: Tensor, v: Tensor, site: Site, previous: Previous | None) -> AttentionPlan:
         """Plan from one search over `q, k, v` `[B, H, N, D]`, in the order by tiles where `site.in_order` is set."""
         order = self.shared_order(site.grid, q.device)
-        density = self.step_densities(site.num_steps)[min(site.step, site.num_steps - 1)]
+        density = self.density_at(site)
         if density >= 1:
-            every = torch.ones(1, 1, order.num_blocks, order.num_blocks, dtype=torch.bool, device=q.device)
-            return AttentionPlan.from_kept(order, every, remainder="value")
+            return AttentionPlan(order, order, BlockMask.full(order.offsets, order.offsets))
         if not site.in_order:
             q, k, v = (order.permute(x) for x in (q, k, v))
         branches = 2 if site.branch == "cond_uncond" and q.shape[0] % 2 == 0 else 1

@@ -274,8 +274,9 @@ class Session:
         self, plan: AttentionPlan, planning: Stopwatch | None, site: Site, q: Tensor, k: Tensor, v: Tensor
     ) -> Tensor:
         full = plan.block_mask.is_full
-        if full or plan.block_mask.num_k_blocks == 1:  # more would have to be read back from the device
-            check_blocks(self.schedule, self.schedule.method_for(site), site.layer, q.shape[2])
+        # Of a new plan; anything finer would have to be read back from the device.
+        if planning is not None and (full or plan.block_mask.num_k_blocks == 1):
+            check_blocks(self.schedule, self.schedule.method_for(site), site, q.shape[2])
         backend = select(self.backend, q, k, v, plan)
         if site.in_order:
             self._check_order(plan)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dit_sparse.methods.parameters import takes_density
 from dit_sparse.schedule import Schedule
-from dit_sparse.types import Method
+from dit_sparse.types import Method, Site
 
 ALLOW = "or allow it with strict=False (`--no-strict`)"
 
@@ -31,17 +31,18 @@ def check_inside_run(schedule: Schedule, layer: int, num_layers: int) -> None:
         )
 
 
-def check_blocks(schedule: Schedule, method: Method, layer: int, tokens: int) -> None:
-    """Called for a plan that keeps every block.
+def check_blocks(schedule: Schedule, method: Method, site: Site, tokens: int) -> None:
+    """Called for a plan that keeps every block. A method whose density varies says it in `density_at(site)`.
 
     Raises:
         NotSparseError: `schedule` demands less, because `method` has a density below 1.
     """
     if not demands(schedule) or not takes_density(method):
         return
-    density = float(method.density)  # type: ignore[attr-defined]
+    varying = getattr(method, "density_at", None)
+    density = float(method.density if varying is None else varying(site))  # type: ignore[attr-defined]
     if density < 1:
         raise NotSparseError(
-            f"layer {layer} would run dense: {method.name!r} at density {density:g} keeps every block of {tokens} "
+            f"layer {site.layer} would run dense: {method.name!r} at density {density:g} keeps every block of {tokens} "
             f"tokens; make the blocks smaller or the video larger, {ALLOW}"
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dit_sparse import AdaSpa, Dense, Schedule, sparsify, statistics
+from dit_sparse import AdaSpa, Dense, LeastError, Schedule, sparsify, statistics
 from dit_sparse.pipelines import NotSparseError, session_of
 
 HALF = AdaSpa(density=0.5, block=16)
@@ -40,6 +40,18 @@ def test_a_plan_of_every_block_is_an_error_where_less_was_asked_for(pipe, render
     render(sparsify(pipe, method, strict=False))
     assert statistics(pipe).sparse_density in (None, 1)
     render(sparsify(pipe, AdaSpa(density=1.0, block=block)))
+
+
+def test_a_density_that_varies_may_reach_one(pipe, render, monkeypatch) -> None:
+    method = LeastError(density=0.7, tile=(1, 4, 4), rows=4)
+    assert method.step_densities(3)[0] == 1
+    render(sparsify(pipe, Schedule(method, warmup=0)))
+    assert {record.reason for record in statistics(pipe).records if record.step == 0} == {"every block kept"}
+    monkeypatch.setattr(LeastError, "density_at", lambda self, site: 0.7)
+    monkeypatch.setattr(LeastError, "plan", Dense.plan)
+    sparsify(pipe, Schedule(method, warmup=0))
+    with pytest.raises(NotSparseError, match=r"'lea' at density 0.7 keeps every block"):
+        render(pipe)
 
 
 def test_where_strictness_is_said(pipe) -> None:
