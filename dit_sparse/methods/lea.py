@@ -5,7 +5,7 @@ Our own composition; what it takes from others is named in its parts.
 
 from __future__ import annotations
 
-import itertools
+import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -20,6 +20,8 @@ from dit_sparse.methods.parameters import check_block, check_count, check_share
 from dit_sparse.reorder import tiles_once
 from dit_sparse.types import AttentionPlan, BlockMask, Previous, Scope, Site, TokenGrid, TokenOrder
 
+_EARLY_SHARE = 0.2
+
 
 @dataclass(frozen=True)
 class LeastError(AnyGrid):
@@ -30,9 +32,9 @@ class LeastError(AnyGrid):
     pair serves all rows and heads of a layer, so that rows and heads that need more blocks get them. Guidance branches
     share the plan of the first: their attention is alike, and errors that are alike cancel in the guidance.
 
-    Early steps decide what the video shows, and errors of theirs are carried on, so density falls over the run, and
-    no step need be dense: `Schedule(LeastError(), warmup=0)`. `density` is the mean over all steps of a run without
-    warm-up. It changes where the method searches, and is constant in between.
+    Early steps decide what the video shows, so the first fifth of the steps, which is the default warm-up of other
+    methods, has `early` times the density of the rest, and no step need be dense: `Schedule(LeastError(), warmup=0)`.
+    `density` is the mean over all steps of a run without warm-up.
 
     Differs from the paper: SVG-EAR bounds the error from the mean query of a cluster, where this measures it on real
     queries; chosen row by row there. SVG-EAR clusters tokens, this cuts the video into fixed tiles.
@@ -46,7 +48,9 @@ class LeastError(AnyGrid):
     )
     tile: tuple[int, int, int] = field(default=(2, 4, 8), metadata={"help": "tokens of a tile; one tile is one block"})
     rows: int = field(default=8, metadata={"help": "queries of every block that a search attends with"})
-    early: float = field(default=8.0, metadata={"help": "density of the first step over that of the last; 1 for one"})
+    early: float = field(
+        default=8.0, metadata={"help": "density of the first fifth of the steps over that of the others"}
+    )
 
     name: ClassVar[str] = "lea"
     version: ClassVar[int] = 1
@@ -75,11 +79,9 @@ class LeastError(AnyGrid):
         return tiles_once(grid, self.tile, device)
 
     def step_densities(self, num_steps: int) -> list[float]:
-        """Density of each step of a run: geometric in the step, constant from search to search, capped at 1."""
-        falling = torch.tensor([self.early ** (-step / max(1, num_steps - 1)) for step in range(num_steps)])
-        starts = sorted({0, num_steps, *(round(at * num_steps) for at in self.refresh)})
-        sizes = [end - start for start, end in itertools.pairwise(starts)]
-        needs = torch.cat([part.mean().expand(len(part)) for part in falling.split(sizes)])
+        """Density of each step of a run: `early` times as large in the first fifth, capped at 1."""
+        lead = math.ceil(round(_EARLY_SHARE * num_steps, 6))
+        needs = torch.tensor([self.early] * lead + [1.0] * (num_steps - lead))
         return share_out(needs[None], self.density)[0].tolist()
 
     def density_at(self, site: Site) -> float:

@@ -116,8 +116,9 @@ def test_steps_have_the_density_as_their_mean(steps: int, density: float, early:
     searches = {0, *Schedule(method, warmup=0).refresh_steps(steps)}
     changes = {step for step in range(1, steps) if found[step] != found[step - 1]}
     assert changes <= searches
-    if early > 1 and steps >= 20 and density == 0.0625:
-        assert found[0] > 2 * found[-1]
+    if steps >= 20 and density == 0.0625:
+        assert found[0] == pytest.approx(found[-1] * early) or found[0] == 1
+        assert sum(value > found[-1] for value in found) == (steps // 5 if early > 1 else 0)
 
 
 def test_the_density_is_that_of_the_step() -> None:
