@@ -39,7 +39,8 @@ def collect(reports: Sequence[Mapping[str, Any]], recall: Mapping[str, Any]) -> 
     for report in reports:
         own: dict[str, list[Mapping[str, Any]]] = {}
         for row in report["videos"]:
-            own.setdefault(_name(row), []).append(row)
+            if row["config"].get("remainder", "method") == "method":
+                own.setdefault(_name(row), []).append(row)
         videos |= own
     recalled = {(row["method"], row["density"]): row for row in recall["rows"]}
     methods = {}
@@ -56,8 +57,21 @@ def collect(reports: Sequence[Mapping[str, Any]], recall: Mapping[str, Any]) -> 
         "recall": {"environment": recall["environment"], "calls": recall["calls"], "steps": recall["steps"]},
         "methods": {name: found for name, found in methods.items() if found},
         "defaults": {name: figures for name, figures in default.items() if figures},
+        "remainders": _remainders([row for report in reports for row in report["videos"]]),
         "floors": floors,
     }
+
+
+def _remainders(videos: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Runs whose schedule sets a remainder, one entry a setting."""
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for row in videos:
+        config = row["config"]
+        if config.get("remainder", "method") != "method":
+            key = tuple(config.get(name) for name in ("method", "density", "remainder", "warmup"))
+            groups.setdefault(key, []).append(row)
+    names = ("method", "asked", "remainder", "warmup")
+    return [dict(zip(names, key, strict=True)) | _figures(rows, None) for key, rows in groups.items()]
 
 
 def _name(row: Mapping[str, Any]) -> str:
@@ -90,9 +104,11 @@ def _span(values: Sequence[float | None]) -> dict[str, float]:
 
 
 def ranked(quality: Mapping[str, Any]) -> list[str]:
-    """Methods by their PSNR at density .25, the best first."""
+    """Methods by their PSNR at density .25, the best first; those without a density last, by that of their default."""
     methods = quality["methods"]
-    return sorted((m for m in methods if "0.25" in methods[m]), key=lambda m: -methods[m]["0.25"]["psnr"]["median"])
+    found = sorted((m for m in methods if "0.25" in methods[m]), key=lambda m: -methods[m]["0.25"]["psnr"]["median"])
+    others = [name for name in quality["defaults"] if name not in found]
+    return found + sorted(others, key=lambda m: -quality["defaults"][m]["psnr"]["median"])
 
 
 def quality_table(quality: Mapping[str, Any]) -> str:
@@ -100,7 +116,7 @@ def quality_table(quality: Mapping[str, Any]) -> str:
     heads = ["", *(f"PSNR at {d:g}" for d in DENSITIES), *(f"recall at {d:g}" for d in DENSITIES), "default: PSNR"]
     lines = [heads, ["---"] * len(heads)]
     for name in ranked(quality):
-        figures = [quality["methods"][name].get(f"{d:g}", {}) for d in DENSITIES]
+        figures = [quality["methods"].get(name, {}).get(f"{d:g}", {}) for d in DENSITIES]
         psnr = [_cell(f["psnr"]) if f else "" for f in figures]
         recall = [f"{f['recall']:.3f}" if "recall" in f else "" for f in figures]
         default = quality["defaults"].get(name)
@@ -141,7 +157,8 @@ def costs(planning: Mapping[str, Any], warmup: float = 0.2, steps: int = 20) -> 
 
 def draw(quality: Mapping[str, Any], planning: Mapping[str, float], path: Path) -> None:
     """A row of dots a method, and PSNR against what a sparse step costs, planning in it."""
-    names, methods = ranked(quality), quality["methods"]
+    methods = quality["methods"]
+    names = [name for name in ranked(quality) if "0.25" in methods.get(name, {})]
     row, top, left, panel = 19, 86, 150, 420
     bottom = top + row * len(names) + 10
     drawing = Drawing(left + 2 * panel + 110, bottom + 60, "PSNR of sparse attention methods")
