@@ -165,9 +165,9 @@ def test_a_case_that_fails_gives_exit_code_1_and_a_full_disk_too(model, capsys, 
     monkeypatch.setattr(Stage, "render", render)
     monkeypatch.setitem(_Runner._write.__globals__, "write_video", full)
     assert exit_code(*arguments) == 1
-    assert (
-        capsys.readouterr().err.splitlines()[-1] == "error: out cannot be written: [Errno 28] No space left on device"
-    )
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == "error: out cannot be written: [Errno 28] No space left on device"
+    assert {line["kind"] for line in record()["runs"]} == {"dense"}
 
 
 def _lines():
