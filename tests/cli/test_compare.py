@@ -78,6 +78,8 @@ BAD = [
     (["--methods", "adaspa,adaspa"], "two cases of one label: 'adaspa 0.25' and 'adaspa 0.25'"),
     (["--methods", "adaspa", "--densities", "0.5,0.5"], "two cases of one label"),
     (["--also", "{"], "--also must be JSON"),
+    (["--methods", "dense"], "two cases of one label: 'dense' and 'dense'"),
+    (["--also", '{"method": "adaspa", "label": "another seed"}'], "'another seed' and 'another seed'"),
     (["--also", "[]"], "--also must be an object"),
     (["--also", '{"method": "adaspa", "densty": 1}'], "did you mean 'density'"),
     (["--also", '{"density": 0.5}'], 'must be an object with a "method"'),
