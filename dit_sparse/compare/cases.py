@@ -25,6 +25,7 @@ __all__ = [
     "parse_config",
     "parse_densities",
     "read_plan",
+    "refuse_alike",
 ]
 
 
@@ -147,7 +148,8 @@ def make_cases(
     for method in methods:
         given = {"method": method} if isinstance(method, str) else dict(method)
         cases += _cases_of(given, densities, schedule or {})
-    _refuse_alike(cases)
+    refuse_alike("label", cases, [case.label for case in cases])
+    refuse_alike("config", cases, [json.dumps(case.config, sort_keys=True) for case in cases])
     return cases
 
 
@@ -212,12 +214,9 @@ def _short(value: Any) -> str:
     return "x".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
-def _refuse_alike(cases: Sequence[Case]) -> None:
-    for what, values in (
-        ("label", [case.label for case in cases]),
-        ("config", [json.dumps(case.config, sort_keys=True) for case in cases]),
-    ):
-        value, count = Counter(values).most_common(1)[0]
-        if count > 1:
-            alike = [case.label for case, own in zip(cases, values, strict=True) if own == value]
-            raise ValueError(f"two cases of one {what}: {' and '.join(map(repr, alike))}; leave one out")
+def refuse_alike(what: str, cases: Sequence[Case], values: Sequence[str]) -> None:
+    """Raise ValueError where two of `cases` have one of `values`, which are called `what`."""
+    value, count = Counter(values).most_common(1)[0]
+    if count > 1:
+        alike = [case.label for case, own in zip(cases, values, strict=True) if own == value]
+        raise ValueError(f"two cases of one {what}: {' and '.join(map(repr, alike))}; leave one out or give it a label")

@@ -14,7 +14,7 @@ import numpy as np
 
 from dit_sparse import __version__
 from dit_sparse.bench.report import environment, write_report
-from dit_sparse.compare.cases import DENSE, Case
+from dit_sparse.compare.cases import DENSE, Case, refuse_alike
 from dit_sparse.compare.record import Record
 from dit_sparse.compare.render import Rendering, Stage
 from dit_sparse.eval.fidelity import Convention, compare
@@ -96,7 +96,9 @@ def prepare(
     Raises:
         ValueError, OSError: one line that says what is wrong and what is allowed.
     """
-    _refuse_alike(request.prompts)
+    _refuse_prompts_alike(request.prompts)
+    every = (DENSE, *cases)
+    refuse_alike("label", every, [case.label for case in every])
     check_folder(request.out)
     pipe, values = None, models.known_defaults(request)
     if values is None:
@@ -116,7 +118,7 @@ def prepare(
 
         for convention in conventions:
             check_weights(convention.lpips)
-    job = Job(request, settings, (DENSE, *cases), None, record, tuple(conventions), lpips)
+    job = Job(request, settings, every, None, record, tuple(conventions), lpips)
     if not any(map(job.missing, job.clips)):
         return job
     stage = _stage(pipe or models.load_model(request), request, settings, cases)
@@ -323,7 +325,7 @@ def _stage(pipe: Any, request: Request, settings: Mapping[str, Any], cases: Sequ
     return Stage(pipe, models.call_arguments(pipe, values) | texts)
 
 
-def _refuse_alike(prompts: Sequence[str]) -> None:
+def _refuse_prompts_alike(prompts: Sequence[str]) -> None:
     for number, prompt in enumerate(prompts):
         if prompt in prompts[:number]:
             raise ValueError(f"two prompts alike: {prompt!r}; a prompt is compared with more seeds by --num-samples")

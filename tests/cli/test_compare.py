@@ -78,6 +78,8 @@ BAD = [
     (["--methods", "adaspa,adaspa"], "two cases of one label: 'adaspa 0.25' and 'adaspa 0.25'"),
     (["--methods", "adaspa", "--densities", "0.5,0.5"], "two cases of one label"),
     (["--also", "{"], "--also must be JSON"),
+    (["--methods", "dense"], "two cases of one label: 'dense' and 'dense'"),
+    (["--also", '{"method": "adaspa", "label": "another seed"}'], "'another seed' and 'another seed'"),
     (["--also", "[]"], "--also must be an object"),
     (["--also", '{"method": "adaspa", "densty": 1}'], "did you mean 'density'"),
     (["--also", '{"density": 0.5}'], 'must be an object with a "method"'),
@@ -165,9 +167,9 @@ def test_a_case_that_fails_gives_exit_code_1_and_a_full_disk_too(model, capsys, 
     monkeypatch.setattr(Stage, "render", render)
     monkeypatch.setitem(_Runner._write.__globals__, "write_video", full)
     assert exit_code(*arguments) == 1
-    assert (
-        capsys.readouterr().err.splitlines()[-1] == "error: out cannot be written: [Errno 28] No space left on device"
-    )
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == "error: out cannot be written: [Errno 28] No space left on device"
+    assert {line["kind"] for line in record()["runs"]} == {"dense"}
 
 
 def _lines():
