@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dit_sparse.cost import Call, DeviceCosts, costs_of, predict
 from dit_sparse.kernels import BACKENDS
-from dit_sparse.methods.parameters import takes_density
+from dit_sparse.methods.parameters import density_at
 from dit_sparse.schedule import Decision, Schedule
 from dit_sparse.types import AttentionPlan, Method, Remainder, Site
 
@@ -170,12 +170,7 @@ def _backend(name: str, device: torch.device, remainder: Remainder) -> str:
 
 def _stated(method: Method, site: Site) -> float | None:
     """The density that `method` will keep to at `site`, if it says so; that of a static plan is read off it."""
-    if method.scope not in ("sample", "call") or not takes_density(method):
-        return None
-    by_step = getattr(method, "step_densities", None)
-    if by_step is None:
-        return float(method.density)  # type: ignore[attr-defined]
-    return float(by_step(site.num_steps)[min(site.step, site.num_steps - 1)])
+    return density_at(method, site) if method.scope in ("sample", "call") else None
 
 
 def _block_of(method: Method) -> float:
