@@ -108,7 +108,7 @@ def recommend(
     if dense_layers:
         reasons.append(f"layers {', '.join(map(str, dense_layers))} recall far less and run dense")
     refresh = None
-    if method.scope == "call" and len(method.refresh) <= num_steps // 2:
+    if method.scope in ("sample", "call") and len(method.refresh) <= num_steps // 2:
         refresh = _stale_steps(own, Schedule(method).warmup_steps(num_steps), num_steps)
         shares = ", ".join(f"{share:.0%}" for share in refresh)
         reasons.append(f"plans go stale: made anew at {shares} of the run" if shares else "one plan serves the run")

@@ -8,6 +8,7 @@ from dit_sparse.cost.table import (
     costs_of,
     device_name,
     read_table,
+    tables,
     user_table,
 )
 
@@ -21,5 +22,6 @@ __all__ = [
     "device_name",
     "predict",
     "read_table",
+    "tables",
     "user_table",
 ]

@@ -71,17 +71,23 @@ def costs_of(device: torch.device) -> DeviceCosts:
     Raises:
         ValueError: a table that cannot be read.
     """
-    name, given = device_name(device).lower(), os.environ.get(TABLE_VARIABLE)
-    paths = [OWN_TABLE]
-    if user_table().is_file():
-        paths.insert(0, user_table())
-    if given is not None:
-        paths.insert(0, Path(given))
-    for path in paths:
-        found = next((costs for key, costs in _table(path).items() if key.lower() in name), None)
+    name = device_name(device).lower()
+    for table in tables():
+        found = next((costs for key, costs in table.items() if key.lower() in name), None)
         if found is not None:
             return found
     return _table(OWN_TABLE)["unknown GPU"]
+
+
+def tables() -> list[dict[str, DeviceCosts]]:
+    """The tables that a device is looked up in, the first that has it counts.
+
+    Raises:
+        ValueError: one that cannot be read.
+    """
+    given = os.environ.get(TABLE_VARIABLE)
+    paths = [*([] if given is None else [Path(given)]), *([user_table()] if user_table().is_file() else []), OWN_TABLE]
+    return [_table(path) for path in paths]
 
 
 def _table(path: Path) -> dict[str, DeviceCosts]:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import MISSING, Field, dataclass, fields, replace
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from dit_sparse.types import Method
+from dit_sparse.types import Method, Site
 
 EVERY_STEP = tuple(step / 100 for step in range(100))
 """The `refresh` of a method that plans at every step, of runs of up to 100."""
@@ -65,6 +65,17 @@ def takes_density(method: Method) -> bool:
     None leaves it to the method's own threshold.
     """
     return bool(getattr(method, "takes_density", getattr(method, "density", None) is not None))
+
+
+def density_at(method: Method, site: Site) -> float | None:
+    """The density of `method` at `site`; `None` where none has an effect.
+
+    A method whose density varies over a run says it in `density_at(site)`.
+    """
+    if not takes_density(method):
+        return None
+    varying = getattr(method, "density_at", None)
+    return float(method.density if varying is None else varying(site))  # type: ignore[attr-defined]
 
 
 def accepts_density(method: Method) -> bool:

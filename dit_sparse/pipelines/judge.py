@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from dit_sparse.cost import Call, DeviceCosts, costs_of, predict
 from dit_sparse.kernels import BACKENDS
-from dit_sparse.methods.parameters import takes_density
+from dit_sparse.methods.parameters import density_at
 from dit_sparse.schedule import Decision, Schedule
 from dit_sparse.types import AttentionPlan, Method, Remainder, Site
 
@@ -51,27 +52,28 @@ class Judge:
             key: that of its plan.
 
         Warns:
-            UserWarning: at the first layer of a session that is found to run dense.
+            UserWarning: at the first layer of a session that is found to run dense, unless the method's density falls
+                over the run and pays later.
         """
         method = self._method(site)
-        key = (*key, method)
         if self._is_free(method):
             return None
-        density = _stated(method)
+        density = _stated(method, site)
+        key = (*key, method, density)
         if key not in self._predicted and density is not None:
-            remainder = "none" if self._schedule.remainder == "method" else self._schedule.remainder
-            self._predict(key, site, q, density=density, block=_block_of(method), remainder=remainder)
+            self._predicted[key] = self._before_planning(site, q, density)
         return self._refused(key, site, q)
 
     def after(self, plan: AttentionPlan, site: Site, key: Key, q: Tensor) -> Decision | None:
         """As `before`, by the first plan of the layer."""
         method = self._method(site)
-        key = (*key, method)
         if self._is_free(method):
             return None
+        density = _stated(method, site)
+        key = (*key, method, density)
         if key not in self._planned:
             self._planned.add(key)
-            self._predict(key, site, q, **work_of(plan, site, _stated(method)))
+            self._predicted[key] = self._predict(site, q, **work_of(plan, site, density))
         return self._refused(key, site, q)
 
     def _method(self, site: Site) -> Method:
@@ -81,17 +83,28 @@ class Judge:
         """Whether nothing is judged: nobody asked for it, or the method is dense attention itself."""
         return not self._schedule.never_slower or method.name == "dense"
 
-    def _predict(self, key: Key, site: Site, q: Tensor, **options: Any) -> None:
-        self._predicted[key] = predicted_time(self._schedule, site, q, backend=self._backend, **options) or 0.0
+    def _before_planning(self, site: Site, q: Tensor, density: float) -> float:
+        block = _block_of(self._method(site))
+        return self._predict(site, q, density=density, block=block, remainder=self._schedule.planned_remainder)
+
+    def _predict(self, site: Site, q: Tensor, **work: Any) -> float:
+        """0 for a backend that was asked for by name and that nobody has measured."""
+        return predicted_time(self._schedule, site, q, backend=self._backend, **work) or 0.0
 
     def _refused(self, key: Key, site: Site, q: Tensor) -> Decision | None:
         predicted = self._predicted.get(key, 0.0)
         if predicted <= 1:
             return None
-        if not self._warned:
+        if not self._warned and not self._pays_later(site, q):
             self._warned = True
             warnings.warn(_warning(self._method(site), site, predicted, costs_of(q.device)), stacklevel=2)
         return Decision("dense", NOT_FASTER, predicted=predicted)
+
+    def _pays_later(self, site: Site, q: Tensor) -> bool:
+        """Whether the method has less density at the last step, and pays there."""
+        last = replace(site, step=site.num_steps - 1)
+        least, now = (_stated(self._method(at), at) for at in (last, site))
+        return least is not None and least != now and self._before_planning(last, q, least) <= 1
 
 
 def predicted_time(
@@ -155,10 +168,9 @@ def _backend(name: str, device: torch.device, remainder: Remainder) -> str:
     return "hopper" if able else "triton"
 
 
-def _stated(method: Method) -> float | None:
-    """The density that `method` will keep to, if it says so; that of a static method is read off its one plan."""
-    stated = method.scope in ("sample", "call") and takes_density(method)
-    return float(method.density) if stated else None  # type: ignore[attr-defined]
+def _stated(method: Method, site: Site) -> float | None:
+    """The density that `method` will keep to at `site`, if it says so; that of a static plan is read off it."""
+    return density_at(method, site) if method.scope in ("sample", "call") else None
 
 
 def _block_of(method: Method) -> float:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from importlib.metadata import version
 from typing import Any, TypeVar
 
+from dit_sparse.cost import tables
 from dit_sparse.kernels import check_remainder
 from dit_sparse.methods import Paro
 from dit_sparse.methods.plan_file import axes_of, write_plans
@@ -58,13 +59,15 @@ def sparsify(
 
     Raises:
         ValueError: an unsupported family, a dense layer that the model does not have, a foreign attention processor,
-            context or tensor parallelism, or a backend without the schedule's remainder.
+            context or tensor parallelism, a backend without the schedule's remainder, or a table of costs that cannot
+            be read.
         NotSparseError: strict, and the installed diffusers is not the one the family's adapter was written for.
     """
     schedule = Schedule.of(method)
     if strict is not None:
         schedule = replace(schedule, strict=strict)
     check_remainder(backend, schedule.planned_remainder)
+    tables()
     return install(pipe, Session(schedule, backend))
 
 
@@ -149,6 +152,7 @@ def check(pipe: Any, method: Method | Schedule, height: int, width: int, frames:
     for transformer in transformers_of(pipe).values():
         schedule.check(grid, adapter.num_layers(transformer))
     _changes(adapter, schedule)
+    tables()  # read before a run, so that none fails in its middle
 
 
 def _changes(adapter: FamilyAdapter, schedule: Schedule) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dit_sparse.methods.parameters import takes_density
+from dit_sparse.methods.parameters import density_at
 from dit_sparse.schedule import Schedule
 from dit_sparse.types import Method, Site
 
@@ -32,16 +32,13 @@ def check_inside_run(schedule: Schedule, layer: int, num_layers: int) -> None:
 
 
 def check_blocks(schedule: Schedule, method: Method, site: Site, tokens: int) -> None:
-    """Called for a plan that keeps every block. A method whose density varies says it in `density_at(site)`.
+    """Called for a plan that keeps every block.
 
     Raises:
         NotSparseError: `schedule` demands less, because `method` has a density below 1.
     """
-    if not demands(schedule) or not takes_density(method):
-        return
-    varying = getattr(method, "density_at", None)
-    density = float(method.density if varying is None else varying(site))  # type: ignore[attr-defined]
-    if density < 1:
+    density = density_at(method, site)
+    if demands(schedule) and density is not None and density < 1:
         raise NotSparseError(
             f"layer {site.layer} would run dense: {method.name!r} at density {density:g} keeps every block of {tokens} "
             f"tokens; make the blocks smaller or the video larger, {ALLOW}"

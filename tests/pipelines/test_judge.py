@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dit_sparse import AdaSpa, Neighborhood, Schedule, SpargeAttention, sparsify, statistics
+from dit_sparse import AdaSpa, LeastError, Neighborhood, Pisa, Schedule, SpargeAttention, sparsify, statistics
 from dit_sparse.cost import TABLE_VARIABLE
 from dit_sparse.pipelines import NotSparseError
 from dit_sparse.pipelines.judge import NOT_FASTER
@@ -105,6 +105,26 @@ def test_a_method_without_a_density_is_judged_by_its_first_plan(pipe, render, co
     assert kept.calls == run.calls
 
 
+def test_a_density_that_falls_over_the_run_is_judged_step_by_step(pipe, render, costs) -> None:
+    """Dense while it is high, and no warning: it pays later."""
+    costs(kernel={"1": 3.0})
+    method = LeastError(density=0.3, tile=(1, 4, 4), rows=4)
+    pays = [3 * density <= 1 for density in method.step_densities(10)]
+    assert pays[0] is False
+    assert pays[-1] is True
+    render(sparsify(pipe, Schedule(method, warmup=0)), steps=10)
+    dense = {record.step for record in statistics(pipe).records if record.reason == NOT_FASTER}
+    assert dense == {step for step, pay in enumerate(pays) if not pay}
+
+
+@pytest.mark.parametrize(("cost", "is_dense"), [(1.1, False), (1.3, True)])
+def test_a_methods_own_remainder_counts(pipe, render, costs, recwarn, cost, is_dense) -> None:
+    """Blocks of 16: four times what it costs with 64."""
+    costs(kernel={"1": 1.0}, remainder={"none": 0.0, "value": cost / 8})
+    render(sparsify(pipe, Pisa(density=0.4, block=16)))
+    assert (NOT_FASTER in statistics(pipe).dense_calls) is is_dense
+
+
 def test_a_static_plan_is_judged_once(pipe, render, costs, recwarn, monkeypatch) -> None:
     """Also over several runs."""
     made = []
@@ -138,4 +158,4 @@ def test_a_table_that_cannot_be_read_is_an_error(pipe, render, monkeypatch, tmp_
         path.write_text(text)
         monkeypatch.setenv(TABLE_VARIABLE, str(path))
         with pytest.raises(ValueError, match=r"cost table .* cannot be used: .*doctor --measure"):
-            render(sparsify(pipe, SPARSE))
+            sparsify(pipe, SPARSE)
