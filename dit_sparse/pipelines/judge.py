@@ -59,7 +59,7 @@ class Judge:
             return None
         density = _stated(method)
         if key not in self._predicted and density is not None:
-            remainder = "none" if self._schedule.remainder == "method" else self._schedule.remainder
+            remainder = self._schedule.planned_remainder
             self._predict(key, site, q, density=density, block=_block_of(method), remainder=remainder)
         return self._refused(key, site, q)
 

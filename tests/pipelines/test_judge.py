@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dit_sparse import AdaSpa, Neighborhood, Schedule, SpargeAttention, sparsify, statistics
+from dit_sparse import AdaSpa, Neighborhood, Pisa, Schedule, SpargeAttention, sparsify, statistics
 from dit_sparse.cost import TABLE_VARIABLE
 from dit_sparse.pipelines import NotSparseError
 from dit_sparse.pipelines.judge import NOT_FASTER
@@ -89,6 +89,17 @@ def test_a_plan_counts_by_the_calls_that_it_serves(pipe, render, costs, recwarn,
     costs(plans={"adaspa": [cost / 2, 0]}, kernel={"1": 1.0})
     render(sparsify(pipe, SPARSE))
     assert (NOT_FASTER in statistics(pipe).dense_calls) is is_dense
+
+
+@pytest.mark.parametrize(
+    ("remainder", "is_dense"), [("method", True), ("value", True), ("mean", False), ("none", False)]
+)
+def test_a_methods_own_remainder_counts_before_it_plans(pipe, render, costs, recwarn, remainder, is_dense) -> None:
+    """PISA's is "value"."""
+    costs(remainder={"mean": 0.01, "value": 10.0})
+    render(sparsify(pipe, Schedule(Pisa(density=0.5, block=16), remainder=remainder)))
+    assert (NOT_FASTER in statistics(pipe).dense_calls) is is_dense
+    assert (statistics(pipe).plan_seconds == 0) is is_dense
 
 
 def test_a_method_without_a_density_is_judged_by_its_first_plan(pipe, render, costs, recwarn) -> None:
