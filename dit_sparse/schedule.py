@@ -119,8 +119,9 @@ class Schedule:
             raise ValueError(f"drift must be a number from 0 on, got {self.drift!r}: 0.1 is a tenth")
         if not _is_number(self.noise_slope) or self.noise_slope <= 0:
             raise ValueError(f"noise_slope must be a number above 0, got {self.noise_slope!r}")
-        for name in ("drift", "noise_densities"):
-            if getattr(self, name) is not None and self.method.scope != "call":
+        # Branches that share a plan have no drift in common.
+        for name, scopes in (("drift", ("call",)), ("noise_densities", ("call", "sample"))):
+            if getattr(self, name) is not None and self.method.scope not in scopes:
                 raise ValueError(
                     f"{name} must be none for {self.method.name!r}, whose plan is not of the call; drop it"
                 )

@@ -11,7 +11,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dit_sparse.methods import METHODS, AdaSpa, Dense, LoSA, Neighborhood, Paro, Pisa, SolAttention, XAttention
+from dit_sparse.methods import (
+    METHODS,
+    AdaSpa,
+    Dense,
+    LeastError,
+    LoSA,
+    Neighborhood,
+    Paro,
+    Pisa,
+    SolAttention,
+    XAttention,
+)
 from dit_sparse.schedule import Schedule
 from dit_sparse.types import REMAINDERS, AttentionPlan, Previous, Site, TokenGrid, TokenOrder
 
@@ -296,6 +307,7 @@ def test_config_round_trip_of_options_by_noise_layer_and_drift(schedule: Schedul
         (Pisa(), {"drift": -0.1}, "drift must be a number from 0 on"),
         (Pisa(), {"drift": math.nan}, "drift must be a number from 0 on"),
         (Neighborhood(), {"drift": 0.1}, "drift must be none for 'neighborhood'"),
+        (LeastError(), {"drift": 0.1}, "drift must be none for 'lea'"),
         (Neighborhood(), {"noise_densities": (0.5, 0.1)}, "noise_densities must be none for 'neighborhood'"),
         (Pisa(), {"noise_densities": (0.5, 0.0)}, "noise_densities must be above 0"),
         (Pisa(), {"noise_slope": 0}, "noise_slope must be a number above 0"),
