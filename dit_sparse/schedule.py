@@ -119,8 +119,9 @@ class Schedule:
             raise ValueError(f"drift must be a number from 0 on, got {self.drift!r}: 0.1 is a tenth")
         if not _is_number(self.noise_slope) or self.noise_slope <= 0:
             raise ValueError(f"noise_slope must be a number above 0, got {self.noise_slope!r}")
-        for name in ("drift", "noise_densities"):
-            if getattr(self, name) is not None and self.method.scope != "call":
+        # Branches that share a plan have no drift in common.
+        for name, scopes in (("drift", ("call",)), ("noise_densities", ("call", "sample"))):
+            if getattr(self, name) is not None and self.method.scope not in scopes:
                 raise ValueError(
                     f"{name} must be none for {self.method.name!r}, whose plan is not of the call; drop it"
                 )
@@ -191,11 +192,14 @@ class Schedule:
         return frozenset(int(at) if at >= 1 else round(at * num_steps) for at in places)
 
     def plans_per_call(self, num_steps: int) -> float:
-        """Plans that a run of `num_steps` makes, over its sparse steps."""
+        """Plans that a run of `num_steps` makes, over its sparse steps; with `drift` as many as it may come to."""
         first = self.warmup_steps(num_steps)
         sparse = max(1, num_steps - first)
         later = {step for step in self.refresh_steps(num_steps) if first < step < num_steps}
         later |= {step for step in range(first + 1, num_steps) if self._new_part(step - 1, step, num_steps)}
+        if self.drift is not None:
+            # What moved at one step is taken up at the next.
+            later |= set(range(first + 2, num_steps, 2))
         return (1 + len(later)) / sparse
 
     @cached_property

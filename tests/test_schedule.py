@@ -11,7 +11,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dit_sparse.methods import METHODS, AdaSpa, Dense, LoSA, Neighborhood, Paro, Pisa, SolAttention, XAttention
+from dit_sparse.methods import (
+    METHODS,
+    AdaSpa,
+    Dense,
+    LeastError,
+    LoSA,
+    Neighborhood,
+    Paro,
+    Pisa,
+    SolAttention,
+    XAttention,
+)
 from dit_sparse.schedule import Schedule
 from dit_sparse.types import REMAINDERS, AttentionPlan, Previous, Site, TokenGrid, TokenOrder
 
@@ -296,6 +307,7 @@ def test_config_round_trip_of_options_by_noise_layer_and_drift(schedule: Schedul
         (Pisa(), {"drift": -0.1}, "drift must be a number from 0 on"),
         (Pisa(), {"drift": math.nan}, "drift must be a number from 0 on"),
         (Neighborhood(), {"drift": 0.1}, "drift must be none for 'neighborhood'"),
+        (LeastError(), {"drift": 0.1}, "drift must be none for 'lea'"),
         (Neighborhood(), {"noise_densities": (0.5, 0.1)}, "noise_densities must be none for 'neighborhood'"),
         (Pisa(), {"noise_densities": (0.5, 0.0)}, "noise_densities must be above 0"),
         (Pisa(), {"noise_slope": 0}, "noise_slope must be a number above 0"),
@@ -312,3 +324,10 @@ def test_config_round_trip_of_options_by_noise_layer_and_drift(schedule: Schedul
 def test_options_that_a_method_cannot_follow_are_refused(method, options, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Schedule(method, **options)
+
+
+def test_plans_that_a_run_comes_to() -> None:
+    """With a drift, one that is exceeded at every look: every second step."""
+    assert Schedule(Pisa(), warmup=0).plans_per_call(10) == 1
+    assert Schedule(Pisa(), warmup=0.2, refresh=(0.5,)).plans_per_call(10) == pytest.approx(2 / 8)
+    assert Schedule(Pisa(), warmup=0, drift=0.1).plans_per_call(10) == pytest.approx(5 / 10)

@@ -25,7 +25,7 @@ from dit_sparse.kernels.output_error import output_errors, scattered_rows
 from dit_sparse.kernels.permute import permute, restore
 from dit_sparse.kernels.pooled import pooled_blocks
 from dit_sparse.kernels.reference import ReferenceBackend
-from dit_sparse.kernels.remainder_error import divide_blocks, remainder_errors
+from dit_sparse.kernels.remainder_error import remainder_errors
 from dit_sparse.kernels.triton_backend import TritonBackend
 
 __all__ = [
@@ -37,7 +37,6 @@ __all__ = [
     "block_mass",
     "check_remainder",
     "dense_attention",
-    "divide_blocks",
     "get_backend",
     "keep_best",
     "layer_norm",

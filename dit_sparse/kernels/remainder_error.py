@@ -12,6 +12,7 @@ with a few means of its queries, so that a few rows of scores a block are made, 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ __all__ = ["divide_blocks", "remainder_errors"]
 _CHUNK_SCORES = 1 << 20
 _CHUNK_SCORES_GPU = 1 << 27
 _SPAN = 64  # key blocks that one program goes through
+_PADDED = 1.25  # slots a token, up to which blocks are padded
 
 
 @torch.no_grad()
@@ -105,46 +107,69 @@ def _by_chunks(means: Tensor, k: Tensor, v: Tensor, order: TokenOrder, scale: fl
     rows = max(1, (_CHUNK_SCORES if k.device.type == "cpu" else _CHUNK_SCORES_GPU) // k.shape[2])
     for b in range(batch):
         for h in range(heads):
-            layout = BlockLayout.of_head(order, b, h)
-            keys, norms, overlaps, ends = _head_terms(k[b : b + 1, h : h + 1], v[b : b + 1, h : h + 1], layout, compute)
+            own = (slice(b, b + 1), slice(h, h + 1))
+            head = _Head.of(k[own].to(compute), v[own].to(compute), BlockLayout.of_head(order, b, h))
             for start in range(0, count, rows):
                 part = (b, h, slice(start, start + rows))
-                scores = (means[part].to(compute) * scale) @ keys.T
-                found = _chunk_errors(scores, norms, overlaps, ends, layout)
-                errors[part], totals[part] = found
+                errors[part], totals[part] = head.errors((means[part].to(compute) * scale) @ head.keys.T)
     return errors, totals
 
 
-def _head_terms(k: Tensor, v: Tensor, layout: BlockLayout, compute: torch.dtype) -> tuple[Tensor, ...]:
-    """Of one head: keys `[N, D]`, `|v|^2` and `<v, mean(v)>` `[N]`, and bounds of the blocks `[Mk+1]`."""
-    parts = layout.split(v.to(compute))
-    middle = parts.sum(3, keepdim=True) / layout.sizes.clamp(min=1)[..., None, None]
-    overlaps = layout.join((parts * middle).sum(-1, keepdim=True))[0, 0, :, 0]
-    return k[0, 0].to(compute), v[0, 0].to(compute).square().sum(-1), overlaps, layout.offsets[0, 0].long()
+@dataclass(frozen=True)
+class _Head:
+    """Keys and values of one head. Nearly even blocks are padded to even ones with tokens of zeros.
 
+    Args:
+        keys: `[T, D]`.
+        norms, overlaps: `[T]` |v|^2 and <v, mean(v) of its block>.
+        bounds: `[Mk+1]` int64 bounds of the blocks.
+        size: slots a block; `None` where blocks are too uneven to be padded.
+        padding: `[T]` bool, which tokens are padding; `None` for none.
+    """
 
-def _chunk_errors(
-    scores: Tensor, norms: Tensor, overlaps: Tensor, bounds: Tensor, layout: BlockLayout
-) -> tuple[Tensor, Tensor]:
-    """Log errors `[r, Mk]` and log sums `[r]` of rows of scores `[r, N]`."""
+    keys: Tensor
+    norms: Tensor
+    overlaps: Tensor
+    bounds: Tensor
+    size: int | None
+    padding: Tensor | None
 
-    def sums(x: Tensor) -> Tensor:
-        if layout.is_even:
-            return x.unflatten(-1, (-1, layout.blocks.largest)).sum(-1)
+    @classmethod
+    def of(cls, k: Tensor, v: Tensor, layout: BlockLayout) -> _Head:
+        """Of `k, v` `[1, 1, N, D]` in the order that `layout` cuts."""
+        parts, size = layout.split(v), layout.blocks.largest
+        middle = parts.sum(3, keepdim=True) / layout.sizes.clamp(min=1)[..., None, None]
+        overlaps, bounds = (parts * middle).sum(-1, keepdim=True), layout.offsets[0, 0].long()
+        if parts.shape[2] * size > _PADDED * layout.tokens:
+            return cls(k[0, 0], v[0, 0].square().sum(-1), layout.join(overlaps)[0, 0, :, 0], bounds, None, None)
+        outside = torch.arange(size, device=k.device) >= layout.sizes[0, 0, :, None]
+        padding = None if layout.is_even else outside.flatten()
+        return cls(
+            layout.split(k)[0, 0].flatten(0, 1), parts[0, 0].square().sum(-1).flatten(), overlaps.flatten(), bounds,
+            size, padding,
+        )  # fmt: skip
+
+    def errors(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Log errors `[r, Mk]` and log sums `[r]` of rows of `scores` `[r, T]`, which are overwritten."""
+        of_mean = self._sums(scores) / self.bounds.diff().clamp(min=1)
+        if self.padding is not None:
+            scores.masked_fill_(self.padding, -math.inf)
+        top = scores.amax(-1, keepdim=True)
+        of_mean, weights = (of_mean - top).exp(), (scores - top).exp_()
+        total = weights.sum(-1, keepdim=True)
+        cross = self._sums(weights * self.overlaps)
+        squared = self._sums(weights.square_().mul_(self.norms))
+        # The overlaps of a block add up to its size times the square of its mean value.
+        error = squared - 2 * of_mean * cross + of_mean.square() * self._sums(self.overlaps[None])
+        return error.clamp_(min=0).log() + 2 * top, (total.log() + top)[:, 0]
+
+    def _sums(self, x: Tensor) -> Tensor:
+        """`[r, Mk]` sums of `x` `[r, T]` over the blocks."""
+        if self.size is not None:
+            return x.unflatten(-1, (-1, self.size)).sum(-1)
         # Differences of running sums in float64: exact enough, and far cheaper than a scatter.
         running = torch.nn.functional.pad(x.cumsum(-1, dtype=torch.float64), (1, 0))
-        return running.index_select(-1, bounds).diff(dim=-1).to(x.dtype)
-
-    sizes = bounds.diff().to(scores.dtype)
-    top = scores.amax(-1, keepdim=True)
-    of_mean = (sums(scores) / sizes.clamp(min=1) - top).exp()
-    weights = (scores - top).exp_()
-    total = weights.sum(-1, keepdim=True)
-    cross = sums(weights * overlaps)
-    squared = sums(weights.square_().mul_(norms))
-    # The overlaps of a block with its mean value add up to its size times the mean's square.
-    error = squared - 2 * of_mean * cross + of_mean.square() * sums(overlaps[None])
-    return error.clamp_(min=0).log() + 2 * top, (total.log() + top)[:, 0]
+        return running.index_select(-1, self.bounds).diff(dim=-1).to(x.dtype)
 
 
 def _by_triton(means: Tensor, k: Tensor, v: Tensor, order: TokenOrder, scale: float) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from dit_sparse.methods.any_grid import AnyGrid
 from dit_sparse.methods.description import Description
 from dit_sparse.methods.parameters import check_block, check_count, check_share
 from dit_sparse.reorder import tiles_once
-from dit_sparse.types import AttentionPlan, BlockMask, Previous, Scope, Site, TokenGrid, TokenOrder
+from dit_sparse.types import AttentionPlan, BlockMask, Previous, Remainder, Scope, Site, TokenGrid, TokenOrder
 
 _EARLY_SHARE = 0.2
 
@@ -65,6 +65,7 @@ class LeastError(AnyGrid):
     scope: ClassVar[Scope] = "sample"
     uses_lse: ClassVar[bool] = False
     refresh: ClassVar[tuple[float, ...]] = (0.05, 0.1, 0.2, 0.4, 0.7)
+    own_remainder: ClassVar[Remainder] = "value"
 
     def __post_init__(self) -> None:
         check_share("density", self.density)
@@ -101,4 +102,4 @@ class LeastError(AnyGrid):
         # Both branches of a sample have one plan also where they come in one batch.
         errors = errors.unflatten(0, (branches, -1)).sum(0)
         kept = best_blocks(errors, density, order.offsets, site.grid)
-        return AttentionPlan.from_kept(order, kept.repeat(branches, 1, 1, 1), remainder="value")
+        return AttentionPlan.from_kept(order, kept.repeat(branches, 1, 1, 1), remainder=self.own_remainder)

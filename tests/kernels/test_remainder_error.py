@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dit_sparse.kernels import divide_blocks, remainder_errors
+from dit_sparse.kernels import remainder_errors
+from dit_sparse.kernels.remainder_error import divide_blocks
 from dit_sparse.types import TokenOrder
 from tests.kernels import cases
 from tests.kernels.test_block_mass import needs_gpu, needs_interpreter

@@ -91,6 +91,17 @@ def test_a_plan_counts_by_the_calls_that_it_serves(pipe, render, costs, recwarn,
     assert (NOT_FASTER in statistics(pipe).dense_calls) is is_dense
 
 
+@pytest.mark.parametrize(
+    ("remainder", "is_dense"), [("method", True), ("value", True), ("mean", False), ("none", False)]
+)
+def test_a_methods_own_remainder_counts_before_it_plans(pipe, render, costs, recwarn, remainder, is_dense) -> None:
+    """PISA's is "value"."""
+    costs(remainder={"mean": 0.01, "value": 10.0})
+    render(sparsify(pipe, Schedule(Pisa(density=0.5, block=16), remainder=remainder)))
+    assert (NOT_FASTER in statistics(pipe).dense_calls) is is_dense
+    assert (statistics(pipe).plan_seconds == 0) is is_dense
+
+
 def test_a_method_without_a_density_is_judged_by_its_first_plan(pipe, render, costs, recwarn) -> None:
     costs(kernel={"1": 1.0}, call=1e-9)
     method = SpargeAttention(density=None, block_q=16, block_k=8)
