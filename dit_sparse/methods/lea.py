@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dit_sparse.kernels import output_errors
-from dit_sparse.masks import best_blocks, share_out
+from dit_sparse.masks import best_blocks
 from dit_sparse.methods.any_grid import AnyGrid
 from dit_sparse.methods.description import Description
 from dit_sparse.methods.parameters import check_block, check_count, check_share
@@ -21,6 +21,7 @@ from dit_sparse.reorder import tiles_once
 from dit_sparse.types import AttentionPlan, BlockMask, Previous, Remainder, Scope, Site, TokenGrid, TokenOrder
 
 _EARLY_SHARE = 0.2
+_LARGEST_DENSITY = 0.95
 
 
 @dataclass(frozen=True)
@@ -80,10 +81,13 @@ class LeastError(AnyGrid):
         return tiles_once(grid, self.tile, device)
 
     def step_densities(self, num_steps: int) -> list[float]:
-        """Density of each step of a run: `early` times as large in the first fifth, capped at 1."""
-        lead = math.ceil(round(_EARLY_SHARE * num_steps, 6))
-        needs = torch.tensor([self.early] * lead + [1.0] * (num_steps - lead))
-        return share_out(needs[None], self.density)[0].tolist()
+        """Density of each step of a run: `early` times as large in the first fifth, below that of a dense step."""
+        first = min(num_steps - 1, math.ceil(round(_EARLY_SHARE * num_steps, 6)))
+        others = num_steps - first
+        low = self.density * num_steps / (self.early * first + others)
+        high = min(self.early * low, max(_LARGEST_DENSITY, self.density))
+        low = (self.density * num_steps - high * first) / others
+        return [high] * first + [low] * others
 
     def density_at(self, site: Site) -> float:
         """Density of the call at `site`; 1 where early steps need everything."""
