@@ -249,11 +249,30 @@ def test_missing_weights_are_refused_before_anything_runs(official, tmp_path):
 
 
 def test_a_dimension_names_what_it_cannot_read(tmp_path, standin, weights):
-    make_videos(tmp_path / "videos", "a-0.gif", "b-0.mp4")
+    names = ("a-0.gif", "b-0.mp4", "A person is dancing-0.mp4", "A person is doing push-ups-0.mp4")
+    make_videos(tmp_path / "videos", *names)
     found = survey(Request(tmp_path / "videos", ("motion_smoothness", "human_action"), True, python=standin))
     assert "a-0.gif: motion_smoothness reads mp4 only" in found.incomplete
-    assert found.usable(DIMENSIONS["motion_smoothness"]) == ("b-0",)
-    assert found.usable(DIMENSIONS["human_action"]) == ()
+    assert "a-0" not in found.usable(DIMENSIONS["motion_smoothness"])
+    # VBench reads the name up to the first hyphen.
+    assert found.usable(DIMENSIONS["human_action"]) == ("A person is dancing-0",)
+
+
+def test_a_video_that_is_named_and_not_there_is_missed(own, tmp_path):
+    found = own("a.mp4", prompts={"a.mp4": "at 0.5", "b.mp4": "at 0.5"}, allow_partial=True)
+    assert found.incomplete == ("1 of 2 videos are missing, such as 'b.mp4'",)
+    score(found, tmp_path / "scores")
+    with pytest.raises(ValueError, match=r"aesthetic_quality: 1 videos are missing, such as 'b\.mp4'"):
+        read_scores(tmp_path / "scores")
+
+
+def test_half_written_results_are_cleared_away(own, tmp_path):
+    folder = tmp_path / "scores" / "aesthetic_quality"
+    folder.mkdir(parents=True)
+    (folder / ".partial-4194304-abc.json").write_text('{"score": 0.')
+    score(own("a.mp4"), tmp_path / "scores")
+    assert sorted(path.suffix for path in folder.iterdir()) == [".json", ".json"]
+    assert not list(folder.glob(".partial-*"))
 
 
 _SCRIPT = """
