@@ -95,7 +95,8 @@ def generate(
     """Make the videos that VBench asks for, under their official names.
 
     Five a prompt, and 25 of those that flickering is measured on. Takes the method's own parameters, as `dit-sparse
-    generate` does, and like it goes on where it stopped.
+    generate` does, and like it goes on where it stopped. Layers for which sparse attention would be slower are sparse
+    all the same, unless `--never-slower true` is given.
     """
     from dit_sparse.cli.generate import _generate, _interruptible
 
@@ -103,7 +104,7 @@ def generate(
     console = Console(stderr=True)
     with _interruptible(console, out):
         with user_errors():
-            from dit_sparse.generate.config import build_schedule, split_arguments
+            from dit_sparse.generate.config import build_schedule, read_config, split_arguments
             from dit_sparse.generate.request import Request
             from dit_sparse.presets import find_preset
             from dit_sparse.vbench.clips import parse_shard, shard_clips
@@ -111,6 +112,9 @@ def generate(
             positional, options = split_arguments([*(arguments or ()), *context.args])
             if density is not None:
                 options["density"] = density
+            # What is scored is the method, and not what is fastest here.
+            if config is None or "never_slower" not in read_config(config):
+                options.setdefault("never_slower", "false")
             part = parse_shard(shard)
             samples = _samples(positional, dimension, vbench_python)
             preset = None if model is None else find_preset(model)

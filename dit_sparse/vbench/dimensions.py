@@ -174,11 +174,13 @@ FILTER = Dimension("static_filter", "quality", files=(_RAFT,), mp4_only=True)
 def find_dimensions(names: Sequence[str] | None, *, custom: bool = False) -> tuple[Dimension, ...]:
     """The dimensions called `names`, or all there are for official (or `custom`) videos.
 
+    `human_action`, which only judges videos of a person's action, has to be named where they are custom.
+
     Raises:
         ValueError: no such dimension, or one that needs the official prompts.
     """
     if not names:
-        return tuple(dimension for dimension in _ALL if dimension.custom or not custom)
+        return tuple(d for d in _ALL if not custom or (d.custom and d.name != "human_action"))
     unknown = [name for name in names if name not in DIMENSIONS]
     if unknown:
         raise ValueError(f"no such VBench dimension: {', '.join(unknown)}; there are {', '.join(DIMENSIONS)}")

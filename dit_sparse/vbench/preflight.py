@@ -131,7 +131,7 @@ def _find(
     """The videos, and the names of those that each dimension wants."""
     if request.custom:
         found = find_custom(request.videos, request.prompts)
-        names = (*found.videos, *found.unusable)
+        names = (*found.videos, *found.unusable, *found.missing)
         return found, {dimension.name: names for dimension in dimensions}
     needed = samples(read_prompts(environment.info, dimensions), dimensions)
     # Without the filter VBench takes the first five of a prompt.
@@ -167,9 +167,14 @@ def _unsuited(found: Found, dimension: Dimension, names: tuple[str, ...]) -> dic
         path, prompt = found.videos[name].path, found.videos[name].prompt.text
         if dimension.mp4_only and path.suffix != ".mp4":
             lines[name] = f"{path.name}: {dimension.name} reads mp4 only"
-        elif dimension.name == "human_action" and not (path.name.startswith(f"{prompt}-") and "person is " in prompt):
+        elif dimension.name == "human_action" and not _names_an_action(path, prompt):
             lines[name] = f"{path.name}: human_action takes the action from a name such as 'A person is dancing-0.mp4'"
     return lines
+
+
+def _names_an_action(path: Path, prompt: str) -> bool:
+    """Whether VBench finds the action in the file's name: it reads from "person is " to the first hyphen or "_"."""
+    return path.name.startswith(f"{prompt}-") and "person is " in prompt and not {"-", "_"} & set(prompt)
 
 
 def _incomplete(

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from dit_sparse.generate.video import remove_partials
 from dit_sparse.vbench.dimensions import FILTER, Dimension
 from dit_sparse.vbench.job import JobReport, ScoreItem, ScoreJob, run_job
 from dit_sparse.vbench.preflight import FLICKERING, Survey
@@ -112,6 +113,7 @@ class _Stage:
         done = 0
         for plan in plans:
             write_plan(self.out, plan)
+            remove_partials(self.out / plan.dimension)
             todo = [name for name, key in plan.keys.items() if read_result(self.out, plan.dimension, key) is None]
             done += len(plan.keys) - len(todo)
             jobs += _jobs(self.found, plan, self.out, todo, self.shards)

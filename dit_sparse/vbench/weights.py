@@ -22,6 +22,8 @@ VARIABLE = "VBENCH_CACHE_DIR"
 """The environment variable by which VBench finds its weights."""
 
 _CHUNK = 1 << 20
+# Either form of the weights will do.
+_HUB_FILES = {"config.json", "vocab.txt", "pytorch_model.bin", "model.safetensors"}
 
 
 def weights_folder(folder: Path | None = None) -> Path:
@@ -122,7 +124,8 @@ def _torch_reads(path: Path) -> bool:
 def _hub_model_is_there() -> bool:
     from huggingface_hub import try_to_load_from_cache
 
-    return isinstance(try_to_load_from_cache(HUB_MODEL, "config.json"), str)
+    there = {name for name in _HUB_FILES if isinstance(try_to_load_from_cache(HUB_MODEL, name), str)}
+    return _HUB_FILES - there <= {"pytorch_model.bin"} or _HUB_FILES - there <= {"model.safetensors"}
 
 
 def _download(file: WeightFile, folder: Path) -> None:

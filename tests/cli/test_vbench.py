@@ -41,6 +41,9 @@ def test_generate(model, capsys):
     assert {path.name for path in Path("videos").glob("*.mp4")} == {f"a red cup-{index}.mp4" for index in range(5)}
     assert exit_code(*generate) == 0
     assert "5 of 5 already done" in capsys.readouterr().out
+    # The videos are the method's, whatever is fastest here.
+    lines = [json.loads(line) for line in Path("videos/manifest.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert all(line["config"]["never_slower"] is False for line in lines)
 
 
 def test_score_and_table(capsys, weights):

@@ -2,6 +2,7 @@
 
 A video's prompt says what becomes of it: "boom" raises, "skip" is left out, "crash" ends the process, "wget" asks for
 a download, "absent" has nothing to judge. Its score is the number in the prompt, or one half.
+"slow" takes its time, unless a file "hurry" lies beside the weights.
 """
 
 import functools
@@ -41,7 +42,8 @@ def judge(dimension, path, info):
     prompt = info["prompt_en"]
     print("VBench prints to standard output")
     note(f"{dimension} {path}")
-    time.sleep(0.25 * prompt.count("slow"))
+    hurry = os.path.exists(os.path.join(CACHE_DIR, "hurry"))
+    time.sleep(0 if hurry else 0.25 * prompt.count("slow"))
     if "boom" in prompt:
         raise RuntimeError("no such luck")
     if "crash" in prompt:

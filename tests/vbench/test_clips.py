@@ -137,7 +137,7 @@ def test_killed_and_run_again(request_for, tmp_path):
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
     with subprocess.Popen([sys.executable, "-c", _SCRIPT, content], env=environment) as process:
         while not list(out.glob("a *.mp4")) and process.poll() is None:
-            time.sleep(0.005)
+            time.sleep(0.02)
         process.kill()
     kept = {path: path.stat().st_mtime_ns for path in out.glob("a *.mp4")}
     assert 1 <= len(kept) < 4

@@ -49,7 +49,8 @@ def test_refuses_another_file(tmp_path, text):
 def test_dimensions_by_name():
     assert [d.name for d in find_dimensions(["scene", "color", "scene"])] == ["scene", "color"]
     assert len(find_dimensions(None)) == 16
-    assert len(find_dimensions(None, custom=True)) == 10
+    assert len(find_dimensions(None, custom=True)) == 9
+    assert len(find_dimensions(["human_action"], custom=True)) == 1
     with pytest.raises(ValueError, match="no such VBench dimension: colour; there are subject_consistency, "):
         find_dimensions(["colour"])
     with pytest.raises(ValueError, match="color, scene: needs VBench's own prompts"):

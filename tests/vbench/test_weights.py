@@ -120,7 +120,11 @@ def test_where_weights_are_looked_for(tmp_path, monkeypatch):
 
 
 def test_a_model_of_the_hub_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
+    there = {"config.json"}
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda _, name: name if name in there else None)
     assert problems(_dimension(hub_model=True), tmp_path) == [
         "d: bert-base-uncased is not in the Hugging Face cache: hf download bert-base-uncased"
     ]
+    for weights in ("pytorch_model.bin", "model.safetensors"):
+        there = {"config.json", "vocab.txt", weights}
+        assert problems(_dimension(hub_model=True), tmp_path) == []
