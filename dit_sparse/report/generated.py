@@ -77,14 +77,23 @@ def _group(folder: Path, lines: Sequence[Line], notes: list[str]) -> Group:
         ("size", f"{first['width']}x{first['height']}, {first['frames']} frames"),
         ("steps", str(first["steps"])),
     ]
-    runs = [_run(folder, line, notes) for line in lines]
+    runs = [_run(folder, line, label, notes) for line, label in zip(lines, _labels(lines), strict=True)]
     compared = next((line for line in lines if "dense_seconds" in line), None)
     if compared is not None:
         runs.insert(0, _dense_run(folder, compared, notes))
     return Group(first["prompt"], facts, runs)
 
 
-def _run(folder: Path, line: Line, notes: list[str]) -> Run:
+def _labels(lines: Sequence[Line]) -> list[str]:
+    """Method and density of each, and a number where those of several are the same."""
+    plain = [describe(line["config"]) for line in lines]
+    return [
+        label if plain.count(label) == 1 else f"{label} ({plain[: place + 1].count(label)})"
+        for place, label in enumerate(plain)
+    ]
+
+
+def _run(folder: Path, line: Line, label: str, notes: list[str]) -> Run:
     trace = None
     if "trace" in line:
         trace = inside(folder, line["trace"])
@@ -92,7 +101,7 @@ def _run(folder: Path, line: Line, notes: list[str]) -> Run:
             notes.append(f"{line['trace']} is missing: no maps and no timeline of {line['file']}")
             trace = None
     facts = [("seconds", number(line["seconds"], ".1f")), *_figures(line)]
-    return Run(describe(line["config"]), folder / line["file"], line["fps"], trace, facts, _command(line))
+    return Run(label, folder / line["file"], line["fps"], trace, facts, _command(line))
 
 
 def _figures(line: Line) -> list[Fact]:

@@ -72,14 +72,15 @@ def test_videos_of_one_prompt_and_seed_stand_together(folder, edit) -> None:
     others = [
         line | {"key": "b", "file": "b.mp4", "config": {"method": "svg", "density": 0.5}},
         line | {"key": "c", "file": "c.mp4", "seed": 1},
+        line | {"key": "d", "file": "d.mp4", "config": {"method": "svg", "density": 0.5, "warmup": 0}},
     ]
     with (folder / MANIFEST).open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(other) + "\n" for other in others)
-    for name in ("b.mp4", "c.mp4"):
+    for name in ("b.mp4", "c.mp4", "d.mp4"):
         shutil.copy(folder / line["file"], folder / name)
     groups = load(folder).groups
     assert [[run.label for run in group.runs] for group in groups] == [
-        ["dense", "adaspa 0.3", "svg 0.5"],
+        ["dense", "adaspa 0.3", "svg 0.5 (1)", "svg 0.5 (2)"],
         ["dense", "adaspa 0.3"],
     ]
 

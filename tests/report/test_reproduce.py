@@ -33,7 +33,7 @@ def test_the_command_asks_for_the_same_video(config, prompt, monkeypatch) -> Non
     config = Schedule.from_config(config).to_config()
     line = {"prompt": prompt, "seed": 7, "model": "demo", "config": config, "negative_prompt": "", **SIZES, **FILE}
     asked = []
-    monkeypatch.setattr(generate, "_generate", lambda request, console: asked.append(request) or 0)
+    monkeypatch.setattr(generate, "_generate", lambda request, *_: asked.append(request) or 0)
     program, *arguments = shlex.split(generate_command(line, compare_dense=True))
     assert program == "dit-sparse"
     with pytest.raises(SystemExit) as stopped:

@@ -97,7 +97,6 @@ function rove(rows, choose) {
         else if (event.key in lines) target = rows[lines[event.key]]?.[Math.min(c, rows[lines[event.key]].length - 1)];
         else return;
         event.preventDefault();
-        event.stopPropagation();
         if (target) move(target);
       });
     }),
