@@ -148,6 +148,11 @@ class Schedule:
             return (site.grid, *([] if self.ramp is None else [self.ramp[self._part(site.step, site.num_steps)]]))
         return (site.grid, site.model, site.layer) + ((site.branch,) if scope == "call" else ())
 
+    def unit(self, model: str, layer: int, branch: str) -> tuple[Any, ...]:
+        """What of `key` stands behind the grid: what shares a plan on whatever grid."""
+        place = (model, layer, branch)
+        return place[: {"grid": 0, "layer": 2, "call": 3}[self.method.scope]]
+
     def decide(self, site: Site, previous: Previous | None) -> Decision:
         """What the call at `site` does, given what is there from before."""
         if site.layer in {layer % site.num_layers for layer in self.dense_layers}:

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from dit_sparse.pipelines.context_parallel import parallelize
 from dit_sparse.pipelines.loading import ModelError, load_pipeline
 from dit_sparse.pipelines.observe import Observer, observe
 from dit_sparse.pipelines.sparsify import check, save_plan, session_of, sparsify, statistics, token_grid, unsparsify
@@ -32,6 +33,7 @@ __all__ = [
     "check",
     "load_pipeline",
     "observe",
+    "parallelize",
     "save_plan",
     "session_of",
     "sparsify",
