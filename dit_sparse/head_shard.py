@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -38,7 +37,9 @@ class HeadShard:
     def __post_init__(self) -> None:
         everything = sorted(head for heads in self.assignment for head in heads)
         if everything != list(range(len(everything))) or not all(self.assignment):
-            raise ValueError(f"assignment must give every head to one rank and every rank a head, got {self.assignment}")
+            raise ValueError(
+                f"assignment must give every head to one rank and every rank a head, got {self.assignment}"
+            )
 
     @property
     def heads(self) -> tuple[int, ...]:

@@ -204,7 +204,9 @@ class AttentionPlan:
         if ("heads", heads) not in self.derived:
             q_order = self.q_order.of_heads(heads)
             kv_order = q_order if self.kv_order is self.q_order else self.kv_order.of_heads(heads)
-            self.derived["heads", heads] = AttentionPlan(q_order, kv_order, self.block_mask.of_heads(heads), self.remainder)
+            self.derived["heads", heads] = AttentionPlan(
+                q_order, kv_order, self.block_mask.of_heads(heads), self.remainder
+            )
         return self.derived["heads", heads]
 
     @property

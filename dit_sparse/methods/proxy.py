@@ -88,7 +88,9 @@ class ProxyAttention(AnyGrid):
         is_text = text_blocks(grid, order.offsets)[0, 0]
         needed = blocks_for_share(mass.masked_fill(is_text, 0), self.threshold).double().mean(-1) / (~is_text).sum()
         video_pairs = grid.video_len**2 / grid.num_tokens**2
-        density = 1 - (1 - needed) * video_pairs if self.density is None else _shared_out(needed, self.density, site.heads)
+        density = (
+            1 - (1 - needed) * video_pairs if self.density is None else _shared_out(needed, self.density, site.heads)
+        )
         return AttentionPlan.from_kept(order, Ranking(scores, order, order, grid).select(density))
 
 

@@ -57,7 +57,8 @@ class Agreement:
         names = sorted({name for other in told for name in other if other[name] != told[0].get(name)})
         names = names or sorted(told[0])
         differ = "; ".join(
-            f"{name}: " + ", ".join(f"rank {rank} {other.get(name)!r:.200}" for rank, other in zip(self.ranks, told))
+            f"{name}: "
+            + ", ".join(f"rank {rank} {other.get(name)!r:.200}" for rank, other in zip(self.ranks, told, strict=True))
             for name in names
         )
         raise ValueError(f"all ranks must agree when {doing}, got {differ}")

@@ -1,7 +1,8 @@
-"""Which rank attends with which heads: heads of unequal density are spread so that no rank has much more than its share."""
+"""Which rank attends with which heads: those of unequal density are spread so that ranks have equally much to do."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 __all__ = ["balanced", "contiguous", "imbalance"]
@@ -21,7 +22,7 @@ def contiguous(heads: int, ranks: int) -> Assignment:
         )
     each, more = divmod(heads, ranks)
     bounds = [rank * each + min(rank, more) for rank in range(ranks + 1)]
-    return tuple(tuple(range(a, b)) for a, b in zip(bounds, bounds[1:], strict=False))
+    return tuple(tuple(range(a, b)) for a, b in itertools.pairwise(bounds))
 
 
 def balanced(costs: Sequence[float], ranks: int) -> Assignment:
@@ -45,7 +46,7 @@ def _swap(parts: list[list[int]], costs: Sequence[float]) -> bool:
     """Swap one head of the dearest rank for one of another, if that makes the dearer of the two cheaper."""
     sums = [sum(costs[head] for head in part) for part in parts]
     worst = max(range(len(parts)), key=lambda r: sums[r])
-    best = (sums[worst] * (1 - 1e-9), None)
+    best: tuple[float, tuple[int, int, int] | None] = (sums[worst] * (1 - 1e-9), None)
     for other in range(len(parts)):
         for i, mine in enumerate(parts[worst]):
             for j, theirs in enumerate(parts[other]):

@@ -16,11 +16,11 @@ from dit_sparse.head_shard import HeadShard
 from dit_sparse.kernels import dense_attention, select
 from dit_sparse.parallel.agree import Agreement
 from dit_sparse.parallel.balance import Assignment, balanced, contiguous, imbalance
-from dit_sparse.parallel.exchange import to_heads, to_tokens
+from dit_sparse.parallel.exchange import Places, to_heads, to_tokens
 from dit_sparse.parallel.plans import gather_plan
 from dit_sparse.parallel.ring import Chunk, Part, cut_plan, ring_attention
 from dit_sparse.parallel.split import SequenceSplit
-from dit_sparse.types import AttentionPlan, Method, PackedPlan, Previous, Site, TokenGrid
+from dit_sparse.types import AttentionPlan, Method, PackedPlan, Previous, Site, TokenGrid, TokenOrder
 
 __all__ = ["ContextParallel", "Mesh"]
 
@@ -91,6 +91,8 @@ class ContextParallel:
         self.moves = 0
         self._ulysses_rank, self._ring_rank = dist.get_rank(mesh.ulysses_group), dist.get_rank(mesh.ring_group)
         self._split: SequenceSplit | None = None
+        self._order: TokenOrder | None = None
+        self._placed: Places | None = None
         self._shard: HeadShard | None = None
         self._unit: Key = ()
         self._assignments: dict[Key, Assignment] = {}
@@ -107,26 +109,31 @@ class ContextParallel:
         for known in (self._assignments, self._costs, self._densities):
             known.clear()
 
-    def begin_forward(self, grid: TokenGrid, facts: Mapping[str, Any]) -> None:
+    def begin_forward(self, grid: TokenGrid, facts: Mapping[str, Any], order: TokenOrder | None = None) -> None:
         """Before each forward: make sure that all ranks are about to do the same.
 
         Args:
             grid: layout of its sequences, padding counted as text.
             facts: what must be equal on all ranks, JSON values by name.
+            order: where there is no ring, the order that tokens are brought into when heads are exchanged.
 
         Raises:
             ValueError: facts that differ, or fewer tokens than ranks.
             RankLostError: a rank does not answer.
         """
         self.mesh.agreement.check("beginning a forward", facts)
-        self._split = SequenceSplit(grid, self.mesh.ulysses * self.mesh.ring)
+        if self._split is None or self._split.grid != grid or self._order is not order:
+            self._split, self._order = SequenceSplit(grid, self.mesh.ulysses * self.mesh.ring), order
+            self._placed = None
 
-    def attend(self, unit: Key, plans: MutableMapping[Key, Previous], q: Tensor, k: Tensor, v: Tensor, run: Attend) -> Tensor:
+    def attend(
+        self, unit: Key, plans: MutableMapping[Key, Previous], q: Tensor, k: Tensor, v: Tensor, run: Attend
+    ) -> Tensor:
         """One self-attention call.
 
         Args:
-            unit: what shares one spread of the heads with this call: model, layer and branch as far as the keys of plans
-                have them behind the grid, and nothing where a plan is of the grid alone.
+            unit: what shares one spread of the heads with this call: model, layer and branch as far as the keys of
+                plans have them behind the grid, and nothing where a plan is of the grid alone.
             plans: what is kept from earlier calls; those of `unit` are moved if heads are.
             q, k, v: `[B, H, n, D]`: this rank's tokens with all heads.
             run: attention of this rank's heads, on all tokens, or in a ring on those of its ring's part.
@@ -134,15 +141,21 @@ class ContextParallel:
         Returns:
             `[B, H, n, D]`.
         """
-        split, mesh = self._split_now(), self.mesh
         self._unit, self._shard = unit, self._spread(unit, plans, q.shape[1])
-        first = self._ring_rank * mesh.ulysses
-        if mesh.ulysses == 1:
+        if self.mesh.ulysses == 1:
             return run(q, k, v)
-        start = split.runs(first, mesh.ulysses)
-        runs = [_within(split.runs(first + rank), start) for rank in range(mesh.ulysses)]
-        out = run(*to_heads([q, k, v], self._shard, runs))
-        return to_tokens(out, self._shard, runs)
+        places = self._places(q.device)
+        return to_tokens(run(*to_heads([q, k, v], self._shard, places)), self._shard, places)
+
+    def _places(self, device: torch.device) -> Places:
+        """Where the tokens of this Ulysses group go; one behind the other in a ring, whose part they are."""
+        if self._placed is None:
+            split, mesh = self._split_now(), self.mesh
+            first = self._ring_rank * mesh.ulysses
+            part = split.runs(first, mesh.ulysses)
+            runs = [_within(split.runs(first + rank), part) for rank in range(mesh.ulysses)]
+            self._placed = Places.of(runs, device, self._order)
+        return self._placed
 
     def _split_now(self) -> SequenceSplit:
         if self._split is None:
@@ -193,14 +206,13 @@ class ContextParallel:
 
     def density(self, key: Key, plan: AttentionPlan) -> Tensor:
         """`[B|1, H|1]` density of `plan` on all heads of the model."""
-        return self._densities[key] if key in self._densities else plan.density
+        known = self._densities.get(key)
+        return plan.density if known is None else known
 
     def sparse(
         self, backend: str, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, in_order: bool = False
     ) -> tuple[Tensor, str]:
-        """Attention under `plan`, and the backend that computed it; tokens are in the sequence's own order."""
-        if in_order:
-            raise ValueError("in_order must be False on several ranks, got True")
+        """Attention under `plan`, and the backend that computed it."""
         shard = self._shard
         assert shard is not None
         # A plan of the grid is of all heads.
@@ -208,7 +220,7 @@ class ContextParallel:
             plan = plan.of_heads(shard.heads)
         if self.mesh.ring == 1:
             name = select(backend, q, k, v, plan).name
-            return sparse_attention(q, k, v, plan, backend=name), name
+            return sparse_attention(q, k, v, plan, backend=name, in_order=in_order), name
         if plan.block_mask.is_full:
             return self.dense(q, k, v, plan.q_order.num_tokens)[0], "dense"
         chunks = self._chunks(plan.q_order.num_tokens)
@@ -227,11 +239,11 @@ class ContextParallel:
         shard, mesh = self._shard, self.mesh
         assert shard is not None
         own = HeadShard(contiguous(q.shape[1], mesh.ring), self._ring_rank, mesh.ring_group)
-        runs = [chunk.runs for chunk in self._chunks(site.grid.num_tokens)]
-        q, k, v = to_heads([q, k, v], own, runs)
+        places = Places.of([chunk.runs for chunk in self._chunks(site.grid.num_tokens)], q.device)
+        q, k, v = to_heads([q, k, v], own, places)
         if previous is not None:
             plan = None if previous.plan is None else previous.plan.unpack().of_heads(own.heads)
-            lse = None if previous.lse is None else to_heads([previous.lse[..., None]], own, runs)[0][..., 0]
+            lse = None if previous.lse is None else to_heads([previous.lse[..., None]], own, places)[0][..., 0]
             previous = replace(previous, plan=plan, lse=lse)
         parts = [
             tuple(heads[i] for i in contiguous(len(heads), mesh.ring)[r])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 from torch import Tensor
 
 from dit_sparse.block_mask import BlockMask, pack_bits, unpack_bits
@@ -20,8 +22,9 @@ def gather_plan(plan: AttentionPlan, shard: HeadShard, agreement: Agreement) -> 
     """
     mask, own = plan.block_mask, len(shard.heads)
     if mask.partial_counts is not None:
-        raise ValueError("plan must have whole blocks to be sent to other ranks, got a token predicate; use ulysses alone")
-    per_head = own == 1 or any(order.index.shape[1] > 1 for order in (plan.q_order, plan.kv_order))
+        raise ValueError(
+            "plan must have whole blocks to be sent to other ranks, got a token predicate; use ulysses alone"
+        )
     facts = {
         "blocks": [mask.num_q_blocks, mask.num_k_blocks],
         "batch": [x.shape[0] for x in (mask.kv_counts, plan.q_order.index, plan.kv_order.index)],
@@ -29,16 +32,24 @@ def gather_plan(plan: AttentionPlan, shard: HeadShard, agreement: Agreement) -> 
         "remainder": plan.remainder,
     }
     agreement.check("putting their plans together", facts)
-    # With one head a plan does not tell whether its order is for all of them.
-    told = agreement.gather("putting their plans together", (own, per_head))
-    by_head = any(per_head for own, per_head in told if own > 1) or all(own == 1 for own, _ in told)
-    q_order = _gather_order(plan.q_order, shard) if by_head else plan.q_order
-    kv_order = q_order if plan.kv_order is plan.q_order else plan.kv_order
-    if by_head and kv_order is plan.kv_order:
-        kv_order = _gather_order(plan.kv_order, shard)
+    q_order, kv_order = plan.q_order, plan.kv_order
+    if _is_by_head(plan, own, agreement):
+        q_order = _gather_order(plan.q_order, shard)
+        kv_order = q_order if plan.kv_order is plan.q_order else _gather_order(plan.kv_order, shard)
     bits = shard.gather(_expanded(pack_bits(mask.full_blocks), own))
     kept = unpack_bits(bits, mask.num_k_blocks)
-    return AttentionPlan(q_order, kv_order, BlockMask.from_bool(kept, q_order.offsets, kv_order.offsets), plan.remainder)
+    return AttentionPlan(
+        q_order, kv_order, BlockMask.from_bool(kept, q_order.offsets, kv_order.offsets), plan.remainder
+    )
+
+
+def _is_by_head(plan: AttentionPlan, own: int, agreement: Agreement) -> bool:
+    """Whether heads have orders of their own, on any rank. A plan of one head does not tell, so those are compared."""
+    orders = (plan.q_order.index, plan.kv_order.index)
+    by_head = own > 1 and any(index.shape[1] > 1 for index in orders)
+    digest = "" if own > 1 else "".join(hashlib.sha256(index.cpu().numpy().tobytes()).hexdigest() for index in orders)
+    told = agreement.gather("putting their plans together", (by_head, digest))
+    return any(by_head for by_head, _ in told) or len({digest for _, digest in told if digest}) > 1
 
 
 def _gather_order(order: TokenOrder, shard: HeadShard) -> TokenOrder:

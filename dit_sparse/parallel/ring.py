@@ -92,7 +92,9 @@ def cut_plan(plan: AttentionPlan, chunks: Sequence[Chunk], rank: int) -> list[At
         ValueError: a plan with a remainder, which is of whole blocks.
     """
     if plan.remainder != "none":
-        raise ValueError(f"remainder must be 'none' in a ring, got {plan.remainder!r}: it is of whole blocks; use ulysses")
+        raise ValueError(
+            f"remainder must be 'none' in a ring, got {plan.remainder!r}: it is of whole blocks; use ulysses"
+        )
     if "ring" not in plan.derived:
         device = plan.q_order.index.device
         q_order = _cut(plan.q_order, chunks)[rank]

@@ -28,7 +28,9 @@ class SequenceSplit:
     def __post_init__(self) -> None:
         for name, tokens in (("video", self.grid.video_len), ("text", self.grid.text_len)):
             if 0 < tokens < self.parts:
-                raise ValueError(f"{name} tokens must be at least the {self.parts} ranks, got {tokens}; use fewer ranks")
+                raise ValueError(
+                    f"{name} tokens must be at least the {self.parts} ranks, got {tokens}; use fewer ranks"
+                )
 
     @property
     def is_even(self) -> bool:

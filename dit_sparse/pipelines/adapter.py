@@ -98,8 +98,8 @@ class FamilyAdapter(ABC):
         relies_on: other functions of diffusers that the adapter replaces or must know the source of, such as a block's
             forward.
         float32_vae: whether the VAE stays in float32 whatever the precision of the rest.
-        context_parallel_plan: how diffusers' context parallelism cuts a forward's tensors, where diffusers does not know
-            that itself; its own processors cannot run so cut.
+        context_parallel_plan: how diffusers' context parallelism cuts a forward's tensors, where diffusers has no plan
+            of its own; its own processors cannot run so cut.
     """
 
     family: ClassVar[str]

@@ -66,15 +66,16 @@ def parallelize(
         if getattr(transformer, "_parallel_config", None) is not None:
             raise ValueError(f"{model} must not be parallel yet, got a parallel one")
         adapter.check_parallel(transformer, ulysses)
-    for transformer in transformers_of(pipe).values():
+    spread: Any
+    for spread in transformers_of(pipe).values():
         config = ParallelConfig(
             context_parallel_config=ContextParallelConfig(ulysses_degree=ulysses, ring_degree=ring, mesh=mesh)
         )
-        with _on_any_device(transformer):
-            transformer.enable_parallelism(config=config, cp_plan=adapter.context_parallel_plan)
+        with _on_any_device(spread):
+            spread.enable_parallelism(config=config, cp_plan=adapter.context_parallel_plan)
         _meshes[config] = _mesh_of(config.context_parallel_config, timeout), balance
         if adapter.context_parallel_plan is not None:
-            transformer.register_forward_pre_hook(functools.partial(_check_processors, adapter))
+            spread.register_forward_pre_hook(functools.partial(_check_processors, adapter))
     return pipe
 
 
@@ -102,7 +103,8 @@ def _resolve_on_cpu(transformer: Any, config: ParallelConfig) -> ParallelConfig:
 
 def _mesh_of(config: ContextParallelConfig, timeout: float = TIMEOUT) -> Mesh:
     meshes = (config._flattened_mesh, config._ulysses_mesh, config._ring_mesh)
-    return Mesh(*(mesh.get_group() for mesh in meshes), timeout)
+    group, ulysses, ring = (mesh.get_group() for mesh in meshes)
+    return Mesh(group, ulysses, ring, timeout)
 
 
 def _check_processors(adapter: FamilyAdapter, transformer: Any, args: tuple[Any, ...]) -> None:
@@ -143,7 +145,7 @@ def _check_cache(transformer: Any) -> None:
     cache = type(getattr(transformer, "_cache_config", None)).__name__
     if cache == "FirstBlockCacheConfig":
         raise ValueError(
-            f"cache must decide alike on all ranks, got {cache}, which looks at this rank's tokens alone; disable_cache()"
+            f"cache must decide alike on all ranks, got {cache}, which looks at a rank's own tokens; disable_cache()"
         )
 
 

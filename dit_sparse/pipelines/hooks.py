@@ -93,8 +93,8 @@ class SiteHook:
         layout = self.adapter.layout(module, inputs)
         latents = inputs["hidden_states"]
         self._parallel = context_of(module, self.adapter, self._parallel)
-        # Tokens are cut by their place in the sequence's own order.
-        movable = self._parallel is None and self.adapter.takes_order(module, inputs)
+        # Ranks cut tokens by their place in the sequence's own order, and can move them when they have all of them.
+        movable = self.adapter.takes_order(module, inputs) if self._parallel is None else self._parallel.mesh.ring == 1
         device = latents.device if movable else None
         order = self.session.begin_forward(layout, self.model, self._branch, device, self._parallel, latents)
         if self._parallel is not None:

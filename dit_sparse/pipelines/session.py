@@ -107,7 +107,7 @@ class Session:
         Args:
             layout, model: layout of its sequences, and which transformer of the pipeline it is.
             branch: guidance branch, `None` where the pipeline does not name it.
-            device: where the tokens lie, if the caller can put them into another order.
+            device: where the tokens lie, if the caller or `parallel` can put them into another order.
             parallel, latents: where the sequence lies on several ranks: what runs its attention, and the whole input,
                 which must be the same on all of them.
 
@@ -125,9 +125,10 @@ class Session:
             order = self.schedule.shared_order(layout.groups[0].grid, device)
             order = None if order is None or order.is_identity else order
         self._forward = _Forward(layout, model, branch or self._numbered_branch(), order, parallel)
-        if parallel is not None:
-            self._agree(parallel, latents)
-        return order
+        if parallel is None:
+            return order
+        self._agree(parallel, latents)
+        return None  # the exchange of heads for tokens moves them
 
     def _agree(self, parallel: ContextParallel, latents: Tensor | None) -> None:
         """Make sure that all ranks begin the same forward of the same run."""
@@ -137,7 +138,7 @@ class Session:
             self._agreed[parallel] = self._run
             parallel.begin_run()
             facts |= facts_of_run(self.schedule, self.backend, latents)
-        parallel.begin_forward(self._forward.layout.grid, facts)
+        parallel.begin_forward(self._forward.layout.grid, facts, self._forward.order)
 
     def end_forward(self) -> None:
         """Called after each forward of a transformer."""
@@ -194,6 +195,11 @@ class Session:
         """Tokens of a sequence of which `here` are on this rank."""
         forward = self._forward
         return here if forward is None or forward.parallel is None else forward.layout.grid.num_tokens
+
+    @property
+    def contexts(self) -> tuple[ContextParallel, ...]:
+        """What has run attention over several ranks, one a transformer."""
+        return tuple(self._agreed)
 
     @property
     def engine(self) -> Engine:
@@ -267,7 +273,8 @@ class Session:
         out = torch.zeros_like(q)
         for rows, grid in layout.groups:
             tokens = self.engine.num_tokens(grid)
-            out[rows, :, :tokens] = self._engine_dense(*(x[rows, :, :tokens] for x in (q, k, v)), grid)
+            own_q, own_k, own_v = (x[rows, :, :tokens] for x in (q, k, v))
+            out[rows, :, :tokens] = self._engine_dense(own_q, own_k, own_v, grid)
         return out
 
     def _part(self, layer: int, num_layers: int, group: Group, batch: int) -> _Part:

@@ -59,7 +59,9 @@ def render(
 
     def spread() -> None:
         if ulysses * ring > 1:
-            parallelize(pipe, ulysses=ulysses, ring=ring, mesh=_mesh(ulysses, ring), timeout=TIMEOUT, **(parallel or {}))
+            parallelize(
+                pipe, ulysses=ulysses, ring=ring, mesh=_mesh(ulysses, ring), timeout=TIMEOUT, **(parallel or {})
+            )
 
     if first == "parallelize":
         spread()
@@ -70,7 +72,7 @@ def render(
         latents = own.run(pipe, prompt, steps=steps, **options)
     calls = statistics(pipe).records
     densities = [[-1.0] if call.density is None else call.density.mean(0).tolist() for call in calls]
-    return Rendered(latents, densities, sum(context.moves for context in session_of(pipe)._agreed))
+    return Rendered(latents, densities, sum(context.moves for context in session_of(pipe).contexts))
 
 
 _meshes: dict[tuple[int, int], Any] = {}
