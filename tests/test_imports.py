@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "eval": {"types", "kernels", "reorder", "masks", "methods", "schedule", "pipelines"},
     "bench": {"types", "block_mask", "kernels", "reorder", "masks", "methods", "schedule", "attention"},
     "presets": {"methods", "schedule"},
-    "generate": {"types", "methods", "schedule", "presets", "pipelines", "demo", "eval"},
+    "generate": {"types", "methods", "schedule", "presets", "pipelines", "demo", "eval", "parallel", "lost_ranks"},
     "calibrate": {"types", "block_mask", "masks", "reorder", "methods", "pipelines", "generate"},
     "simulator": {"types", "masks", "methods"},
     "doctor": {"kernels", "demo"},
@@ -48,6 +48,7 @@ MAY_IMPORT = {
         "demo",
         "eval",
         "pipelines",
+        "lost_ranks",
     },
 }
 # Everybody may read the version; nothing else lives in the package's own namespace.

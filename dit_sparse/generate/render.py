@@ -6,7 +6,7 @@ import gc
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
@@ -34,6 +34,15 @@ class Rendered:
     clip: Clip
     line: dict[str, Any]
     partial: Path
+
+
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """A video in memory, `[T, H, W, 3]` uint8, and its manifest line but for its file's name."""
+
+    clip: Clip
+    line: dict[str, Any]
+    frames: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -98,6 +107,10 @@ class Renderer:
         Raises:
             OSError: it cannot be written.
         """
+        return _written(self.draw(settings, clip, listener), settings, partial)
+
+    def draw(self, settings: Settings, clip: Clip, listener: Listener) -> Drawn | Failed:
+        """Render `clip`."""
         try:
             if not self._warm:
                 _warm_up(self, settings, clip, listener)
@@ -107,8 +120,7 @@ class Renderer:
         except Exception as error:  # noqa: BLE001
             _free_memory()
             return Failed(clip, error.with_traceback(None))
-        write_partial(frames, partial, format=settings.format, fps=settings.fps)
-        return Rendered(clip, line, partial)
+        return Drawn(clip, line, frames)
 
 
 class LocalExecutor:
@@ -123,8 +135,18 @@ class LocalExecutor:
     def render(self, settings: Settings, clips: Sequence[Clip], listener: Listener) -> Iterator[Rendered | Failed]:
         """See `Executor.render`."""
         for clip in clips:
-            partial = partial_path(self.renderer.request.out / partial_name(settings, clip))
-            yield self.renderer.render(settings, clip, partial, listener)
+            yield self.write(settings, self.renderer.draw(settings, clip, listener))
+
+    def write(self, settings: Settings, drawn: Drawn | Failed) -> Rendered | Failed:
+        """Write what was drawn under a name of its own."""
+        return _written(drawn, settings, partial_path(self.renderer.request.out / partial_name(settings, drawn.clip)))
+
+
+def _written(drawn: Drawn | Failed, settings: Settings, partial: Path) -> Rendered | Failed:
+    if isinstance(drawn, Failed):
+        return drawn
+    write_partial(drawn.frames, partial, format=settings.format, fps=settings.fps)
+    return Rendered(drawn.clip, drawn.line, partial)
 
 
 def partial_name(settings: Settings, clip: Clip) -> str:
@@ -139,7 +161,8 @@ def _make(renderer: Renderer, settings: Settings, clip: Clip, listener: Listener
         line = _line(renderer, settings, clip, seconds)
     pixels = to_uint8(frames)
     if renderer.request.compare_dense:
-        dense, dense_seconds = _render(renderer, settings, clip, "dense", listener)
+        with _dense(renderer):
+            dense, dense_seconds = _render(renderer, settings, clip, "dense", listener)
         line |= _comparison(frames, dense, seconds, dense_seconds)
     return pixels, line
 
@@ -149,7 +172,8 @@ def _warm_up(renderer: Renderer, settings: Settings, clip: Clip, listener: Liste
     settings = replace(settings, steps=1)
     with _sparse(renderer.pipe, replace(renderer.schedule, warmup=0.0)):
         _render(renderer, settings, clip, "warm-up", listener)
-    _render(renderer, settings, clip, "warm-up", listener)
+    with _dense(renderer):
+        _render(renderer, settings, clip, "warm-up", listener)
 
 
 @contextmanager
@@ -161,6 +185,14 @@ def _sparse(pipe: Any, schedule: Schedule) -> Iterator[None]:
         yield
     finally:
         unsparsify(pipe)
+
+
+def _dense(renderer: Renderer) -> AbstractContextManager[None]:
+    """Within it attention is dense: the model's own, or on several ranks our exchange around it."""
+    from dit_sparse.methods import Dense
+    from dit_sparse.schedule import Schedule
+
+    return nullcontext() if renderer.request.parallel is None else _sparse(renderer.pipe, Schedule(Dense()))
 
 
 def _render(
@@ -217,6 +249,7 @@ def _line(renderer: Renderer, settings: Settings, clip: Clip, seconds: float) ->
         "dtype": settings.dtype,
         "device": models.resolve_device(renderer.request.device),
         "offload": renderer.request.offload,
+        "parallel": renderer.request.parallel,
         "format": settings.format,
         "fps": settings.fps,
         "seconds": seconds,

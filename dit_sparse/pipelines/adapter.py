@@ -163,8 +163,9 @@ class FamilyAdapter(ABC):
         """Put sparse processors into the self-attention modules and return the replaced ones by module path.
 
         Raises:
-            ValueError: a processor that is not the family's own.
+            ValueError: a processor that is not the family's own, or tensor parallelism.
         """
+        context_config(transformer)
         modules = self.attention_modules(transformer)
         for path, module in modules.items():
             self._check_processor(f"{model}.{path}", module.processor)
@@ -206,6 +207,22 @@ class FamilyAdapter(ABC):
                 f"{path}.processor must be diffusers' {expected}, got {type(processor).__name__}; "
                 "sparsify before installing another processor"
             )
+
+
+def context_config(transformer: Any) -> Any:
+    """The configuration of diffusers' context parallelism on `transformer`; `None` without any.
+
+    Raises:
+        ValueError: another parallelism.
+    """
+    config = getattr(transformer, "_parallel_config", None)
+    context = getattr(config, "context_parallel_config", None)
+    if config is not None and context is None:
+        raise ValueError(
+            f"parallelism must be off with sparse attention, got {type(config).__name__}; unsparsify, or use context "
+            "parallelism"
+        )
+    return context
 
 
 def modules_of(transformer: Any, name: str, *lists: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from diffusers.models._modeling_parallel import ParallelConfig
 from torch.utils.weak import WeakIdKeyDictionary
 
 from dit_sparse.parallel import ContextParallel, Mesh, SequenceSplit
-from dit_sparse.pipelines.adapter import FamilyAdapter, SparseProcessor
+from dit_sparse.pipelines.adapter import FamilyAdapter, SparseProcessor, context_config
 from dit_sparse.pipelines.families import adapter_for, transformers_of
 from dit_sparse.pipelines.layout import Layout
 
@@ -127,12 +127,10 @@ def context_of(transformer: Any, adapter: FamilyAdapter, known: ContextParallel 
     Raises:
         ValueError: tensor parallelism, or a model or cache that cannot be spread.
     """
-    config = getattr(transformer, "_parallel_config", None)
-    if config is None:
-        return None
-    own = getattr(config, "context_parallel_config", None)
+    own = context_config(transformer)
     if own is None:
-        raise ValueError(f"parallelism must be off with sparse attention, got {type(config).__name__}; unsparsify")
+        return None
+    config = transformer._parallel_config
     if config not in _meshes:
         adapter.check_parallel(transformer, own.ulysses_degree)
         _meshes[config] = _mesh_of(own), True
