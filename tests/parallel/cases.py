@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import tempfile
+import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from diffusers import FirstBlockCacheConfig
 
-from dit_sparse import Schedule, parallelize, sparsify, statistics
+from dit_sparse import AdaSpa, Dense, Neighborhood, Schedule, parallelize, sparsify, statistics, unsparsify
+from dit_sparse.head_shard import HeadShard
 from dit_sparse.pipelines import session_of
 from tests.pipelines.families import FAMILIES
 from tests.pipelines.tiny import tiny_wan
@@ -73,6 +80,79 @@ def render(
     calls = statistics(pipe).records
     densities = [[-1.0] if call.density is None else call.density.mean(0).tolist() for call in calls]
     return Rendered(latents, densities, sum(context.moves for context in session_of(pipe).contexts))
+
+
+def render_with_a_dear_half(schedule: Schedule, balance: bool = True) -> Rendered:
+    """A run over two ranks in which the densities that ranks tell each other are said to be 4, 4, 1 and 1."""
+    told = HeadShard.gather
+
+    def gather(shard: HeadShard, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype == torch.float64 and x.ndim == 2:
+            return torch.tensor([[4.0, 4.0, 1.0, 1.0]], dtype=x.dtype).expand(x.shape[0], -1)
+        return told(shard, x)
+
+    HeadShard.gather = gather
+    try:
+        return render("wan", schedule, 2, 1, steps=5, parallel={"balance": balance})
+    finally:
+        HeadShard.gather = told
+
+
+def render_unlike(what: str) -> Any:
+    """A run over two ranks, of which the second is given something else."""
+    odd = dist.get_rank() % 2
+    method, options = Neighborhood(density=0.25 if what == "density" and odd else 0.5, tile=(1, 4, 4)), {}
+    if what == "plan file":
+        path = Path(tempfile.gettempdir()) / f"dit_sparse_test_{os.getpid()}"
+        path.write_text(str(odd))
+        method = Pretender(str(path))
+    options |= {"seed": odd} if what == "seed" else {}
+    options |= {"width": 32 if odd else 48} if what == "size" else {}
+    return render("wan", method, 2, 1, steps=3 + odd if what == "steps" else 3, **options)
+
+
+def render_with_fate(fate: str) -> Any:
+    """A run over two ranks, in which the second dies or sleeps in the second step."""
+    pipe = tiny_wan(fine=True)
+    sparsify(pipe, Schedule(AdaSpa(density=0.5, block=16), warmup=0.3))
+    parallelize(pipe, ulysses=2, timeout=4.0)
+
+    def callback(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        if step == 1 and dist.get_rank() == 1:
+            if fate == "dies":
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(12)
+        return tensors
+
+    wan = next(f for f in FAMILIES if f.name == "wan")
+    return wan.run(pipe, callback_on_step_end=callback)
+
+
+def render_with_first_block_cache() -> Any:
+    """A run over two ranks under a cache that looks at the tokens it has."""
+    pipe = tiny_wan(fine=True, heads=4)
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    sparsify(pipe, Dense())
+    parallelize(pipe, ulysses=2, mesh=_mesh(2, 1), timeout=TIMEOUT)
+    return FAMILIES[0].run(pipe)
+
+
+def render_unsparsified(family: str) -> Any:
+    """A run over two ranks after sparse attention was taken off."""
+    pipe = MAKERS[family](heads=4)
+    sparsify(pipe, Dense())
+    parallelize(pipe, ulysses=2, mesh=_mesh(2, 1), timeout=TIMEOUT)
+    unsparsify(pipe)
+    own = next(f for f in FAMILIES if f.name == family)
+    with torch.no_grad():
+        return own.run(pipe, steps=3)
+
+
+@dataclass(frozen=True)
+class Pretender(Dense):
+    """A method with a file."""
+
+    plan_file: str = ""
 
 
 _meshes: dict[tuple[int, int], Any] = {}
