@@ -39,7 +39,8 @@ def balanced(costs: Sequence[float], ranks: int) -> Assignment:
         parts[min(open_ranks, key=lambda r: (sum(costs[h] for h in parts[r]), r))].append(head)
     while _swap(parts, costs):
         pass
-    return tuple(tuple(sorted(part)) for part in parts)
+    spread = tuple(tuple(sorted(part)) for part in parts)
+    return min(spread, contiguous(len(costs), ranks), key=lambda assignment: imbalance(costs, assignment))
 
 
 def _swap(parts: list[list[int]], costs: Sequence[float]) -> bool:

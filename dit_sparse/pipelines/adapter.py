@@ -99,7 +99,7 @@ class FamilyAdapter(ABC):
             forward.
         float32_vae: whether the VAE stays in float32 whatever the precision of the rest.
         context_parallel_plan: how diffusers' context parallelism cuts a forward's tensors, where diffusers has no plan
-            of its own; its own processors cannot run so cut.
+            that works; its own processors cannot run so cut.
     """
 
     family: ClassVar[str]

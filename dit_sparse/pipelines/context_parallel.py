@@ -75,6 +75,7 @@ def parallelize(
             spread.enable_parallelism(config=config, cp_plan=adapter.context_parallel_plan)
         _meshes[config] = _mesh_of(config.context_parallel_config, timeout), balance
         if adapter.context_parallel_plan is not None:
+            _keep_whole(adapter, spread)
             spread.register_forward_pre_hook(functools.partial(_check_processors, adapter))
     return pipe
 
@@ -105,6 +106,14 @@ def _mesh_of(config: ContextParallelConfig, timeout: float = TIMEOUT) -> Mesh:
     meshes = (config._flattened_mesh, config._ulysses_mesh, config._ring_mesh)
     group, ulysses, ring = (mesh.get_group() for mesh in meshes)
     return Mesh(group, ulysses, ring, timeout)
+
+
+def _keep_whole(adapter: FamilyAdapter, transformer: Any) -> None:
+    """Attention other than that of the video, such as to a text that every rank has, is nobody else's."""
+    spread = set(map(id, adapter.attention_modules(transformer).values()))
+    for module in transformer.modules():
+        if id(module) not in spread and getattr(getattr(module, "processor", None), "_parallel_config", None):
+            module.processor._parallel_config = None
 
 
 def _check_processors(adapter: FamilyAdapter, transformer: Any, args: tuple[Any, ...]) -> None:

@@ -50,7 +50,7 @@ def sparsify(pipe: Pipeline, method: Method | Schedule, *, backend: str = "auto"
 
     Raises:
         ValueError: an unsupported family, a dense layer that the model does not have, a foreign attention processor,
-            context or tensor parallelism, or a backend without the schedule's remainder.
+            tensor parallelism, or a backend without the schedule's remainder.
     """
     schedule = Schedule.of(method)
     if schedule.remainder != "method":
@@ -150,9 +150,13 @@ def save_plan(pipe: Any, path: str | os.PathLike[str], *, model: str = "", promp
         model, prompts: stored with the plans, for people.
 
     Raises:
-        ValueError: the pipeline is not sparsified with Paro, or has not run yet.
+        ValueError: the pipeline is not sparsified with Paro, has not run yet, or lies on several ranks.
     """
     session = _session(pipe)
+    if session.contexts:
+        raise ValueError(
+            "pipeline must be on one rank to save a plan, got context parallelism: a rank has its own heads"
+        )
     method = session.schedule.method
     if not isinstance(method, Paro):
         raise ValueError(f"pipeline must be sparsified with Paro to save a plan, got {method.name!r}")

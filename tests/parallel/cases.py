@@ -14,9 +14,20 @@ import torch
 import torch.distributed as dist
 from diffusers import FirstBlockCacheConfig
 
-from dit_sparse import AdaSpa, Dense, Neighborhood, Schedule, parallelize, sparsify, statistics, unsparsify
+from dit_sparse import (
+    AdaSpa,
+    Dense,
+    Neighborhood,
+    Paro,
+    Schedule,
+    parallelize,
+    save_plan,
+    sparsify,
+    statistics,
+    unsparsify,
+)
 from dit_sparse.head_shard import HeadShard
-from dit_sparse.pipelines import session_of
+from dit_sparse.pipelines import observe, session_of
 from tests.pipelines.families import FAMILIES
 from tests.pipelines.tiny import tiny_wan
 from tests.pipelines.tiny_families import tiny_cogvideox, tiny_flux, tiny_hunyuan_video, tiny_ltx_video
@@ -146,6 +157,22 @@ def render_unsparsified(family: str) -> Any:
     own = next(f for f in FAMILIES if f.name == family)
     with torch.no_grad():
         return own.run(pipe, steps=3)
+
+
+def save_plan_of_ranks() -> Any:
+    """Save the plan of a run over two ranks."""
+    pipe = tiny_wan(fine=True)
+    sparsify(pipe, Paro(density=0.5, block=16))
+    parallelize(pipe, ulysses=2, mesh=_mesh(2, 1), timeout=TIMEOUT)
+    FAMILIES[0].run(pipe)
+    save_plan(pipe, os.devnull)
+
+
+def observe_ranks() -> Any:
+    """Observe a pipeline on two ranks."""
+    pipe = parallelize(tiny_wan(fine=True), ulysses=2, mesh=_mesh(2, 1), timeout=TIMEOUT)
+    with observe(pipe, lambda *_: None):
+        FAMILIES[0].run(pipe)
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,11 @@ def test_ranks_make_the_video_of_one_process(ranks: Ranks, family: str, method: 
     check(ranks.run(render, family, method, ulysses, ring), want)
 
 
+@pytest.mark.parametrize(("ulysses", "ring"), [(2, 1), (1, 2)])
+def test_ltx_video_keeps_its_text_whole(ranks: Ranks, ulysses: int, ring: int) -> None:
+    check(ranks.run(render, "ltx_video", CACHED, ulysses, ring, heads=2), alone("ltx_video", CACHED, heads=2))
+
+
 @pytest.mark.parametrize(("ulysses", "ring"), [(1, 2), (4, 1), (1, 4)])
 @pytest.mark.parametrize("method", [Dense(), STATIC, CACHED], ids=lambda m: m.name)
 def test_every_mesh(ranks: Ranks, method: Any, ulysses: int, ring: int) -> None:
@@ -188,10 +193,19 @@ def test_dense_attention_of_diffusers_itself_goes_on(ranks: Ranks) -> None:
         assert "sparsify(pipe, Dense()) for dense attention" in str(result)
 
 
+def test_what_needs_all_heads_on_one_rank_is_refused(ranks: Ranks) -> None:
+    for result in ranks.run(cases.save_plan_of_ranks):
+        assert isinstance(result, ValueError)
+        assert "pipeline must be on one rank to save a plan" in str(result)
+    for result in ranks.run(cases.observe_ranks):
+        assert isinstance(result, ValueError)
+        assert "pipeline must be on one rank to be observed" in str(result)
+
+
 def test_parallelize_says_what_it_lacks() -> None:
     pipe = cases.MAKERS["wan"]()
-    with pytest.raises(ValueError, match="ulysses and ring must be at least 1 and together at least 2 ranks, got 1 and 1"):
+    with pytest.raises(ValueError, match="together at least 2 ranks, got 1 and 1"):
         parallelize(pipe)
-    with pytest.raises(ValueError, match="torch.distributed must be initialised, got no process group; start with torch"):
+    with pytest.raises(ValueError, match="got no process group; start with torchrun"):
         parallelize(pipe, ulysses=2)
     assert torch.is_tensor(FAMILIES[0].run(pipe, steps=1))
