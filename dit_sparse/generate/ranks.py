@@ -26,6 +26,8 @@ __all__ = ["Leader", "follow", "is_rank", "join", "launch"]
 
 _PATIENCE = 3600.0
 """Seconds that a follower waits to be told what to do: rank 0 may be loading a model or writing a long video."""
+_GRACE = 60.0
+_UNLIKE = "rank {} failed and others did not, so they no longer fit together: {}"
 
 
 def is_rank() -> bool:
@@ -78,7 +80,8 @@ class Ranks:
         self.rank = dist.get_rank()
         everyone = range(dist.get_world_size())
         self._orders: Agreement = Agreement(everyone, _PATIENCE)
-        self._results: Agreement = Agreement(everyone, degrees.timeout)
+        # Ranks render in step, so one that fails waits no longer than this for others that do.
+        self._results: Agreement = Agreement(everyone, min(degrees.timeout, _GRACE))
 
     def tell(self, order: _Order | None) -> _Order | None:
         """Rank 0's `order`, on every rank; `None` is the end."""
@@ -90,8 +93,12 @@ class Ranks:
 
         dist.destroy_process_group()
 
-    def compare(self, error: Exception | None) -> None:
+    def compare(self, error: Exception | None, *, drawing: bool) -> None:
         """After an order: return if it went alike on all ranks, well or not.
+
+        Args:
+            error: what went wrong on this rank, if anything.
+            drawing: whether ranks went in step; else, as when a model is loaded, some may take much longer.
 
         Raises:
             RankLostError: it failed on some ranks alone, or one does not answer.
@@ -100,13 +107,16 @@ class Ranks:
 
         if isinstance(error, RankLostError):
             raise error
-        told = self._results.gather(
-            "comparing how it went", None if error is None else f"{type(error).__name__}: {error}"
-        )
+        said = None if error is None else f"{type(error).__name__}: {error}"
+        try:
+            told = (self._results if drawing else self._orders).gather("comparing how it went", said)
+        except RankLostError:
+            if error is None:
+                raise
+            raise RankLostError(_UNLIKE.format(self.rank, said)) from error
         failed = {rank: text for rank, text in enumerate(told) if text is not None}
         if failed and len(failed) < len(told):
-            rank, text = next(iter(failed.items()))
-            raise RankLostError(f"rank {rank} failed and others did not, so they no longer fit together: {text}")
+            raise RankLostError(_UNLIKE.format(*next(iter(failed.items()))))
 
 
 class Leader(LocalExecutor):
@@ -128,7 +138,7 @@ class Leader(LocalExecutor):
         for clip in clips:
             self._ranks.tell(_Order("draw", (settings, clip)))
             result = self.renderer.draw(settings, clip, listener)
-            self._ranks.compare(result.error if isinstance(result, Failed) else None)
+            self._ranks.compare(result.error if isinstance(result, Failed) else None, drawing=True)
             yield self.write(settings, result)
 
     def _together(self, order: _Order, do: Callable[[], Any]) -> Any:
@@ -140,7 +150,7 @@ class Leader(LocalExecutor):
             error = caught
             raise
         finally:
-            self._ranks.compare(error)
+            self._ranks.compare(error, drawing=False)
 
     def stop(self) -> None:
         """Let the followers go."""
@@ -166,7 +176,7 @@ def follow(request: Request, ranks: Ranks) -> None:
         # What it is does not matter here: if it is the same on rank 0, that says it.
         except Exception as caught:  # noqa: BLE001
             error = caught
-        ranks.compare(error)
+        ranks.compare(error, drawing=order.name == "draw")
 
 
 def launch(request: Request, work: Callable[[Request], int]) -> int:

@@ -150,7 +150,7 @@ def context_of(transformer: Any, adapter: FamilyAdapter, known: ContextParallel 
 
 def _check_cache(transformer: Any) -> None:
     cache = type(getattr(transformer, "_cache_config", None)).__name__
-    if cache == "FirstBlockCacheConfig":
+    if cache in ("FirstBlockCacheConfig", "SeaCacheConfig"):
         raise ValueError(
             f"cache must decide alike on all ranks, got {cache}, which looks at a rank's own tokens; disable_cache()"
         )

@@ -26,6 +26,9 @@ from dit_sparse import (
     statistics,
     unsparsify,
 )
+from dit_sparse.generate import Request, prepare, run
+from dit_sparse.generate import render as render_module
+from dit_sparse.generate.ranks import Leader, follow, join
 from dit_sparse.head_shard import HeadShard
 from dit_sparse.pipelines import observe, session_of
 from tests.pipelines.families import FAMILIES
@@ -173,6 +176,36 @@ def observe_ranks() -> Any:
     pipe = parallelize(tiny_wan(fine=True), ulysses=2, mesh=_mesh(2, 1), timeout=TIMEOUT)
     with observe(pipe, lambda *_: None):
         FAMILIES[0].run(pipe)
+
+
+def generate(request: Request, poison: str = "", rank: int | None = None) -> dict[str, int] | None:
+    """`generate --parallel` on ranks that are there already.
+
+    Args:
+        request: what to make.
+        poison: a prompt that cannot be rendered, on all ranks or on `rank` alone.
+    """
+    own = dist.get_rank()
+    os.environ |= {"RANK": str(own), "LOCAL_RANK": str(own), "WORLD_SIZE": str(dist.get_world_size())}
+    together = join(request)
+    arguments = render_module._arguments
+
+    def poisoned(pipe: Any, settings: Any, clip: Any) -> dict[str, Any]:
+        if clip.prompt == poison and rank in (None, own):
+            raise RuntimeError("poisoned")
+        return arguments(pipe, settings, clip)
+
+    render_module._arguments = poisoned
+    try:
+        if own > 0:
+            follow(request, together)
+            return None
+        leader = Leader(request, together)
+        outcome = run(prepare(request, leader))
+        leader.stop()
+        return {"made": len(outcome.lines), "failed": len(outcome.failures)}
+    finally:
+        render_module._arguments = arguments
 
 
 @dataclass(frozen=True)
