@@ -27,6 +27,8 @@ __all__ = ["Leader", "follow", "is_rank", "join", "launch"]
 _PATIENCE = 3600.0
 """Seconds that a follower waits to be told what to do: rank 0 may be loading a model or writing a long video."""
 _GRACE = 60.0
+"""Seconds that a rank which failed waits for the others to fail too."""
+_FAREWELL = 10.0
 _UNLIKE = "rank {} failed and others did not, so they no longer fit together: {}"
 
 
@@ -212,6 +214,12 @@ def launch(request: Request, work: Callable[[Request], int]) -> int:
     try:
         while not spawned.join():
             pass
+    except KeyboardInterrupt:
+        # From a terminal they were interrupted too, and put things in order.
+        for process in spawned.processes:
+            process.join(_FAREWELL)
+            process.terminate()
+        raise
     except ProcessExitedException as error:
         if error.signal_name is None:
             return int(error.exit_code)

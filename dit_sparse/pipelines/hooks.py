@@ -67,6 +67,7 @@ class SiteHook:
             if hasattr(processor, "_parallel_config"):
                 processor._parallel_config = getattr(transformer, "_parallel_config", None)
         self._stop_moving()
+        self._stop_cutting(transformer)
         for handle in self._handles:
             handle.remove()
         if self._names_branches:
@@ -86,7 +87,9 @@ class SiteHook:
     def _before(
         self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        self._stop_moving()  # a forward before this one may have failed
+        # A forward before this one may have failed.
+        self._stop_moving()
+        self._stop_cutting(module)
         self.adapter.follow(module, self.session, self.originals)
         self.adapter.check_installed(module, self.model)
         inputs = _by_name(module, args, kwargs)
@@ -108,10 +111,13 @@ class SiteHook:
     @torch.compiler.disable
     def _after(self, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._stop_moving()
+        self._stop_cutting(module)
+        self.session.end_forward()
+
+    def _stop_cutting(self, module: torch.nn.Module) -> None:
         if self._cuts is not None:
             cut_as_before(module, self._cuts)
             self._cuts = None
-        self.session.end_forward()
 
     def _stop_moving(self) -> None:
         for handle in self._moves:
