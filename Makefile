@@ -6,13 +6,17 @@ OUT ?= videos
 # Test processes, one thread each.
 JOBS ?= 2
 
-.PHONY: demo test lint types check check-diffusers lock clean
+.PHONY: demo test vbench-env lint types check check-diffusers lock clean
 
 demo: $(VENV)/.ready
 	$(BIN)/dit-sparse generate examples/prompts.txt --out $(OUT)
 
 test: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
+
+# What the tests of VBench run in: its dimensions that need no weights, beside the torch of the environment above.
+vbench-env: $(VENV)/.ready
+	$(BIN)/dit-sparse vbench setup --light --folder $(VENV)-vbench
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
@@ -39,4 +43,4 @@ lock:
 	$(PYTHON) scripts/lock.py requirements.lock
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-vbench build dist .pytest_cache .mypy_cache .ruff_cache

@@ -45,6 +45,7 @@ def diagnose() -> dict[str, Any]:
 def _torch_facts() -> dict[str, Any]:
     import torch
 
+    from dit_sparse.cost import costs_of
     from dit_sparse.kernels import BACKENDS
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -52,6 +53,7 @@ def _torch_facts() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cuda": torch.version.cuda,
         "device": str(device),
+        "costs": costs_of(device).source,
         "gpus": [_gpu(index) for index in range(torch.cuda.device_count())],
         "backends": {name: backend.unavailable(device) for name, backend in BACKENDS.items()},
     }

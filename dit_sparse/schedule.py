@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 
 from dit_sparse.methods import find_method, nearest, read_parameter
-from dit_sparse.methods.parameters import check_share, takes_density, with_density
-from dit_sparse.types import REMAINDERS, AttentionPlan, Method, Previous, Site, TokenGrid, TokenOrder
+from dit_sparse.methods.parameters import check_share, takes_density, threshold_name, with_density, with_threshold
+from dit_sparse.types import REMAINDERS, AttentionPlan, Method, Previous, Remainder, Site, TokenGrid, TokenOrder
 
 Action = Literal["dense", "reuse", "plan"]
 
@@ -24,11 +24,13 @@ class Decision:
         action: run "dense", "reuse" the plan there is, or "plan" anew.
         reason: why it is dense; empty otherwise.
         keep_lse: whether the dense call should hand its LSE to the method's next plan.
+        predicted: time that sparse attention would take over dense attention's, where that is why it is dense.
     """
 
     action: Action
     reason: str = ""
     keep_lse: bool = False
+    predicted: float | None = None
 
 
 @dataclass(frozen=True)
@@ -45,10 +47,29 @@ class Schedule:
             part has its density. Where a part begins, a plan is made anew. (0.5, 0.4, 0.3, 0.2) goes from 0.5 to 0.2.
         remainder: what stands in for the blocks that the method does not keep, as in `AttentionPlan`; "method" leaves
             it to the method, of which most say "none".
+        drift: a plan is kept until the mean queries and keys of its layer have moved by more than this share of what
+            they were when it was made, instead of at the method's own `refresh`; see `pipelines.drift`.
+        noise_densities: densities at pure noise and without any, in place of the method's own; a plan has that of the
+            step it is made at, `low + (high - low) (1 - sigmoid(noise_slope x))`, where x is the step's log-SNR.
+        noise_slope: how steep that is.
+        layer_densities: a density for each layer, in place of the method's own; with a ramp or `noise_densities` each
+            layer takes theirs times its own over the mean of all.
+        layer_thresholds: a value for each layer of the parameter that decides where a method has no density, such as
+            `top_p` or `tau`.
+        strict: whether a call that was to be sparse and would run dense for a reason that is not in this schedule is an
+            error; otherwise the statistics count it.
+        never_slower: whether a layer for which the cost model predicts no gain runs dense; the statistics say so.
+
+        strict: whether a call that was to be sparse and would run dense for a reason that is not in this schedule is an
+            error; otherwise the statistics count it.
+        never_slower: whether a layer for which the cost model predicts no gain runs dense; the statistics say so.
+
+    Source: HEART (arXiv 2605.14513) for `drift`, iCATS for `noise_densities`.
 
     Raises:
-        ValueError: a share outside its range, an unknown remainder, or a ramp for a method that has no density to
-            change.
+        ValueError: a number outside its range, an unknown remainder, or an option that the method cannot follow: a
+            density for one that has none to change, a threshold for one that goes by density, a `drift` or
+            `noise_densities` for one whose plan does not depend on the call.
     """
 
     method: Method
@@ -65,6 +86,25 @@ class Schedule:
         default="method",
         metadata={"help": "what stands in for blocks not kept: none, mean, value or mass; method: as the method says"},
     )
+    drift: float | None = field(
+        default=None, metadata={"help": "a plan is kept until mean queries and keys move by this share; none: refresh"}
+    )
+    noise_densities: tuple[float, float] | None = field(
+        default=None, metadata={"help": "densities at pure noise and without, such as 0.5,0.1; between by log-SNR"}
+    )
+    noise_slope: float = field(default=1.0, metadata={"help": "how steep the density falls with log-SNR"})
+    layer_densities: tuple[float, ...] | None = field(
+        default=None, metadata={"help": "a density for each layer, such as 0.5,0.2,0.2,0.3"}
+    )
+    layer_thresholds: tuple[float, ...] | None = field(
+        default=None, metadata={"help": "a value for each layer of what decides without a density, such as top_p"}
+    )
+    strict: bool = field(
+        default=True, metadata={"help": "whether a sparse layer that would run dense without being told to is an error"}
+    )
+    never_slower: bool = field(
+        default=True, metadata={"help": "whether a layer for which the cost model predicts no gain runs dense"}
+    )
 
     def __post_init__(self) -> None:
         if not _is_share(self.warmup):
@@ -74,16 +114,41 @@ class Schedule:
         for at in self.refresh or ():
             if not (_is_number(at) and (0 <= at < 1 or (at >= 1 and at == int(at)))):
                 raise ValueError(f"refresh must be shares below 1, or whole steps from 1 on, got {at!r}")
-        if self.ramp is not None:
-            if not self.ramp:
-                raise ValueError("ramp must hold at least one density, got none: leave it out for the method's own")
-            for density in self.ramp:
-                check_share("ramp", density)
+        self._check_densities()
+        if self.drift is not None and (not _is_number(self.drift) or self.drift < 0):
+            raise ValueError(f"drift must be a number from 0 on, got {self.drift!r}: 0.1 is a tenth")
+        if not _is_number(self.noise_slope) or self.noise_slope <= 0:
+            raise ValueError(f"noise_slope must be a number above 0, got {self.noise_slope!r}")
+        for name in ("drift", "noise_densities"):
+            if getattr(self, name) is not None and self.method.scope != "call":
+                raise ValueError(
+                    f"{name} must be none for {self.method.name!r}, whose plan is not of the call; drop it"
+                )
+
+    def _check_densities(self) -> None:
+        if self.ramp is not None and self.noise_densities is not None:
+            raise ValueError("ramp and noise_densities both say the density of a step; give one of them")
+        for name in ("ramp", "noise_densities", "layer_densities"):
+            densities = getattr(self, name)
+            if densities is None:
+                continue
+            if not densities:
+                raise ValueError(f"{name} must hold at least one density, got none: leave it out for the method's own")
+            for density in densities:
+                check_share(name, density)
             if not takes_density(self.method):
                 raise ValueError(
-                    f"ramp must have a density to change, but {self.method.name!r} as it is set uses none: "
-                    "leave the ramp out, or what overrides the density"
+                    f"{name} must have a density to change, but {self.method.name!r} as it is set uses none: "
+                    f"leave the {name} out, or what overrides the density"
                 )
+        if self.layer_thresholds is not None:
+            if self.layer_densities is not None or takes_density(self.method) or threshold_name(self.method) is None:
+                raise ValueError(
+                    f"layer_thresholds must have a threshold to change, but {self.method.name!r} as it is set goes by "
+                    "its density or has none: leave out one or the other"
+                )
+            for value in self.layer_thresholds:
+                with_threshold(self.method, value)
 
     @classmethod
     def of(cls, method: Method | Schedule) -> Schedule:
@@ -96,15 +161,23 @@ class Schedule:
         Raises:
             ValueError: a parameter that does not fit `grid`, or a dense layer that the model does not have.
         """
-        for method in self._methods:
+        for method in self._variants:
             method.check(grid)
         self.check_layers(num_layers)
 
     def check_layers(self, num_layers: int) -> None:
-        """Raise ValueError for a dense layer that a model of `num_layers` does not have."""
+        """Raise ValueError for a dense layer that a model of `num_layers` does not have, or values for other layers."""
+        for name in ("layer_densities", "layer_thresholds"):
+            values = getattr(self, name)
+            if values is not None and len(values) != num_layers:
+                raise ValueError(f"{name} must have one value for each of {num_layers} layers, got {len(values)}")
         for layer in self.dense_layers:
             if not -num_layers <= layer < num_layers:
                 raise ValueError(f"dense_layers must be from {-num_layers} to {num_layers - 1}, got {layer}")
+
+    def is_dense_layer(self, layer: int, num_layers: int) -> bool:
+        """Whether `layer` of `num_layers` always runs dense."""
+        return layer in {own % num_layers for own in self.dense_layers}
 
     def warmup_steps(self, num_steps: int) -> int:
         """Dense steps at the start of a run of `num_steps`."""
@@ -113,8 +186,17 @@ class Schedule:
 
     def refresh_steps(self, num_steps: int) -> frozenset[int]:
         """Steps at which a plan is made anew, beside the first sparse one."""
-        places = self.method.refresh if self.refresh is None else self.refresh
+        own = self.method.refresh if self.drift is None else ()
+        places = own if self.refresh is None else self.refresh
         return frozenset(int(at) if at >= 1 else round(at * num_steps) for at in places)
+
+    def plans_per_call(self, num_steps: int) -> float:
+        """Plans that a run of `num_steps` makes, over its sparse steps."""
+        first = self.warmup_steps(num_steps)
+        sparse = max(1, num_steps - first)
+        later = {step for step in self.refresh_steps(num_steps) if first < step < num_steps}
+        later |= {step for step in range(first + 1, num_steps) if self._new_part(step - 1, step, num_steps)}
+        return (1 + len(later)) / sparse
 
     @cached_property
     def _methods(self) -> tuple[Method, ...]:
@@ -129,13 +211,61 @@ class Schedule:
         """The method with the density of `step`; always the same object in the same part of the ramp."""
         return self._methods[self._part(step, num_steps)]
 
+    def method_for(self, site: Site) -> Method:
+        """The method with the density or the threshold of a site: of its step, its noise level and its layer.
+
+        Raises:
+            ValueError: `noise_densities`, and the scheduler has no noise level.
+        """
+        method = self.method_at(site.step, site.num_steps)
+        if self.layer_thresholds is not None:
+            return with_threshold(method, self.layer_thresholds[site.layer])
+        if self.noise_densities is not None:
+            method = with_density(method, self._noise_density(site))
+        if self.layer_densities is None:
+            return method
+        return with_density(method, self._layer_density(method, site.layer))
+
+    def _noise_density(self, site: Site) -> float:
+        assert self.noise_densities is not None
+        if site.sigma is None:
+            raise ValueError("noise_densities need a scheduler with noise levels, got one without; use a ramp instead")
+        high, low = self.noise_densities
+        # 1 - sigmoid(slope x) with x = 2 ln((1 - sigma) / sigma), without the logarithms of 0.
+        noise, signal = (share ** (2 * self.noise_slope) for share in (site.sigma, 1 - site.sigma))
+        return low + (high - low) * noise / (noise + signal)
+
+    def _layer_density(self, method: Method, layer: int) -> float:
+        """Density of a layer: its own, or where the step has one, that times its own over the mean of all."""
+        assert self.layer_densities is not None
+        own = self.layer_densities[layer]
+        if self.ramp is None and self.noise_densities is None:
+            return own
+        return min(1.0, float(method.density) * own * len(self.layer_densities) / sum(self.layer_densities))  # type: ignore[attr-defined]
+
+    @cached_property
+    def _variants(self) -> tuple[Method, ...]:
+        """Every method of a run, or with `noise_densities` those at both ends."""
+        steps = self._methods
+        if self.noise_densities is not None:
+            steps = tuple(with_density(self.method, density) for density in self.noise_densities)
+        if self.layer_densities is None:
+            return steps
+        layers = range(len(self.layer_densities))
+        return tuple(with_density(m, self._layer_density(m, layer)) for m in steps for layer in layers)
+
     def shared_order(self, grid: TokenGrid, device: torch.device) -> TokenOrder | None:
         """The order that all steps share; `None` without one, and where parts of the ramp have orders of their own.
 
         It never changes within a run, because caches add what they kept from one step to the tokens of another.
         """
-        orders = [method.shared_order(grid, device) for method in self._methods]
+        orders = [method.shared_order(grid, device) for method in self._variants]
         return orders[0] if all(order is orders[0] for order in orders) else None
+
+    @property
+    def planned_remainder(self) -> Remainder:
+        """The remainder of this schedule's plans: the one asked for, or the method's own, its `own_remainder`."""
+        return getattr(self.method, "own_remainder", "none") if self.remainder == "method" else self.remainder
 
     def finish(self, plan: AttentionPlan) -> AttentionPlan:
         """What a method planned, with the remainder that this schedule asks for."""
@@ -145,17 +275,20 @@ class Schedule:
         """What shares a plan with this site: branches, layers and models never mix unless the method is static."""
         scope = self.method.scope
         if scope == "grid":
-            return (site.grid, *([] if self.ramp is None else [self.ramp[self._part(site.step, site.num_steps)]]))
+            varies = self.ramp is not None or self.layer_densities is not None
+            return (site.grid, *([self.method_for(site).density] if varies else []))  # type: ignore[attr-defined]
         return (site.grid, site.model, site.layer) + ((site.branch,) if scope == "call" else ())
 
     def unit(self, model: str, layer: int, branch: str) -> tuple[Any, ...]:
         """What of `key` stands behind the grid: what shares a plan on whatever grid."""
         place = (model, layer, branch)
-        return place[: {"grid": 0, "layer": 2, "call": 3}[self.method.scope]]
+        return place[: {"grid": 0, "layer": 2, "sample": 2, "call": 3}[self.method.scope]]
 
     def decide(self, site: Site, previous: Previous | None) -> Decision:
         """What the call at `site` does, given what is there from before."""
-        if site.layer in {layer % site.num_layers for layer in self.dense_layers}:
+        if self.noise_densities is not None:
+            self._noise_density(site)  # before the first dense step, not in the middle of a run
+        if self.is_dense_layer(site.layer, site.num_layers):
             return Decision("dense", "layer")
         warmup = self.warmup_steps(site.num_steps)
         if site.step < warmup:
@@ -164,13 +297,14 @@ class Schedule:
             return Decision("dense", "search", keep_lse=True)
         if previous is None or previous.plan is None:
             return Decision("plan")
-        if self.method.scope != "grid" and self._new_part(previous.step, site):
+        if self.method.scope != "grid" and self._new_part(previous.step, site.step, site.num_steps):
             return Decision("plan")
         due = site.step in self.refresh_steps(site.num_steps) and previous.step != site.step
+        due = due or (self.drift is not None and previous.drift is not None and previous.drift > self.drift)
         return Decision("plan" if due and self.method.scope != "grid" else "reuse")
 
-    def _new_part(self, planned_at: int, site: Site) -> bool:
-        return self._part(planned_at, site.num_steps) != self._part(site.step, site.num_steps)
+    def _new_part(self, planned_at: int, step: int, num_steps: int) -> bool:
+        return self._part(planned_at, num_steps) != self._part(step, num_steps)
 
     def to_config(self) -> dict[str, Any]:
         """A flat JSON-ready dict with the method's name, version and parameters and this schedule's."""

@@ -97,7 +97,8 @@ class Site:
         grid: the layout of the sequence.
         layer, num_layers: index of the transformer block, and how many there are.
         step, num_steps: index of the denoising step, and how many the scheduler makes.
-        sigma: noise level of the step, where the scheduler has one.
+        sigma: noise level of the step, where the scheduler has one: the share of noise, from 0 to 1, as flow matching
+            mixes it, `(1 - sigma) x + sigma noise`.
         branch: which guidance branch this forward is: "cond", "uncond" or both in one batch, "cond_uncond".
         model: which transformer of the pipeline, for pipelines with two.
         in_order: the tokens stand in the method's `shared_order` already, and so does the LSE of earlier calls.
@@ -256,14 +257,16 @@ class Previous:
         plan: the plan in use so far, if any, perhaps at rest: `plan.unpack()` is the plan itself in either case.
         lse: `[B, H, N]` float32 natural-log row sums of the last dense attention here, if it was kept.
         step: the step that `plan` or `lse` comes from.
+        drift: how far mean queries and keys had moved since `plan` when that was last looked at, if it is watched.
     """
 
     plan: AttentionPlan | PackedPlan | None = None
     lse: Tensor | None = None
     step: int = 0
+    drift: float | None = None
 
 
-Scope = Literal["grid", "layer", "call"]
+Scope = Literal["grid", "layer", "sample", "call"]
 
 
 @runtime_checkable
@@ -276,7 +279,8 @@ class Method(Protocol):
         name: its name in configs and on the command line.
         version: of its parameters, written into configs.
         paper: what it follows, with the arXiv id.
-        scope: what a plan depends on: the "grid" alone, the "layer" too, or the data of the "call".
+        scope: what a plan depends on: the "grid" alone, the "layer" too, the data of the "call", or that of the
+            "sample", whose guidance branches then share one plan.
         uses_lse: whether `plan` can use the LSE of a dense attention.
         refresh: shares of the run at which a "layer" or "call" plan is made anew, unless the schedule says otherwise.
     """

@@ -9,6 +9,7 @@ same time whatever it keeps. `--layers` takes fewer transformer blocks where mem
 of that many. Dense steps of plain diffusers are timed with every dense kernel, and the steps of a sparse run by kind:
 dense, dense that keeps the row sums, search, cached; each a median. From these a run is composed by asking the schedule
 what each step does, and compared with a dense run under every kernel. `--complete` also runs whole denoising loops.
+Where a density changes from step to step, a run composed so is not what runs: give `--complete`.
 The ceiling is the sparse run with attention for free in its sparse steps. `--compile` compiles the transformer blocks,
 for dense and sparse alike. Peak memory is that of a step, without the weights.
 """
@@ -23,6 +24,7 @@ import os
 import statistics
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -153,13 +155,12 @@ def kinds_of_steps(schedule: Schedule, steps: int, uses_lse: bool) -> list[str]:
     return kinds
 
 
-def measure(runner: Runner, method: Method, rounds: int, complete: bool) -> dict[str, Any]:
-    """Times of the kinds of step under `method`, and the run composed of them."""
-    schedule = Schedule(method)
+def measure(runner: Runner, schedule: Schedule, rounds: int, complete: bool) -> dict[str, Any]:
+    """Times of the kinds of step under `schedule`, and the run composed of them."""
     torch._dynamo.reset()
     sparsify(runner.pipe, schedule)
     runner.pipe.scheduler.set_timesteps(runner.steps, device=runner.device)
-    kinds = kinds_of_steps(schedule, runner.steps, method.uses_lse)
+    kinds = kinds_of_steps(schedule, runner.steps, schedule.method.uses_lse)
     found: dict[str, Any] = {"method": schedule.to_config(), "kinds": {}}
     for kind in dict.fromkeys(kinds):
         found["kinds"][kind] = runner.seconds(kinds.index(kind), rounds) | {"steps": kinds.count(kind)}
@@ -214,6 +215,16 @@ def compare(found: dict[str, Any], dense: dict[str, Any], steps: int) -> None:
         }
 
 
+def schedules(model: Model, options: argparse.Namespace) -> list[Schedule]:
+    """All that is timed; nothing is left to the cost model, whose word is what this checks."""
+    pairs = itertools.product(options.blocks, options.densities)
+    methods: list[Method] = [AdaSpa(density=density, block=block) for block, density in pairs]
+    methods += [] if options.no_neighborhood else [model.neighborhood]
+    found = [Schedule(method) for method in methods]
+    found += [Schedule.from_config(json.loads(text)) for text in options.also]
+    return [replace(schedule, never_slower=False) for schedule in found]
+
+
 def describe(method: Method, found: dict[str, Any]) -> str:
     name = f"{method.name}, blocks of {method.block}" if isinstance(method, AdaSpa) else method.name
     kinds = ", ".join(
@@ -234,6 +245,7 @@ def main() -> None:
     parser.add_argument("--densities", type=float, nargs="*", default=[0.2], help="of AdaSpa; none leaves it out")
     parser.add_argument("--blocks", type=int, nargs="+", default=[64, 128], help="of AdaSpa, tokens each")
     parser.add_argument("--no-neighborhood", action="store_true")
+    parser.add_argument("--also", nargs="+", default=[], metavar="JSON", help="more settings, as --config takes them")
     parser.add_argument("--dense", nargs="+", choices=(*_TORCH, "fa3"), help="dense kernels; all by default")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--complete", action="store_true", help="also run whole denoising loops")
@@ -258,13 +270,11 @@ def main() -> None:
         print(f"{name}, {runner.layers} layers, dense step: "
               + ", ".join(f"{k} {times['step']:.3f} s" for k, times in dense["kernels"].items())
               + "".join(f"; {k} cannot: {why}" for k, why in dense.get("cannot", {}).items()), flush=True)  # fmt: skip
-        pairs = itertools.product(options.blocks, options.densities)
-        methods: list[Method] = [AdaSpa(density=density, block=block) for block, density in pairs]
-        for method in methods + ([] if options.no_neighborhood else [model.neighborhood]):
-            found = measure(runner, method, options.rounds, options.complete)
+        for schedule in schedules(model, options):
+            found = measure(runner, schedule, options.rounds, options.complete)
             compare(found, dense, options.steps)
             entry["methods"].append(found)
-            print(f"  {describe(method, found)}", flush=True)
+            print(f"  {describe(schedule.method, found)}", flush=True)
             if options.out is not None:
                 _write(options.out, report)
         del runner

@@ -3,6 +3,9 @@
     python scripts/bench_fidelity.py --out fidelity.json              # everything; meant for a GPU
     python scripts/bench_fidelity.py --quick --out quick.json         # one prompt, four steps, one density
     python scripts/bench_fidelity.py --table --out fidelity.json      # the tables of an earlier run
+    python scripts/bench_fidelity.py --prompts 3-4 --out part-2.json  # two prompts, of a run spread over processes
+    python scripts/bench_fidelity.py --merge part-*.json --out fidelity.json
+    python scripts/bench_fidelity.py --seer gates.safetensors --out fidelity.json  # with gates of scripts/train_gate.py
 
 Every method is rendered at each density and at its own default, and compared with plain diffusers: same prompt, seed,
 device and dtype, frames in memory. `paro` also runs from a plan file, calibrated on a prompt of its own. Beside the
@@ -24,34 +27,36 @@ import json
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import numpy as np
 import torch
-from fidelity_tables import print_report, read_report
+from fidelity_tables import merge_reports, print_report, read_report
 from rich.console import Console
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import dit_sparse
-from dit_sparse import AdaSpa, Dense, Paro, Schedule, load_pipeline, sparsify, unsparsify
+from dit_sparse import AdaSpa, Dense, Paro, Schedule, SeerAttention, load_pipeline
 from dit_sparse.bench.report import environment, write_report
 from dit_sparse.calibrate import Calibration
 from dit_sparse.calibrate.observers import MassSums, OrderSearch
 from dit_sparse.calibrate.run import write_calibration
 from dit_sparse.calibrate.store import MassStore
+from dit_sparse.compare.cases import density_label
+from dit_sparse.compare.render import Stage, interrupt_after
 from dit_sparse.demo import demo_defaults, demo_model_path
 from dit_sparse.eval.agreement import SearchAgreement
 from dit_sparse.eval.fidelity import compare
 from dit_sparse.eval.floors import RandomBlocks
 from dit_sparse.generate.prompts import read_prompts
 from dit_sparse.methods import METHODS, find_method
-from dit_sparse.methods.parameters import accepts_density, takes_density, with_density
+from dit_sparse.methods.parameters import accepts_density, with_density
 from dit_sparse.pipelines import Observer, observe
-from dit_sparse.pipelines import statistics as run_statistics
+from dit_sparse.types import Method
 
 PROMPTS = Path(__file__).parent / "fidelity_prompts.txt"
 CALIBRATION = "A big red ball moving left on a gray background."
@@ -79,29 +84,26 @@ class Case:
     def config(self) -> dict[str, Any]:
         """What tells this case from others, ready for JSON."""
         found = {} if self.schedule is None else self.schedule.to_config()
-        if found.get("plan_file"):
-            found["plan_file"] = Path(found["plan_file"]).name
+        for name in ("plan_file", "weights"):
+            if found.get(name):
+                found[name] = Path(found[name]).name
         return found | {"seed": self.seed} | ({"kernel": "math"} if self.math else {})
 
 
 DENSE = Case("dense")
 
 
-def method_cases(names: Sequence[str], densities: Sequence[float]) -> list[Case]:
+def method_cases(methods: Sequence[Method], densities: Sequence[float]) -> list[Case]:
     """Each method at each density and at its own default, which is marked where it is one of them."""
     cases = []
-    for name in names:
-        default = Schedule(find_method(name)())
+    for method in methods:
+        default = Schedule(method, never_slower=False)
         at = [with_density(default.method, d) for d in densities] if accepts_density(default.method) else []
-        schedules = [Schedule(method, warmup=WARMUP) for method in at]
+        schedules = [_warmed_up(method) for method in at]
         if default not in schedules:
             schedules.append(default)
         cases += [Case(f"{density_label(s.method)}{' (default)' if s == default else ''}", s) for s in schedules]
     return cases
-
-
-def density_label(method: Any) -> str:
-    return f"{method.name} {method.density:g}" if takes_density(method) else method.name
 
 
 def extra_cases(configs: Sequence[str]) -> list[Case]:
@@ -110,13 +112,13 @@ def extra_cases(configs: Sequence[str]) -> list[Case]:
     Raises:
         ValueError: no JSON, or a config that is not allowed.
     """
-    return [Case(text, Schedule.from_config(json.loads(text))) for text in configs]
+    return [Case(text, replace(Schedule.from_config(json.loads(text)), never_slower=False)) for text in configs]
 
 
 def plan_cases(densities: Sequence[float], folder: Path) -> list[Case]:
     """`paro` from a plan file of each density."""
     methods = [Paro(density=d, plan_file=str(folder / f"paro-{d:g}.safetensors")) for d in densities]
-    return [Case(f"paro, plan file {m.density:g}", Schedule(m, warmup=WARMUP)) for m in methods]
+    return [Case(f"paro, plan file {m.density:g}", _warmed_up(m)) for m in methods]
 
 
 def floor_cases(densities: Sequence[float]) -> list[Case]:
@@ -125,8 +127,13 @@ def floor_cases(densities: Sequence[float]) -> list[Case]:
         Case("another seed", seed=SEED + 1),
         Case("dense, torch's math kernel", math=True),
         Case("dense, ours", Schedule(Dense(), warmup=0)),
-        *(Case(f"random blocks {d:g}", Schedule(RandomBlocks(d), warmup=WARMUP)) for d in densities),
+        *(Case(f"random blocks {d:g}", _warmed_up(RandomBlocks(d))) for d in densities),
     ]
+
+
+def _warmed_up(method: Method) -> Schedule:
+    """A layer that ran dense because that is as fast would have nothing to measure."""
+    return Schedule(method, warmup=WARMUP, never_slower=False)
 
 
 class Bench:
@@ -141,6 +148,7 @@ class Bench:
 
     def __init__(self, pipe: Any, arguments: dict[str, Any], report: dict[str, Any], out: Path) -> None:
         self.pipe, self.arguments, self.report, self.out = pipe, arguments, report, out
+        self.stage = Stage(pipe, arguments)
 
     def videos(self, cases: Sequence[Case], prompts: Sequence[str]) -> None:
         """Render and compare every case of every prompt."""
@@ -184,29 +192,15 @@ class Bench:
     def _render(self, case: Case, prompt: str) -> tuple[np.ndarray, dict[str, Any]]:
         """Frames `[T, H, W, 3]` float32 in [0, 1], and what the run did."""
         row: dict[str, Any] = {"label": case.label, "config": case.config, "prompt": prompt}
-        with self._switched(case):
-            start = time.perf_counter()
-            frames = self._call(prompt, case.seed, "np")
-            row["seconds"] = time.perf_counter() - start
-            if case.schedule is not None:
-                found = run_statistics(self.pipe)
-                row |= {"density": found.density, "sparse_density": found.sparse_density}
-                row |= {"dense_calls": found.dense_calls, "backends": found.backends}
-        return np.asarray(frames[0], dtype=np.float32), row
-
-    @contextlib.contextmanager
-    def _switched(self, case: Case) -> Iterator[None]:
-        with contextlib.ExitStack() as stack:
-            if case.schedule is not None:
-                sparsify(self.pipe, case.schedule)
-                stack.callback(unsparsify, self.pipe)
-            if case.math:
-                stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            yield
-
-    def _call(self, prompt: str, seed: int, output: str, **options: Any) -> Any:
-        generator = torch.Generator("cpu").manual_seed(seed)
-        return self.pipe(prompt, generator=generator, **self.arguments, **options, output_type=output).frames
+        # A case is what it says it is, also where dense attention would be as fast.
+        schedule = None if case.schedule is None else replace(case.schedule, never_slower=False)
+        with sdpa_kernel(SDPBackend.MATH) if case.math else contextlib.nullcontext():
+            rendering = self.stage.render(schedule, prompt, case.seed)
+        row["seconds"] = rendering.seconds
+        if case.schedule is not None:
+            kept = ("density", "sparse_density", "dense_calls", "backends")
+            row |= {name: rendering.statistics[name] for name in kept}
+        return rendering.frames, row
 
     def _calibrate(self, cases: Sequence[Case]) -> None:
         """Make the plan files that `cases` lack, of all densities from one calibration."""
@@ -219,11 +213,11 @@ class Bench:
         folder.mkdir(exist_ok=True)
         search = OrderSearch(lacking[0])
         with observe(self.pipe, search):
-            self._call(CALIBRATION, SEED, "latent")
+            self.stage.call(CALIBRATION, SEED, output_type="latent")
         axes, starts = search.axes(), Calibration().starts(search.num_steps)
         with tempfile.TemporaryDirectory(dir=folder) as own, MassStore(Path(own), 1) as store:
             with observe(self.pipe, MassSums(store, axes, lacking[0].block, starts, search.grid)):
-                self._call(CALIBRATION, SEED, "latent")
+                self.stage.call(CALIBRATION, SEED, output_type="latent")
             for method in lacking:
                 calibration = Calibration(Paro(density=method.density))
                 write_calibration(method.plan_file, calibration, search, store, axes, "demo", [CALIBRATION])
@@ -241,7 +235,7 @@ class Bench:
             last = max(schedule.warmup_steps(steps), *schedule.refresh_steps(steps))
             try:
                 with observe(self.pipe, each_of(watches)):
-                    self._call(prompt, SEED, "latent", callback_on_step_end=interrupt_after(last))
+                    self.stage.call(prompt, SEED, output_type="latent", callback_on_step_end=interrupt_after(last))
             except Exception as error:  # noqa: BLE001  # as above
                 self._failed("searches", error)
                 return
@@ -250,16 +244,6 @@ class Bench:
                 self.report["searches"].append(row | watch.to_dict())
             write_report(self.report, self.out)
             print(f"prompt {number} of {len(prompts)}: searches compared", flush=True)
-
-
-def interrupt_after(last: int) -> Callable[..., dict[str, Any]]:
-    """What a pipeline calls after each step, and by which it leaves the steps after `last` out."""
-
-    def stepped(pipe: Any, step: int, _: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        pipe._interrupt = step >= last
-        return tensors
-
-    return stepped
 
 
 def each_of(observers: Sequence[Observer]) -> Observer:
@@ -322,7 +306,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--commit", help="recorded where there is no checkout to ask")
+    parser.add_argument("--seer", type=Path, help="gates for seer, which is left out without")
     parser.add_argument("--table", action="store_true", help="print the tables of --out and render nothing")
+    parser.add_argument("--merge", nargs="+", type=Path, metavar="PART", help="make --out of these; renders nothing")
     parser.add_argument("--out", type=Path, required=True, help="the report, JSON")
     options = parser.parse_args(arguments)
     known = read_prompts(PROMPTS)
@@ -346,8 +332,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     console = Console(width=150)
-    if options.table:
+    if options.table or options.merge:
         try:
+            if options.merge:
+                write_report(merge_reports(options.merge), options.out)
             print_report(read_report(options.out), console)
         except ValueError as error:
             raise SystemExit(str(error)) from None
@@ -376,7 +364,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "width": width,
         "num_inference_steps": options.steps,
     }
-    cases = method_cases(options.methods, options.densities)
+    methods = [find_method(name)() for name in options.methods]
+    methods += [] if options.seer is None else [SeerAttention(weights=str(options.seer))]
+    cases = method_cases(methods, options.densities)
     if "paro" in options.methods:
         cases += plan_cases(options.densities, options.out.with_name(f"{options.out.name}.plans"))
     bench = Bench(pipe, call, report, options.out)

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from dit_sparse import Paro, Site, TokenGrid, load_pipeline, sparsify, statistics, unsparsify
+from dit_sparse import Paro, Schedule, Site, TokenGrid, load_pipeline, sparsify, statistics, unsparsify
 from dit_sparse.bench.report import environment, write_report
 from dit_sparse.calibrate import Calibration
 from dit_sparse.calibrate.observers import MassSums, OrderSearch
@@ -157,7 +157,7 @@ def bench_fidelity(pipe: Any, arguments: dict[str, Any], search: OrderSearch) ->
 def judge(
     pipe: Any, arguments: dict[str, Any], dense: np.ndarray, method: Paro, orders: str, threshold: str
 ) -> dict[str, Any]:
-    sparse = render(sparsify(pipe, method), arguments)
+    sparse = render(sparsify(pipe, Schedule(method, never_slower=False)), arguments)
     fidelity, found = compare_clips(sparse, dense), statistics(pipe)
     unsparsify(pipe)
     row = {"orders": orders, "threshold": threshold, "density": method.density}

@@ -29,13 +29,12 @@ from torch import Tensor
 
 from dit_sparse import SeerAttention, Site, load_pipeline
 from dit_sparse.demo import demo_defaults, demo_model_path
+from dit_sparse.eval.attention import mass_recall
 from dit_sparse.eval.floors import RandomBlocks
-from dit_sparse.kernels import block_mass
-from dit_sparse.kernels.reference import mask_rows
-from dit_sparse.methods import METHODS, find_method
-from dit_sparse.methods.parameters import accepts_density, parse_parameter, read_parameter, with_density
+from dit_sparse.methods import METHODS, parse_method
+from dit_sparse.methods.parameters import accepts_density, with_density, without_density
 from dit_sparse.pipelines import observe
-from dit_sparse.types import AttentionPlan, Method, Previous
+from dit_sparse.types import Method, Previous
 
 PROMPT = "A big red ball moving left on a gray background."
 RANDOM = "random blocks"
@@ -78,30 +77,13 @@ def capture(steps: int, shares: Sequence[float], layers: int) -> list[Call]:
     return calls
 
 
-def recall(plan: AttentionPlan, call: Call) -> Tensor:
-    """`[B, H]` share of the attention mass that the kept pairs hold."""
-    q, lse = (plan.q_order.permute(x) for x in (call.q, call.lse))
-    k, scale = plan.kv_order.permute(call.k), call.q.shape[-1] ** -0.5
-    mask = plan.block_mask
-    if mask.partial_blocks is None:
-        mass = block_mass(q, k, lse, mask.q_offsets, mask.k_offsets, scale=scale)
-        return (mass * mask.full_blocks).sum((-1, -2)) / q.shape[2]
-    total = torch.zeros(q.shape[:2])
-    rows = max(1, (1 << 24) // k.shape[2])
-    for start in range(0, q.shape[2], rows):
-        part = slice(start, min(start + rows, q.shape[2]))
-        weights = (scale * q[:, :, part] @ k.transpose(-1, -2) - lse[:, :, part, None]).exp()
-        total += (weights * mask_rows(plan, *q.shape[:2], part.start, part.stop)).sum((-1, -2))
-    return total / q.shape[2]
-
-
 def measure(label: str, method: Method, density: float | None, calls: Sequence[Call]) -> Row:
     """One row: `method` plans for every call."""
     found, densities = [], []
     for call in calls:
         # Values choose no block but by error; keys stand in for them where a method looks.
         plan = method.plan(call.q, call.k, call.k, call.site, Previous(lse=call.lse))
-        found.append(recall(plan, call))
+        found.append(mass_recall(plan, call.q, call.k, call.lse))
         densities.append(plan.density.mean())
     recalls = torch.cat([part.flatten() for part in found])
     achieved = float(torch.stack(densities).mean())
@@ -109,31 +91,20 @@ def measure(label: str, method: Method, density: float | None, calls: Sequence[C
 
 
 def methods_for(texts: Sequence[str], seer: str | None) -> dict[str, Method]:
-    """The methods that accept a density, by the texts that name them: a name, or name:parameter=value+parameter=value.
+    """The methods that accept a density, by the texts that name them, as `parse_method` reads them.
 
     Raises:
         ValueError: an unknown method or parameter, or a bad value.
     """
-    made: dict[str, Method] = {}
+    made = {}
     for text in texts:
-        name, _, given = text.partition(":")
-        cls = find_method(name)
-        pairs = [pair.partition("=") for pair in given.split("+") if pair]
-        options = {key: parse_parameter(cls, key, value) for key, _, value in pairs}
-        if cls is SeerAttention:
-            options["weights"] = seer
-        if cls is not SeerAttention or seer is not None:
-            made[text] = cls(**options)
+        method = parse_method(text)
+        if isinstance(method, SeerAttention):
+            if seer is None:
+                continue
+            method = replace(method, weights=seer)
+        made[text] = method
     return {text: method for text, method in made.items() if accepts_density(method)}
-
-
-def by_threshold(method: Method) -> Method | None:
-    """`method` without a density, if it can do without."""
-    try:
-        read_parameter(type(method), "density", None)
-    except ValueError:
-        return None
-    return replace(method, density=None)  # type: ignore[type-var]
 
 
 def table(rows: Sequence[Row]) -> Table:
@@ -177,7 +148,7 @@ def main() -> None:
             if not math.isclose(row.achieved, density, rel_tol=0.1):
                 worse.append(f"{label} at {density:g} keeps {row.achieved:.3f}")
     for label, method in methods.items():
-        free = by_threshold(method)
+        free = without_density(method)
         if free is not None:
             rows.append(measure(label, free, None, calls))
     console = Console(width=100)

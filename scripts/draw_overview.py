@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 import torch
 
-from dit_sparse import AdaSpa, load_pipeline, sparsify, statistics, unsparsify
+from dit_sparse import AdaSpa, Schedule, load_pipeline, sparsify, statistics, unsparsify
 from dit_sparse.demo import demo_defaults, demo_model_path
 from dit_sparse.eval.fidelity import compare
 from dit_sparse.pipelines import session_of
@@ -71,7 +71,9 @@ def main() -> None:
     pipe.set_progress_bar_config(disable=True)
     dense = render(pipe, options.prompt, options.seed)
     other_seed = compare(render(pipe, options.prompt, options.seed + 1), dense)
-    sparse = render(sparsify(pipe, AdaSpa(density=options.density)), options.prompt, options.seed)
+    sparse = render(
+        sparsify(pipe, Schedule(AdaSpa(density=options.density), never_slower=False)), options.prompt, options.seed
+    )
     fidelity = compare(sparse, dense)
     found = statistics(pipe)
     plans = {key[2]: p.plan for key, p in session_of(pipe).previous.items() if key[3] == "cond"}

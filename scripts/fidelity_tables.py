@@ -30,6 +30,29 @@ def read_report(out: Path) -> dict[str, Any]:
     return report
 
 
+def merge_reports(parts: Sequence[Path]) -> dict[str, Any]:
+    """One report of those of several prompts each.
+
+    Raises:
+        ValueError: no reports, or of different settings, devices, versions or commits, or a prompt is in two of them.
+    """
+    reports = [read_report(part) for part in parts]
+    first = reports[0]
+    for part, report in zip(parts, reports, strict=True):
+        for name in ("environment", "settings"):
+            if report[name] != first[name]:
+                raise ValueError(f"--merge: the {name} of {part} is not that of {parts[0]}: merge like with like")
+    prompts = [prompt for report in reports for prompt in {row["prompt"] for row in report["videos"]}]
+    if twice := {prompt for prompt in prompts if prompts.count(prompt) > 1}:
+        raise ValueError(f"--merge: two parts have the prompt {twice.pop()!r}: give each prompts of its own")
+    merged = {"environment": first["environment"], "settings": first["settings"], "failed": {}}
+    for name in ("videos", "searches"):
+        merged[name] = [row for report in reports for row in report[name]]
+    for report in reports:
+        merged["failed"] |= report["failed"]
+    return merged
+
+
 def span(values: Sequence[float | None], form: str) -> tuple[str, str]:
     """The median of `values`, and the least to the largest; `None` is the PSNR of an identical video."""
     numbers = sorted(float("inf") if value is None else value for value in values)

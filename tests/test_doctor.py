@@ -9,6 +9,7 @@ def test_report_is_json_with_versions_and_backends():
     assert report["cpu"]["cores"] >= 1
     assert report["backends"]
     assert report["ready"]
+    assert report["costs"]
     for problem in report["problems"]:
         assert problem["what"]
         assert problem["fix"]

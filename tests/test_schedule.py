@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dit_sparse.methods import METHODS, AdaSpa, Dense, Neighborhood, Paro
+from dit_sparse.methods import METHODS, AdaSpa, Dense, LoSA, Neighborhood, Paro, Pisa, SolAttention, XAttention
 from dit_sparse.schedule import Schedule
 from dit_sparse.types import REMAINDERS, AttentionPlan, Previous, Site, TokenGrid, TokenOrder
 
@@ -133,7 +135,7 @@ def test_every_method_is_hashable_and_has_the_protocols_attributes() -> None:
         method = cls()
         assert hash(method) == hash(cls())
         assert method.name == name
-        assert method.scope in ("grid", "layer", "call")
+        assert method.scope in ("grid", "layer", "sample", "call")
         assert "arXiv" in method.paper
 
 
@@ -203,3 +205,110 @@ def test_an_unknown_remainder_is_refused() -> None:
         Schedule(AdaSpa(), remainder="means")
     with pytest.raises(ValueError, match="remainder must be one of method, none, mean, value, mass, got 3"):
         Schedule.from_config({"method": "adaspa", "remainder": 3})
+
+
+def test_a_plan_is_kept_until_queries_and_keys_have_moved() -> None:
+    schedule = Schedule(Pisa(), drift=0.1)
+    assert schedule.refresh_steps(20) == frozenset(), "in place of the method's own steps"
+    previous = Previous(some_plan(), None, 4)
+    for drift, action in ((None, "reuse"), (0.0, "reuse"), (0.1, "reuse"), (0.11, "plan")):
+        assert schedule.decide(site(9), replace(previous, drift=drift)).action == action
+    both = Schedule(Pisa(), drift=0.1, refresh=(0.5,))
+    assert both.decide(site(10), replace(previous, drift=0.0)).action == "plan"
+    assert Schedule(Pisa()).decide(site(9), replace(previous, drift=5.0)).action == "plan", "PISA plans every step"
+    assert Schedule(Pisa(), refresh=()).decide(site(9), replace(previous, drift=5.0)).action == "reuse"
+
+
+@pytest.mark.parametrize("slope", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("sigma", [0.001, 0.2, 0.5, 0.9, 0.999])
+def test_density_follows_the_log_snr(sigma: float, slope: float) -> None:
+    schedule = Schedule(Pisa(), noise_densities=(0.6, 0.1), noise_slope=slope)
+    log_snr = math.log((1 - sigma) ** 2 / sigma**2)
+    want = 0.1 + 0.5 * (1 - 1 / (1 + math.exp(-slope * log_snr)))
+    assert schedule.method_for(replace(site(3), sigma=sigma)).density == pytest.approx(want)
+
+
+def test_density_at_both_ends_of_the_noise() -> None:
+    schedule = Schedule(Pisa(), noise_densities=(0.6, 0.1))
+    assert [schedule.method_for(replace(site(3), sigma=sigma)).density for sigma in (1.0, 0.0)] == [0.6, 0.1]
+    with pytest.raises(ValueError, match="need a scheduler with noise levels"):
+        schedule.decide(site(0), None)
+    assert schedule.decide(replace(site(0), sigma=1.0), None).reason == "warm-up"
+
+
+def test_layers_have_densities_of_their_own() -> None:
+    schedule = Schedule(AdaSpa(), layer_densities=(0.5, 0.1, 0.2, 0.4))
+    assert [schedule.method_for(site(5, layer=n)).density for n in range(4)] == [0.5, 0.1, 0.2, 0.4]
+    schedule.check_layers(4)
+    with pytest.raises(ValueError, match="layer_densities must have one value for each of 5 layers, got 4"):
+        schedule.check_layers(5)
+
+
+def test_a_layers_density_shares_out_that_of_the_step() -> None:
+    """Relative to the mean of the layers, 0.3, and never above 1."""
+    ramped = Schedule(AdaSpa(), warmup=0, ramp=(0.6, 0.3), layer_densities=(0.6, 0.1, 0.2, 0.3))
+    assert [ramped.method_for(site(0, layer=n)).density for n in range(4)] == pytest.approx([1.0, 0.2, 0.4, 0.6])
+    assert [ramped.method_for(site(19, layer=n)).density for n in range(4)] == pytest.approx([0.6, 0.1, 0.2, 0.3])
+    noisy = Schedule(Pisa(), noise_densities=(0.6, 0.1), layer_densities=(0.6, 0.1, 0.2, 0.3))
+    assert noisy.method_for(replace(site(0, layer=1), sigma=1.0)).density == pytest.approx(0.2)
+
+
+def test_layers_of_other_densities_share_no_static_plan() -> None:
+    schedule = Schedule(Neighborhood(density=0.5), layer_densities=(0.5, 0.25, 0.5, 0.25))
+    keys = [schedule.key(site(5, layer=n)) for n in range(4)]
+    assert keys[0] == keys[2] != keys[1] == keys[3]
+
+
+def test_layers_have_thresholds_of_their_own() -> None:
+    schedule = Schedule(SolAttention(), layer_thresholds=(0.5, 1.0, 1.5, 2.0))
+    assert [schedule.method_for(site(5, layer=n)).tau for n in range(4)] == [0.5, 1.0, 1.5, 2.0]
+    retained = Schedule(LoSA(), layer_thresholds=(0.9, 0.99))
+    assert retained.method_for(site(5, layer=1)).retained == 0.99
+    with pytest.raises(ValueError, match="layer_thresholds must have one value for each of 3 layers, got 2"):
+        retained.check_layers(3)
+
+
+@pytest.mark.parametrize("name", [name for name, cls in METHODS.items() if getattr(cls(), "density", 0) is None])
+def test_every_method_with_a_threshold_says_which(name: str) -> None:
+    method = METHODS[name]()
+    if hasattr(method, "control"):
+        assert getattr(Schedule(method, layer_thresholds=(0.5,)).method_for(site(5)), method.control) == 0.5
+    else:
+        assert method.scope == "grid"
+
+
+NEW_OPTIONS = [
+    Schedule(Pisa(), drift=0.2),
+    Schedule(AdaSpa(), noise_densities=(0.5, 0.1), noise_slope=2.0),
+    Schedule(AdaSpa(), layer_densities=(0.5, 0.1)),
+    Schedule(XAttention(), layer_thresholds=(0.9, 0.8)),
+]
+
+
+@pytest.mark.parametrize("schedule", NEW_OPTIONS, ids=str)
+def test_config_round_trip_of_options_by_noise_layer_and_drift(schedule: Schedule) -> None:
+    assert Schedule.from_config(json.loads(json.dumps(schedule.to_config()))) == schedule
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        (Pisa(), {"drift": -0.1}, "drift must be a number from 0 on"),
+        (Pisa(), {"drift": math.nan}, "drift must be a number from 0 on"),
+        (Neighborhood(), {"drift": 0.1}, "drift must be none for 'neighborhood'"),
+        (Neighborhood(), {"noise_densities": (0.5, 0.1)}, "noise_densities must be none for 'neighborhood'"),
+        (Pisa(), {"noise_densities": (0.5, 0.0)}, "noise_densities must be above 0"),
+        (Pisa(), {"noise_slope": 0}, "noise_slope must be a number above 0"),
+        (Pisa(), {"noise_densities": (0.5, 0.1), "ramp": (0.5,)}, "ramp and noise_densities both"),
+        (XAttention(), {"noise_densities": (0.5, 0.1)}, "noise_densities must have a density to change"),
+        (XAttention(), {"layer_densities": (0.5,)}, "layer_densities must have a density to change"),
+        (Pisa(), {"layer_densities": ()}, "layer_densities must hold at least one"),
+        (Pisa(), {"layer_densities": (2.0,)}, "layer_densities must be above 0 and at most 1"),
+        (Pisa(), {"layer_thresholds": (0.5,)}, "layer_thresholds must have a threshold to change"),
+        (XAttention(density=0.5), {"layer_thresholds": (0.5,)}, "layer_thresholds must have a threshold"),
+        (XAttention(), {"layer_thresholds": (2.0,)}, "top_p must be"),
+    ],
+)
+def test_options_that_a_method_cannot_follow_are_refused(method, options, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Schedule(method, **options)

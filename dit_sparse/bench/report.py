@@ -130,7 +130,7 @@ def environment(device: torch.device) -> dict[str, str | None]:
     found: dict[str, str | None] = {"device": str(device), "torch": torch.__version__}
     if device.type == "cuda":
         found |= {"device": torch.cuda.get_device_name(device), "cudnn": str(torch.backends.cudnn.version())}
-    for package in ("dit-sparse", "triton", "fa3-fwd"):
+    for package in ("dit-sparse", "diffusers", "triton", "fa3-fwd"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

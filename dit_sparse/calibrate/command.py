@@ -15,10 +15,11 @@ from dit_sparse.generate import Request, models
 from dit_sparse.generate.run import check_folder
 from dit_sparse.methods.plan_file import PlanFile
 from dit_sparse.pipelines import check
+from dit_sparse.types import Method
 
 
-def prepare(request: Request, calibration: Calibration) -> tuple[Any, dict[str, Any]]:
-    """The pipeline that `request` means and the arguments of its call, both checked.
+def prepare(request: Request, method: Method) -> tuple[Any, dict[str, Any]]:
+    """The pipeline that `request` means and the arguments of its call, both checked, for `method`.
 
     Raises:
         ValueError, OSError: one line that says what is wrong and what is allowed.
@@ -26,11 +27,17 @@ def prepare(request: Request, calibration: Calibration) -> tuple[Any, dict[str, 
     check_folder(request.out)
     pipe = models.load_model(request)
     values = models.pipeline_defaults(request, pipe) | (models.known_defaults(request) or {})
-    check(pipe, calibration.method, values["height"], values["width"], values["frames"])
+    check(pipe, method, values["height"], values["width"], values["frames"])
     arguments = models.call_arguments(pipe, values)
     if request.negative_prompt is not None:
         arguments["negative_prompt"] = request.negative_prompt
     return pipe, arguments
+
+
+def public_name(request: Request) -> str:
+    """The model's name for files that are handed on: a folder's own path is nobody's business but its owner's."""
+    name = models.model_name(request.model)
+    return Path(name).name if Path(name).is_absolute() else name
 
 
 def calibrate_with_progress(
@@ -43,9 +50,7 @@ def calibrate_with_progress(
     console: Console,
 ) -> PlanFile:
     """`calibrate` with a bar on `console`."""
-    name = models.model_name(request.model)
-    # A folder's own path is nobody's business but its owner's.
-    name = Path(name).name if Path(name).is_absolute() else name
+    name = public_name(request)
     total = 2 * len(request.prompts) * int(arguments["num_inference_steps"])
     with ProgressListener(console, total) as listener:
         return calibrate(

@@ -116,7 +116,7 @@ def calibrate(
         with observe(pipe, observer):
             for prompt in prompts:
                 listener.began(what, prompt)
-                _render(pipe, prompt, calibration.seed, listener, arguments)
+                run_dense(pipe, prompt, calibration.seed, listener, arguments)
 
     search = OrderSearch(calibration.method)
     watch("orders", search)
@@ -129,9 +129,20 @@ def calibrate(
     return PlanFile.open(path)
 
 
-def _render(pipe: Any, prompt: str, seed: int, listener: Listener, arguments: Mapping[str, Any]) -> None:
-    def stepped(_: Any, __: int, ___: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+def run_dense(
+    pipe: Any,
+    prompt: str,
+    seed: int,
+    listener: Listener,
+    arguments: Mapping[str, Any],
+    last: int | None = None,
+) -> None:
+    """Run `pipe` on `prompt` without decoding, up to the step `last` where it is given; `listener` is told of steps."""
+
+    def stepped(pipe: Any, step: int, _: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         listener.stepped()
+        if last is not None:
+            pipe._interrupt = step >= last
         return tensors
 
     own = {"generator": torch.Generator("cpu").manual_seed(seed), "callback_on_step_end": stepped}

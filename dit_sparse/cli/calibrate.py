@@ -77,7 +77,7 @@ def calibrate(
         )
         with report.warnings_as_lines(console):
             with report.loading(console, model):
-                pipe, arguments = command.prepare(request, calibration)
+                pipe, arguments = command.prepare(request, calibration.method)
             file = command.calibrate_with_progress(pipe, request, out, calibration, arguments, scratch, console)
     report.output_console().print(summary(describe(file)))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -34,6 +34,10 @@ def generate(
     config: Annotated[
         Path | None, opt.option("JSON file with the method and its parameters; options override it.")
     ] = None,
+    no_strict: Annotated[
+        bool,
+        opt.option("Let a sparse layer run dense, where it has to, instead of failing.", flag="--no-strict"),
+    ] = False,
     height: opt.Height = None,
     width: opt.Width = None,
     frames: opt.Frames = None,
@@ -57,9 +61,12 @@ def generate(
         int | None, opt.option("Frames a second of the file.", opt.OUTPUT, default="the preset's, or 16")
     ] = None,
     compare_dense: Annotated[
-        bool, opt.option("Also render dense, and compare.", opt.OUTPUT, flag="--compare-dense")
+        bool, opt.option("Also render and write dense, and compare.", opt.OUTPUT, flag="--compare-dense")
     ] = False,
+    trace: opt.Trace = True,
     overwrite: Annotated[bool, opt.option("Make finished videos again.", opt.OUTPUT, flag="--overwrite")] = False,
+    ray: opt.Ray = None,
+    ray_workers: opt.RayWorkers = None,
 ) -> None:
     """Make a video of every prompt, or an image with a model that makes images.
 
@@ -79,6 +86,8 @@ def generate(
             positional, options = split_arguments([*(arguments or ()), *context.args])
             if density is not None:
                 options["density"] = density
+            if no_strict:
+                options["strict"] = "false"
             prompts = opt.collect_prompts(positional, prompt)
             preset = None if model is None else find_preset(model)
             takes_method = method is None and config is None
@@ -105,10 +114,13 @@ def generate(
                 compare_dense=compare_dense,
                 overwrite=overwrite,
                 parallel=parallel,
+                trace=trace,
             )
         if preset is not None and os.environ.get("RANK", "0") == "0":
             console.print(preset_line(preset, takes_method), markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(_generate(request, console) if parallel is None else _on_ranks(request))
+        if parallel is not None:
+            raise typer.Exit(_on_ranks(request))
+        raise typer.Exit(_generate(request, console, ray, ray_workers))
 
 
 def _on_ranks(request: Request) -> int:
@@ -137,7 +149,7 @@ def _rank(request: Request) -> int:
             return 0
         leader = ranks.Leader(request, together)
         try:
-            code = _generate(request, Console(stderr=True), leader)
+            code = _generate(request, Console(stderr=True), executor=leader)
         except typer.Exit as end:
             code = end.exit_code
         leader.stop()
@@ -150,25 +162,45 @@ def _rank(request: Request) -> int:
     return code
 
 
-def _generate(request: Request, console: Console, executor: Executor | None = None) -> int:
+def _generate(
+    request: Request,
+    console: Console,
+    ray: str | None = None,
+    ray_workers: int | None = None,
+    executor: Executor | None = None,
+) -> int:
+    from dit_sparse.cluster import NoWorkers
     from dit_sparse.generate import report
     from dit_sparse.generate.run import prepare, run
 
-    with report.warnings_as_lines(console):
-        with user_errors(), report.loading(console, request.model):
-            job = prepare(request, executor)
-        _warn_of_unknown_words(job, console)
-        try:
+    try:
+        with report.warnings_as_lines(console), ExitStack() as stack:
+            with user_errors(), report.loading(console, request.model):
+                job = prepare(request, executor or _executor(request, ray, ray_workers, stack))
+            _warn_of_unknown_words(job, console)
             with report.ConsoleListener(console) as listener:
                 outcome = run(job, listener)
-        except OSError as error:
-            print_error(f"{request.out} cannot be written: {error}")
-            return 1
+    except OSError as error:
+        print_error(f"{request.out} cannot be written: {error}")
+        return 1
+    except NoWorkers as error:
+        print_error(str(error))
+        return 1
     output = report.output_console()
     if outcome.lines:
         output.print(report.result_table(outcome.lines))
     output.print(report.closing_line(job, outcome), markup=False, highlight=False, soft_wrap=True)
     return 1 if outcome.failures else 0
+
+
+def _executor(request: Request, ray: str | None, workers: int | None, stack: ExitStack) -> Executor | None:
+    if ray is None:
+        if workers is not None:
+            raise ValueError("--ray-workers needs --ray auto, local or HOST:PORT")
+        return None
+    from dit_sparse.generate.on_ray import RayExecutor
+
+    return stack.enter_context(RayExecutor(request, ray, workers))
 
 
 def _warn_of_unknown_words(job: Job, console: Console) -> None:

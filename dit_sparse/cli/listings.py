@@ -83,16 +83,36 @@ def neighborhood(
         print_report(report, Console())
 
 
-def doctor(as_json: Json = False) -> None:
+def doctor(
+    measure: Annotated[
+        bool,
+        typer.Option("--measure", help="Measure what sparse attention costs here first, so that it is never slower."),
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """Say what works on this machine, what is missing and how to get it."""
     from dit_sparse.doctor import diagnose
 
+    if measure:
+        with user_errors():
+            _measure()
     report = diagnose()
     if as_json:
         print_json(report)
     else:
         _print_report(report, Console())
     raise typer.Exit(0 if report["ready"] else 1)
+
+
+def _measure() -> None:
+    import torch
+
+    from dit_sparse.bench.costs import measure_for_user
+
+    console = Console(stderr=True)
+    with console.status("measuring what sparse attention costs here"):
+        path = measure_for_user("cuda" if torch.cuda.is_available() else "cpu")
+    console.print(f"measured costs are in {path}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _print_report(report: dict[str, Any], console: Console) -> None:

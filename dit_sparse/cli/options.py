@@ -25,7 +25,33 @@ Guidance = Annotated[float | None, option("Guidance scale.", SAMPLING, default="
 NegativePrompt = Annotated[str | None, option("What to avoid.", SAMPLING)]
 Dtype = Annotated[str, option("auto, float32, float16 or bfloat16.", MACHINE)]
 Device = Annotated[str, option("auto, cpu, cuda or cuda:N.", MACHINE)]
+Ray = Annotated[
+    str | None, option("Spread over a Ray cluster: auto, local or HOST:PORT.", MACHINE, default="this process")
+]
+RayWorkers = Annotated[
+    int | None, option("Ray workers, each with the model.", MACHINE, default="one a GPU, or for four cores")
+]
+Trace = Annotated[
+    bool,
+    typer.Option(
+        "--trace/--no-trace",
+        help="Write what each step, layer and head did, for `dit-sparse report`.",
+        rich_help_panel=OUTPUT,
+    ),
+]
 Offload = Annotated[str, option("none, model or group: keep weights off the GPU.", MACHINE)]
+
+
+def numbers(flag: str, text: str) -> tuple[float, ...]:
+    """The numbers in `text`, with commas between them.
+
+    Raises:
+        ValueError: something else.
+    """
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"{flag} must be numbers with commas between them, such as 0.5,0.25, got {text!r}") from None
 
 
 def collect_prompts(positional: list[str], prompts: list[str] | None) -> list[str]:

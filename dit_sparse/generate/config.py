@@ -14,7 +14,22 @@ if TYPE_CHECKING:
 __all__ = ["DEFAULT_METHOD", "build_schedule", "read_config", "split_arguments"]
 
 DEFAULT_METHOD = "adaspa"
-_SCHEDULE_OPTIONS = ("warmup", "dense_layers", "refresh", "ramp", "remainder")
+_SCHEDULE_OPTIONS = (
+    "warmup",
+    "dense_layers",
+    "refresh",
+    "ramp",
+    "remainder",
+    "strict",
+    "never_slower",
+    "drift",
+    "noise_densities",
+    "noise_slope",
+    "layer_densities",
+    "layer_thresholds",
+    "strict",
+    "never_slower",
+)
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:

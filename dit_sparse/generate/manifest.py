@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Mapping
@@ -29,14 +30,27 @@ class Manifest:
         self.path = folder / MANIFEST
         self._lines = _read(self.path)
 
-    def finished(self, key: str) -> dict[str, Any] | None:
-        """The line of the video `key` if its file is there too."""
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        """Of every video, finished or not, in order."""
+        return list(self._lines.values())
+
+    def finished(self, key: str, file: str | None = None) -> dict[str, Any] | None:
+        """The line of the video `key` if its file, which has to be called `file` where that is given, is there too."""
         line = self._lines.get(key)
-        return line if line is not None and (self.folder / line["file"]).exists() else None
+        if line is None or (file is not None and line["file"] != file):
+            return None
+        return line if (self.folder / line["file"]).exists() else None
 
     def file_name(self, clip: Clip, settings: Settings) -> str:
-        """A name for `clip` that no other video and no foreign file has; its own line's, where it has one."""
+        """A name for `clip` that no other video and no foreign file has; its own line's, where it has one.
+
+        Raises:
+            FileExistsError: others have taken every such name.
+        """
         key = settings.key(clip)
+        if clip.name is not None:
+            return self._settled_name(clip.name + extension(settings.format, settings.frames), key)
         if key in self._lines:
             return self._lines[key]["file"]
         taken = {line["file"] for line in self._lines.values()}
@@ -47,6 +61,13 @@ class Manifest:
             raise FileExistsError(f"{names[0]} exists in {self.folder} and is not in its {MANIFEST}; move it away")
         return free[0]
 
+    def _settled_name(self, name: str, key: str) -> str:
+        owners = {other for other, line in self._lines.items() if line["file"] == name}
+        if owners - {key} or (not owners and (self.folder / name).exists()):
+            what = "was made with other settings" if owners else f"is not in the {MANIFEST} there"
+            raise FileExistsError(f"{name} in {self.folder} {what}; use another --out, or move it away")
+        return name
+
     def append(self, line: Mapping[str, Any]) -> None:
         """Add `line` (with `key` and `file`) and make sure that it is on the disk.
 
@@ -55,9 +76,11 @@ class Manifest:
             OSError: the file cannot be written.
         """
         data = json.dumps(line, ensure_ascii=False, allow_nan=False).encode("utf-8") + b"\n"
-        _mend(self.path)
         descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         with open(descriptor, "ab", buffering=0) as file:
+            # Shards of one run share the file, and each would cut off another's line as long as it is half written.
+            fcntl.flock(file, fcntl.LOCK_EX)
+            _mend(self.path)
             file.write(data)
             os.fsync(file.fileno())
         self._lines[line["key"]] = dict(line)
@@ -71,7 +94,7 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
     for number, data in enumerate(whole, 1):
         line = _parse(data)
         if line is None:
-            raise ValueError(f"{path}, line {number} is no manifest line; move the file away or use another --out")
+            raise ValueError(f"{path}, line {number} is no manifest line; mend it or move the file away")
         lines[line["key"]] = line
     if (line := _parse(last)) is not None:
         lines[line["key"]] = line

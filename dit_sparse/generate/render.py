@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import gc
+import json
 import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -22,6 +23,7 @@ from dit_sparse.generate.request import Clip, Request, Settings
 from dit_sparse.generate.video import extension, partial_path, to_uint8, write_partial
 
 if TYPE_CHECKING:
+    from dit_sparse.pipelines import Trace
     from dit_sparse.schedule import Schedule
 
 __all__ = ["Executor", "Failed", "LocalExecutor", "Rendered", "Renderer"]
@@ -29,20 +31,17 @@ __all__ = ["Executor", "Failed", "LocalExecutor", "Rendered", "Renderer"]
 
 @dataclass(frozen=True)
 class Rendered:
-    """A video that is written under a name of its own, and its manifest line but for its file's name."""
+    """A video that is written under a name of its own, and its manifest line but for the names of files.
+
+    Args:
+        partial: the video.
+        others: what is to lie beside it, by key of the manifest line: the end of its name, and the file as yet.
+    """
 
     clip: Clip
     line: dict[str, Any]
     partial: Path
-
-
-@dataclass(frozen=True, eq=False)
-class Drawn:
-    """A video in memory, `[T, H, W, 3]` uint8, and its manifest line but for its file's name."""
-
-    clip: Clip
-    line: dict[str, Any]
-    frames: np.ndarray
+    others: Mapping[str, tuple[str, Path]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -115,12 +114,12 @@ class Renderer:
             if not self._warm:
                 _warm_up(self, settings, clip, listener)
                 self._warm = True
-            frames, line = _make(self, settings, clip, listener)
+            made = _make(self, settings, clip, listener)
         # A model can fail on one prompt in any way, and the other prompts are still wanted.
         except Exception as error:  # noqa: BLE001
             _free_memory()
             return Failed(clip, error.with_traceback(None))
-        return Drawn(clip, line, frames)
+        return Drawn(clip, made)
 
 
 class LocalExecutor:
@@ -145,8 +144,7 @@ class LocalExecutor:
 def _written(drawn: Drawn | Failed, settings: Settings, partial: Path) -> Rendered | Failed:
     if isinstance(drawn, Failed):
         return drawn
-    write_partial(drawn.frames, partial, format=settings.format, fps=settings.fps)
-    return Rendered(drawn.clip, drawn.line, partial)
+    return Rendered(drawn.clip, drawn.made.line, partial, _write(settings, drawn.made, partial))
 
 
 def partial_name(settings: Settings, clip: Clip) -> str:
@@ -154,17 +152,56 @@ def partial_name(settings: Settings, clip: Clip) -> str:
     return clip.stem + extension(settings.format, settings.frames)
 
 
-def _make(renderer: Renderer, settings: Settings, clip: Clip, listener: Listener) -> tuple[np.ndarray, dict[str, Any]]:
-    """Frames `[T, H, W, 3]` uint8 of `clip` and its manifest line."""
+class _Made(NamedTuple):
+    """Frames `[T, H, W, 3]` uint8 of a clip, its manifest line, the frames of the dense rendering, the trace."""
+
+    frames: np.ndarray
+    line: dict[str, Any]
+    dense: np.ndarray | None
+    trace: dict[str, Any] | None
+
+
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """A clip that was rendered and is not written yet."""
+
+    clip: Clip
+    made: _Made
+
+
+def _make(renderer: Renderer, settings: Settings, clip: Clip, listener: Listener) -> _Made:
     with _sparse(renderer.pipe, renderer.schedule):
-        frames, seconds = _render(renderer, settings, clip, "sparse", listener)
+        with _tracing(renderer) as recorder:
+            frames, seconds = _render(renderer, settings, clip, "sparse", listener)
         line = _line(renderer, settings, clip, seconds)
-    pixels = to_uint8(frames)
+        trace = None if recorder is None else recorder.to_dict()
+    pixels, dense_pixels = to_uint8(frames), None
     if renderer.request.compare_dense:
         with _dense(renderer):
             dense, dense_seconds = _render(renderer, settings, clip, "dense", listener)
         line |= _comparison(frames, dense, seconds, dense_seconds)
-    return pixels, line
+        dense_pixels = to_uint8(dense)
+    return _Made(pixels, line, dense_pixels, trace)
+
+
+def _write(settings: Settings, made: _Made, partial: Path) -> dict[str, tuple[str, Path]]:
+    """Write everything under partial names; returns all but the video, as `Rendered.others`."""
+    others = {}
+    ending = extension(settings.format, settings.frames)
+    if made.trace is not None:
+        others["trace"] = (".trace.json", partial.with_name(partial.name + ".trace"))
+        others["trace"][1].write_text(json.dumps(made.trace, allow_nan=False) + "\n", "utf-8")
+    if made.dense is not None:
+        others["dense_file"] = (f".dense{ending}", partial.with_name(f"{partial.name}.dense{ending}"))
+        write_partial(made.dense, others["dense_file"][1], format=settings.format, fps=settings.fps)
+    write_partial(made.frames, partial, format=settings.format, fps=settings.fps)
+    return others
+
+
+def _tracing(renderer: Renderer) -> AbstractContextManager[Trace | None]:
+    from dit_sparse.pipelines import record_trace
+
+    return record_trace(renderer.pipe) if renderer.request.trace else nullcontext()
 
 
 def _warm_up(renderer: Renderer, settings: Settings, clip: Clip, listener: Listener) -> None:
@@ -257,6 +294,7 @@ def _line(renderer: Renderer, settings: Settings, clip: Clip, seconds: float) ->
         "sparse_density": run_statistics.sparse_density,
         "calls": run_statistics.calls,
         "dense_calls": dict(run_statistics.dense_calls),
+        "receipts": run_statistics.receipts(),
         "attention_seconds": run_statistics.attention_seconds,
         "plan_seconds": run_statistics.plan_seconds,
         "key": settings.key(clip),

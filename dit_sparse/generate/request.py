@@ -36,9 +36,11 @@ class Request:
         format: "mp4", "gif", or "png" for a folder of frames; `None` is mp4, and png where there is one frame, which
             is always an image of its own.
         fps: frames a second of the file; `None` is the preset's, or 16.
-        compare_dense: also render every video dense, and compare.
+        compare_dense: also render every video dense, write that too, and compare.
         overwrite: make finished videos again.
         parallel: ranks that share each video, as `Degrees.of` reads them; `None` is one process.
+        clips: the videos to make, in place of those that the prompts, `seed` and `num_samples` mean.
+        trace: also write what each step, layer and head did, for `dit-sparse report`.
 
     Raises:
         ValueError: a value out of range.
@@ -64,6 +66,8 @@ class Request:
     compare_dense: bool = False
     overwrite: bool = False
     parallel: str | None = None
+    clips: tuple[Clip, ...] = ()
+    trace: bool = False
 
     def __post_init__(self) -> None:
         if not self.prompts:
@@ -160,17 +164,19 @@ class Clip:
     Args:
         index: of its prompt in the file, from 1.
         repeat: how many equal prompts stand before it.
+        name: its file name without the ending, where others have settled it.
     """
 
     index: int
     prompt: str
     seed: int
     repeat: int = 0
+    name: str | None = None
 
     @property
     def stem(self) -> str:
         """File name without its ending, such as `0001-a-big-red-ball-seed0`."""
-        return f"{self.index:04d}-{slug(self.prompt)}-seed{self.seed}"
+        return self.name or f"{self.index:04d}-{slug(self.prompt)}-seed{self.seed}"
 
 
 def clips(prompts: Sequence[str], seed: int, num_samples: int) -> list[Clip]:

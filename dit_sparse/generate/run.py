@@ -12,7 +12,7 @@ from dit_sparse.generate.listener import Listener
 from dit_sparse.generate.manifest import Manifest
 from dit_sparse.generate.render import Executor, Failed, LocalExecutor, Rendered
 from dit_sparse.generate.request import Clip, Request, Settings, clips
-from dit_sparse.generate.video import check_writer, place, remove, remove_partials
+from dit_sparse.generate.video import check_writer, extension, place, remove, remove_partials
 
 if TYPE_CHECKING:
     from dit_sparse.schedule import Schedule
@@ -84,7 +84,7 @@ def run(job: Job, listener: Listener | None = None) -> Outcome:
     if not job.todo:
         return outcome
     job.request.out.mkdir(parents=True, exist_ok=True)
-    remove_partials(job.request.out)
+    remove_partials(job.request.out, [clip.name for clip in job.todo if clip.name is not None])
     for result in job.executor.render(job.settings, job.todo, listener):
         kept = result if isinstance(result, Failed) else _keep(job, result)
         if isinstance(kept, Failed):
@@ -132,8 +132,10 @@ def _settings(request: Request, schedule: Schedule, device: str, values: dict[st
 
 def _divide(request: Request, settings: Settings, manifest: Manifest) -> tuple[list[Clip], list[dict[str, Any]]]:
     todo, done = [], []
-    for clip in clips(request.prompts, request.seed, request.num_samples):
-        line = None if request.overwrite else manifest.finished(settings.key(clip))
+    for clip in request.clips or clips(request.prompts, request.seed, request.num_samples):
+        # A name that others have settled is found taken now, and not when the video is rendered.
+        name = None if clip.name is None else manifest.file_name(clip, settings)
+        line = None if request.overwrite else manifest.finished(settings.key(clip), name)
         # A comparison needs both renderings in memory, so a video without one is made again.
         if line is None or (request.compare_dense and "dense_seconds" not in line):
             todo.append(clip)
@@ -143,16 +145,21 @@ def _divide(request: Request, settings: Settings, manifest: Manifest) -> tuple[l
 
 
 def _keep(job: Job, rendered: Rendered) -> dict[str, Any] | Failed:
-    """Give a rendered video its name and its line, which is returned."""
+    """Give a rendered video and what belongs to it their names, and it its line, which is returned."""
+    partials = [rendered.partial, *(partial for _, partial in rendered.others.values())]
     try:
-        line = rendered.line | {"file": job.manifest.file_name(rendered.clip, job.settings)}
-    except FileExistsError as error:
-        remove(rendered.partial)
-        return Failed(rendered.clip, error)
-    try:
+        file = job.manifest.file_name(rendered.clip, job.settings)
+        stem = file.removesuffix(extension(job.settings.format, job.settings.frames))
+        names = {key: stem + ending for key, (ending, _) in rendered.others.items()}
+        line = rendered.line | {"file": file} | names
+        for key, (_, partial) in rendered.others.items():
+            place(partial, job.request.out / names[key])
         # The line comes before the file: a crash in between leaves a line without its file, which is not finished.
         job.manifest.append(line)
-        place(rendered.partial, job.request.out / line["file"])
+        place(rendered.partial, job.request.out / file)
+    except FileExistsError as error:
+        return Failed(rendered.clip, error)
     finally:
-        remove(rendered.partial)
+        for partial in partials:
+            remove(partial)
     return line

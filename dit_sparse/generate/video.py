@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,11 +123,16 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def remove_partials(folder: Path) -> None:
-    """Remove what processes that no longer run left unfinished in `folder`."""
+def remove_partials(folder: Path, names: Sequence[str] = (), owner: int | None = None) -> None:
+    """Remove what processes that no longer run, and the process `owner`, left unfinished in `folder`.
+
+    Args:
+        names: stems of the only files that are meant, where processes on other machines write others here.
+    """
     for path in folder.glob(f"{_PREFIX}*"):
         pid = path.name[len(_PREFIX) :].partition("-")[0]
-        if not (pid.isdigit() and _alive(int(pid))):
+        meant = not names or path.stem.endswith(tuple(f"-{name}" for name in names))
+        if meant and (not pid.isdigit() or int(pid) == owner or not _alive(int(pid))):
             remove(path)
 
 

@@ -21,9 +21,11 @@ from dit_sparse.kernels.hopper_backend import HopperBackend
 from dit_sparse.kernels.keep_best import keep_best
 from dit_sparse.kernels.modulate import add_gated, layer_norm
 from dit_sparse.kernels.norm_rope import norm_rope
+from dit_sparse.kernels.output_error import output_errors, scattered_rows
 from dit_sparse.kernels.permute import permute, restore
 from dit_sparse.kernels.pooled import pooled_blocks
 from dit_sparse.kernels.reference import ReferenceBackend
+from dit_sparse.kernels.remainder_error import divide_blocks, remainder_errors
 from dit_sparse.kernels.triton_backend import TritonBackend
 
 __all__ = [
@@ -35,17 +37,21 @@ __all__ = [
     "block_mass",
     "check_remainder",
     "dense_attention",
+    "divide_blocks",
     "get_backend",
     "keep_best",
     "layer_norm",
     "norm_rope",
+    "output_errors",
     "permute",
     "pooled_blocks",
     "refusal",
     "register",
+    "remainder_errors",
     "restore",
     "sample_rows",
     "sampled_block_mass",
+    "scattered_rows",
     "select",
 ]
 

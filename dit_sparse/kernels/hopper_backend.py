@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from dit_sparse.kernels.block_sparse import Call, block_sparse, register_launcher
+from dit_sparse.kernels.remainder import RemainderTerms
 from dit_sparse.kernels.triton_launch import broadcast_strides, triton_unavailable
-from dit_sparse.types import AttentionPlan, BlockGeometry
+from dit_sparse.types import REMAINDERS, AttentionPlan, BlockGeometry
 
 __all__ = ["HopperBackend"]
 
@@ -62,9 +63,10 @@ _VARIANTS = {
 
 
 class HopperBackend:
-    """The fast path of H100 and H200: even blocks, 16-bit types, up to 128 channels, partial blocks, row sums."""
+    """The fast path of H100 and H200: even blocks, 16-bit types, up to 128 channels, partial blocks, remainders."""
 
     name = "hopper"
+    remainders = REMAINDERS
 
     def unavailable(self, device: torch.device) -> str | None:
         if device.type != "cuda":
@@ -132,19 +134,25 @@ def _launch(call: Call) -> None:
     out = call.out if _is_aligned(call.out) else torch.empty_like(call.out, memory_format=torch.contiguous_format)
     grid = min(tiles, _multiprocessors(q.device) * variant.residents)
     pace = torch.zeros(1, dtype=torch.int32, device=q.device) if variant.pace else call.counts
+    k_desc, v_desc = (_descriptor(x, *box) for x in (k, v))
+    means = [k_desc, v_desc, v_desc] if call.terms is None else [_descriptor(x, *box) for x in _mean_tiles(call.terms)]
+    bias = call.counts[..., None] if call.terms is None else call.terms.bias
+    mean_blocks = 0 if call.terms is None else bias.shape[-1]
     forward_kernel[(grid,)](
-        _descriptor(q, 64, dim), _descriptor(k, *box), _descriptor(v, *box), _descriptor(out, 64, dim), out, lse,
-        call.counts, call.indices, call.partial_counts, call.partial_indices, bits, call.q_offsets, call.k_offsets,
+        _descriptor(q, 64, dim), k_desc, v_desc, _descriptor(out, 64, dim), *means, out, lse, call.counts,
+        call.indices, call.partial_counts, call.partial_indices, bits, call.q_offsets, call.k_offsets, bias,
         *out.stride()[:3], *lse.stride()[:2], *broadcast_strides(call.q_offsets), *broadcast_strides(call.k_offsets),
         *broadcast_strides(call.counts), *broadcast_strides(call.indices), call.indices.stride(2),
         *broadcast_strides(call.partial_counts), *broadcast_strides(call.partial_indices),
         call.partial_indices.stride(2), *broadcast_strides(bits), *bits.stride()[2:4], bits.shape[-1],
         call.q_blocks.largest, tiles, heads, row_tiles, call.k_offsets.shape[-1] - 2, run_start, run_end,
         call.k_blocks.largest, q.shape[-1], call.scale * math.log2(math.e), pace,
+        *bias.stride()[:3], mean_blocks, -(-mean_blocks // _KEYS),
         GROUPS=variant.groups, D=dim, BLOCK_N=_KEYS, K_TILES=k_tiles, PAIR=variant.pair, Q_TILES=q_tiles,
         STAGES_K=variant.stages_k, STAGES_V=variant.stages_v, Q_IN_REGISTERS=variant.q_in_registers,
         PARTIAL=call.bits is not None, RETURN_LSE=call.lse is not None, PACE=variant.pace, EARLY=variant.early,
-        FLAT=_layout((_KEYS, dim), q.dtype), PRODUCER_REGISTERS=24, CONSUMER_REGISTERS=240,
+        FLAT=_layout((_KEYS, dim), q.dtype), MEANS=call.terms is not None,
+        SLOPES=call.terms is not None and call.terms.slopes is not None, PRODUCER_REGISTERS=24, CONSUMER_REGISTERS=240,
         num_warps=4, maxnreg=variant.registers,
     )  # fmt: skip
     if out is not call.out:
@@ -152,6 +160,12 @@ def _launch(call: Call) -> None:
 
 
 register_launcher(HopperBackend.name, _launch)
+
+
+def _mean_tiles(terms: RemainderTerms) -> list[Tensor]:
+    """Means of keys and values, and the slopes of all blocks one under another, as tensors that TMA can address."""
+    slopes = terms.values if terms.slopes is None else terms.slopes.flatten(2, 3)
+    return [_aligned(x) for x in (terms.keys, terms.values, slopes)]
 
 
 def _variant(call: Call, dim: int) -> _Variant:

@@ -7,8 +7,9 @@ one tile overlaps P V of the tile before, as in FlashAttention-3 (arXiv 2407.086
 A key tile is one block, a part of a larger block, or (PAIR) two blocks of at most 64 keys side by side. Full blocks
 stand first among a row's entries, partial ones after them. Only tiles that hold an uneven or a partial block are
 masked. A row without keys visits one tile that is hidden whole, so that producer and consumers always agree on the
-number of tiles; it gives zeros and -inf. Tensors come as TMA descriptors over `[B, H, N, D]`; lists are
-`[B|1, H|1, ...]`.
+number of tiles; it gives zeros and -inf. With a remainder (MEANS) tiles of all blocks' means follow, with a bias that
+hides those of kept blocks, and (SLOPES) the query block's matrix as one more tile of values. Tensors come as TMA
+descriptors over `[B, H, N, D]`; lists are `[B|1, H|1, ...]`.
 """
 
 from __future__ import annotations
@@ -23,18 +24,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from dit_sparse.kernels.hopper_producer import produce
 from dit_sparse.kernels.hopper_tiles import (
     ROWS,
+    add_bias,
     count_tiles,
     hide,
     plain_tiles,
     query_tile,
-    start_of,
-    tile_blocks,
 )
 
 # Triton 3.6 names the copies after their direction, later versions do not.
-load_async = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 store_async = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
 
 RENAMED = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
@@ -47,93 +47,6 @@ def seen_as(memory, shape: gl.constexpr, layout: gl.constexpr):
         return memory.reinterpret(memory.dtype, shape, layout)
     else:
         return memory._reinterpret(memory.dtype, shape, layout)
-
-
-@gluon.jit
-def fetch(
-    desc, ring, full, free, number, tile, blocks, b, h, row, sizes, k_size, origin, STAGES: gl.constexpr,
-    BLOCK_N: gl.constexpr, D: gl.constexpr, PAIR: gl.constexpr, K_TILES: gl.constexpr,
-):  # fmt: skip
-    """Copy a tile of keys or values, the `number`-th of this thread block, as soon as its slot of the ring is free."""
-    first = start_of(blocks[0], row, sizes, k_size, origin) + (tile % K_TILES) * BLOCK_N
-    slot = number % STAGES
-    barrier = full.index(slot)
-    mbarrier.wait(free.index(slot), ((number // STAGES) & 1) ^ 1)
-    mbarrier.expect(barrier, BLOCK_N * D * 2)
-    if PAIR:
-        # Two blocks of 64 rows, interleaved by panels of 64 channels, make one tile of 128 rows.
-        second = start_of(blocks[1], row, sizes, k_size, origin)
-        for panel in gl.static_range(D // 64):
-            at = slot * (D // 32) + panel * 2
-            load_async(desc, [b, h, first, panel * 64], barrier, ring.index(at))
-            load_async(desc, [b, h, second, panel * 64], barrier, ring.index(at + 1))
-    else:
-        load_async(desc, [b, h, first, 0], barrier, ring.index(slot))
-
-
-@gluon.jit
-def keep_pace(pace, turn, tiles):
-    """Wait, not for long, until all thread blocks have come to this turn, so that they read the same keys together.
-
-    Without it they drift apart, and each drags keys through the L2 cache that the others have done with. Nothing but
-    speed depends on it.
-    """
-    count = gl.num_programs(0)
-    gl.atomic_add(pace, 1)
-    if (turn + 1) * count <= tiles:
-        seen = turn * 0
-        tries = turn * 0
-        while (seen < (turn + 1) * count) & (tries < 200):
-            seen = gl.atomic_add(pace, 0)
-            tries += 1
-
-
-@gluon.jit
-def produce(
-    descs, shared, barriers, lists, strides, sizes, k_size, pace,
-    GROUPS: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr, K_TILES: gl.constexpr, PAIR: gl.constexpr,
-    Q_TILES: gl.constexpr, STAGES_K: gl.constexpr, STAGES_V: gl.constexpr, PARTIAL: gl.constexpr, PACE: gl.constexpr,
-):  # fmt: skip
-    """The producer warp: brings queries, keys and values of every tile in the order that `consume` reads them."""
-    q_desc, k_desc, v_desc = descs
-    qs, ks, vs = shared
-    k_full, k_free, v_full, v_free, q_full, q_free = barriers
-    tiles, _, _, _, run_start, _ = sizes
-    issued = 0
-    turn = 0
-    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        if PACE:
-            keep_pace(pace, turn, tiles)
-        b, h, _, _, start, _, row = query_tile(tile, lists, strides, sizes, GROUPS * ROWS, Q_TILES, PARTIAL)
-        b = b.to(gl.int32)
-        h = h.to(gl.int32)
-        count = count_tiles(row, PAIR, K_TILES)
-        origin = gl.load(row[4] + run_start) - run_start * k_size
-        blocks = tile_blocks(0, row, PAIR, K_TILES, PARTIAL)
-        blocks_next = tile_blocks(1, row, PAIR, K_TILES, PARTIAL)
-        fetch(
-            k_desc, ks, k_full, k_free, issued, 0, blocks, b, h, row, sizes, k_size, origin, STAGES_K, BLOCK_N, D, PAIR,
-            K_TILES,
-        )  # fmt: skip
-        mbarrier.wait(q_free, (turn & 1) ^ 1)
-        mbarrier.expect(q_full, GROUPS * ROWS * D * 2)
-        for group in gl.static_range(GROUPS):
-            load_async(q_desc, [b, h, start + group * ROWS, 0], q_full, qs.index(group))
-        for i in range(count):
-            blocks_later = tile_blocks(i + 2, row, PAIR, K_TILES, PARTIAL)
-            if i + 1 < count:
-                fetch(
-                    k_desc, ks, k_full, k_free, issued + i + 1, i + 1, blocks_next, b, h, row, sizes, k_size, origin,
-                    STAGES_K, BLOCK_N, D, PAIR, K_TILES,
-                )  # fmt: skip
-            fetch(
-                v_desc, vs, v_full, v_free, issued + i, i, blocks, b, h, row, sizes, k_size, origin, STAGES_V, BLOCK_N,
-                D, PAIR, K_TILES,
-            )  # fmt: skip
-            blocks = blocks_next
-            blocks_next = blocks_later
-        issued += count
-        turn += 1
 
 
 @gluon.jit
@@ -181,17 +94,17 @@ def write_rows(
 
 @gluon.jit
 def multiply(
-    queries, operand, acc, ks, vs, barriers, now, BLOCK_N: gl.constexpr, STAGES_K: gl.constexpr,
+    queries, operand, acc, ks, vs, barriers, k_number, v_number, BLOCK_N: gl.constexpr, STAGES_K: gl.constexpr,
     STAGES_V: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """Start Q K^T of tile `now` and P V of the tile before; wait for the first of them alone."""
+    """Start Q K^T of a tile and P V of the tile before; wait for the first of them alone."""
     k_full, k_free, v_full, _, _, _ = barriers
-    k_slot = now % STAGES_K
-    v_slot = (now - 1) % STAGES_V
+    k_slot = k_number % STAGES_K
+    v_slot = v_number % STAGES_V
     zero = gl.zeros([ROWS, BLOCK_N], gl.float32, LAYOUT)
-    mbarrier.wait(k_full.index(k_slot), (now // STAGES_K) & 1)
+    mbarrier.wait(k_full.index(k_slot), (k_number // STAGES_K) & 1)
     product = warpgroup_mma(queries, ks.index(k_slot).permute((1, 0)), zero, use_acc=False, is_async=True)
-    mbarrier.wait(v_full.index(v_slot), ((now - 1) // STAGES_V) & 1)
+    mbarrier.wait(v_full.index(v_slot), (v_number // STAGES_V) & 1)
     values = warpgroup_mma(operand, vs.index(v_slot), acc, is_async=True)
     scores = warpgroup_mma_wait(1, deps=(product,))
     mbarrier.arrive(k_free.index(k_slot), count=1)
@@ -199,29 +112,54 @@ def multiply(
 
 
 @gluon.jit
+def add_slopes(
+    queries, tail, acc, vs, full, free, number,
+    Q_IN_REGISTERS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """The first order of the remainder: queries times their block's matrix, which came as one more tile of values."""
+    slot = number % STAGES
+    mbarrier.wait(full.index(slot), (number // STAGES) & 1)
+    if Q_IN_REGISTERS:
+        rows = gl.convert_layout(queries, gl.DotOperandLayout(0, LAYOUT, 2))
+    else:
+        rows = queries
+    zero = gl.zeros([ROWS, D], gl.float32, LAYOUT)
+    product = warpgroup_mma(rows, vs.index(slot).slice(0, D), zero, use_acc=False, is_async=True)
+    product = warpgroup_mma_wait(0, deps=(product,))
+    mbarrier.arrive(free.index(slot), count=1)
+    return acc + gl.convert_layout(tail, gl.SliceLayout(1, LAYOUT))[:, None] * product
+
+
+@gluon.jit
 def consume(
-    shared, barriers, lists, strides, partial, outputs, sizes, scale,
+    shared, barriers, lists, strides, partial, outputs, sizes, scale, means,
     GROUP: gl.constexpr, GROUPS: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr, K_TILES: gl.constexpr,
     PAIR: gl.constexpr, Q_TILES: gl.constexpr, STAGES_K: gl.constexpr, STAGES_V: gl.constexpr,
     Q_IN_REGISTERS: gl.constexpr, PARTIAL: gl.constexpr, RETURN_LSE: gl.constexpr, EARLY: gl.constexpr,
+    MEANS: gl.constexpr, SLOPES: gl.constexpr,
 ):  # fmt: skip
     """A consumer warpgroup: softmax(q K^T) V of its 64 rows of every tile."""
     qs, ks, vs, o_tiles, os = shared
     k_full, k_free, v_full, v_free, q_full, q_free = barriers
     tiles, _, _, last, _, _ = sizes
     bits, bits_sb, bits_sh, bits_sm, bits_sl, words, q_block = partial
+    bias, bias_sb, bias_sh, bias_sm, mean_blocks, mean_tiles = means
+    unit = 1.4426950408889634 / scale  # makes a bias a score
     S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
     S_ROWS: gl.constexpr = gl.SliceLayout(1, S)
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUT, 2)
     zero = gl.zeros([ROWS, BLOCK_N], gl.float32, S)
     done = 0
+    done_v = 0
     turn = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
         b, h, block, first_row, start, end, row = query_tile(
             tile, lists, strides, sizes, GROUPS * ROWS, Q_TILES, PARTIAL
         )  # fmt: skip
-        count = count_tiles(row, PAIR, K_TILES)
+        exact = count_tiles(row, PAIR, K_TILES)
+        count = exact + mean_tiles
+        own_bias = bias + b * bias_sb + h * bias_sh + block.to(gl.int64) * bias_sm
         first_row += GROUP * ROWS
         first = start + GROUP * ROWS
         own_bits = bits
@@ -229,6 +167,7 @@ def consume(
             own_bits += b * bits_sb + h * bits_sh + block.to(gl.int64) * bits_sm
         m = gl.full([ROWS], -float("inf"), gl.float32, S_ROWS)
         total = gl.zeros([ROWS], gl.float32, S_ROWS)
+        tail = gl.zeros([ROWS], gl.float32, S_ROWS)
         acc = gl.zeros([ROWS, D], gl.float32, OUT)
         plain = plain_tiles(row, PAIR, K_TILES)
         mbarrier.wait(q_full, turn & 1)
@@ -251,23 +190,32 @@ def consume(
         operand = gl.convert_layout(weights.to(vs.dtype), WEIGHTS)
         for i in range(1, count):
             values, scores = multiply(
-                queries, operand, acc, ks, vs, barriers, done + i, BLOCK_N, STAGES_K, STAGES_V, S
+                queries, operand, acc, ks, vs, barriers, done + i, done_v + i - 1, BLOCK_N, STAGES_K, STAGES_V, S
             )  # fmt: skip
-            if i >= plain:
+            if (i >= plain) & (i < exact):
                 scores = hide(
                     scores, i, row, last, own_bits, bits_sl, words, q_block, first_row, PAIR, K_TILES, BLOCK_N, PARTIAL,
                     S,
                 )  # fmt: skip
+            if MEANS:
+                scores = add_bias(scores, own_bias, unit, i, exact, mean_blocks, BLOCK_N, S)
+            before = total
             m, total, keep, weights = soften(scores, m, total, scale)
+            if SLOPES:
+                tail = tail * keep + (total - before * keep) * (i >= exact).to(gl.float32)
             acc = warpgroup_mma_wait(0, deps=(values,))
-            mbarrier.arrive(v_free.index((done + i - 1) % STAGES_V), count=1)
+            mbarrier.arrive(v_free.index((done_v + i - 1) % STAGES_V), count=1)
             acc = acc * gl.convert_layout(keep, gl.SliceLayout(1, OUT))[:, None]
             operand = gl.convert_layout(weights.to(vs.dtype), WEIGHTS)
         done += count
-        v_slot = (done - 1) % STAGES_V
-        mbarrier.wait(v_full.index(v_slot), ((done - 1) // STAGES_V) & 1)
+        done_v += count
+        v_slot = (done_v - 1) % STAGES_V
+        mbarrier.wait(v_full.index(v_slot), ((done_v - 1) // STAGES_V) & 1)
         acc = warpgroup_mma_wait(0, deps=(warpgroup_mma(operand, vs.index(v_slot), acc, is_async=True),))
         mbarrier.arrive(v_free.index(v_slot), count=1)
+        if SLOPES:
+            acc = add_slopes(queries, tail, acc, vs, v_full, v_free, done_v, Q_IN_REGISTERS, D, STAGES_V, OUT)
+            done_v += 1
         write_rows(
             o_tiles.index(GROUP), os.index(GROUP), acc, m, total, outputs, b, h, first, end, D, RETURN_LSE, OUT, S_ROWS
         )
@@ -283,21 +231,23 @@ def consume(
 PLAIN_NUMBERS = [
     "o_sb", "o_sh", "o_sn", "lse_sb", "lse_sh", "qo_sb", "qo_sh", "ko_sb", "ko_sh", "c_sb", "c_sh", "i_sb", "i_sh",
     "i_sm", "pc_sb", "pc_sh", "pi_sb", "pi_sh", "pi_sm", "bits_sb", "bits_sh", "bits_sm", "bits_sl", "words",
-    "q_block", "tiles", "heads", "row_tiles", "last", "run_start", "run_end", "k_size", "channels",
+    "q_block", "tiles", "heads", "row_tiles", "last", "run_start", "run_end", "k_size", "channels", "bias_sb",
+    "bias_sh", "bias_sm", "mean_blocks", "mean_tiles",
 ]  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=PLAIN_NUMBERS)
 def forward_kernel(
-    q_desc, k_desc, v_desc, o_desc, out, lse, counts, indices, partial_counts, partial_indices, bits,
-    q_offsets, k_offsets,
+    q_desc, k_desc, v_desc, o_desc, mean_k_desc, mean_v_desc, slope_desc, out, lse, counts, indices, partial_counts,
+    partial_indices, bits, q_offsets, k_offsets, bias,
     o_sb, o_sh, o_sn, lse_sb, lse_sh, qo_sb, qo_sh, ko_sb, ko_sh, c_sb, c_sh, i_sb, i_sh, i_sm,
     pc_sb, pc_sh, pi_sb, pi_sh, pi_sm, bits_sb, bits_sh, bits_sm, bits_sl, words, q_block,
     tiles, heads, row_tiles, last, run_start, run_end, k_size, channels, scale, pace,
+    bias_sb, bias_sh, bias_sm, mean_blocks, mean_tiles,
     GROUPS: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr, K_TILES: gl.constexpr, PAIR: gl.constexpr,
     Q_TILES: gl.constexpr, STAGES_K: gl.constexpr, STAGES_V: gl.constexpr, Q_IN_REGISTERS: gl.constexpr,
     PARTIAL: gl.constexpr, RETURN_LSE: gl.constexpr, PACE: gl.constexpr, EARLY: gl.constexpr, FLAT: gl.constexpr,
-    PRODUCER_REGISTERS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
+    MEANS: gl.constexpr, SLOPES: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Shared memory, barriers, and the warps' roles; `FLAT` is the 2-D layout of what the 4-D copies bring."""
     dtype: gl.constexpr = q_desc.dtype
@@ -338,21 +288,24 @@ def forward_kernel(
     outputs = (o_desc, out, o_sb, o_sh, o_sn, channels, lse, lse_sb, lse_sh)
     sizes = (tiles, heads, row_tiles, last, run_start, run_end)
     reads = (qs, ks, vs, o_tiles, os)
-    descs = (q_desc, k_desc, v_desc)
+    descs = (q_desc, k_desc, v_desc, mean_k_desc, mean_v_desc, slope_desc)
+    means = (bias, bias_sb, bias_sh, bias_sm, mean_blocks, mean_tiles)
     copies = (q_tiles, k_tiles, v_tiles)
     # Compile-time numbers keep their kind only where the tuple of arguments is written out.
     if GROUPS == 2:
         gl.warp_specialize(
             [
                 (consume, (
-                    reads, barriers, lists, strides, partial, outputs, sizes, scale, 0, GROUPS, D,
-                    BLOCK_N, K_TILES, PAIR, Q_TILES, STAGES_K, STAGES_V, Q_IN_REGISTERS, PARTIAL, RETURN_LSE, EARLY)),
+                    reads, barriers, lists, strides, partial, outputs, sizes, scale, means, 0, GROUPS, D,
+                    BLOCK_N, K_TILES, PAIR, Q_TILES, STAGES_K, STAGES_V, Q_IN_REGISTERS, PARTIAL, RETURN_LSE, EARLY,
+                    MEANS, SLOPES)),
                 (consume, (
-                    reads, barriers, lists, strides, partial, outputs, sizes, scale, 1, GROUPS, D,
-                    BLOCK_N, K_TILES, PAIR, Q_TILES, STAGES_K, STAGES_V, Q_IN_REGISTERS, PARTIAL, RETURN_LSE, EARLY)),
+                    reads, barriers, lists, strides, partial, outputs, sizes, scale, means, 1, GROUPS, D,
+                    BLOCK_N, K_TILES, PAIR, Q_TILES, STAGES_K, STAGES_V, Q_IN_REGISTERS, PARTIAL, RETURN_LSE, EARLY,
+                    MEANS, SLOPES)),
                 (produce, (
-                    descs, copies, barriers, lists, strides, sizes, k_size, pace, GROUPS, D, BLOCK_N, K_TILES,
-                    PAIR, Q_TILES, STAGES_K, STAGES_V, PARTIAL, PACE)),
+                    descs, copies, barriers, lists, strides, sizes, k_size, pace, mean_tiles, channels, GROUPS, D,
+                    BLOCK_N, K_TILES, PAIR, Q_TILES, STAGES_K, STAGES_V, PARTIAL, PACE, MEANS, SLOPES)),
             ],
             [4, 1],
             [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
@@ -361,11 +314,12 @@ def forward_kernel(
         gl.warp_specialize(
             [
                 (consume, (
-                    reads, barriers, lists, strides, partial, outputs, sizes, scale, 0, GROUPS, D,
-                    BLOCK_N, K_TILES, PAIR, Q_TILES, STAGES_K, STAGES_V, Q_IN_REGISTERS, PARTIAL, RETURN_LSE, EARLY)),
+                    reads, barriers, lists, strides, partial, outputs, sizes, scale, means, 0, GROUPS, D,
+                    BLOCK_N, K_TILES, PAIR, Q_TILES, STAGES_K, STAGES_V, Q_IN_REGISTERS, PARTIAL, RETURN_LSE, EARLY,
+                    MEANS, SLOPES)),
                 (produce, (
-                    descs, copies, barriers, lists, strides, sizes, k_size, pace, GROUPS, D, BLOCK_N, K_TILES,
-                    PAIR, Q_TILES, STAGES_K, STAGES_V, PARTIAL, PACE)),
+                    descs, copies, barriers, lists, strides, sizes, k_size, pace, mean_tiles, channels, GROUPS, D,
+                    BLOCK_N, K_TILES, PAIR, Q_TILES, STAGES_K, STAGES_V, PARTIAL, PACE, MEANS, SLOPES)),
             ],
             [1],
             [PRODUCER_REGISTERS],

@@ -134,6 +134,36 @@ def start_of(block, row, sizes, k_size, origin):
 
 
 @gluon.jit
+def tile_starts(
+    tile, exact, blocks, row, sizes, k_size, origin,
+    BLOCK_N: gl.constexpr, PAIR: gl.constexpr, K_TILES: gl.constexpr, MEANS: gl.constexpr,
+):  # fmt: skip
+    """Where the one or two parts of a tile begin: among the keys, or from the `exact`-th tile on among block means."""
+    first = start_of(blocks[0], row, sizes, k_size, origin) + (tile % K_TILES) * BLOCK_N
+    second = first
+    if PAIR:
+        second = start_of(blocks[1], row, sizes, k_size, origin)
+    if MEANS:
+        mean = (tile - exact) * BLOCK_N
+        first = gl.where(tile < exact, first, mean)
+        second = gl.where(tile < exact, second, mean + 64)
+    return first, second
+
+
+@gluon.jit
+def add_bias(scores, bias, unit, tile, exact, blocks, BLOCK_N: gl.constexpr, LAYOUT: gl.constexpr):
+    """Scores of block means with their bias; scores of keys, before the `exact`-th tile, as they are.
+
+    The bias is read here and not ahead: it would take a quarter of a tile's columns in registers of every thread.
+    """
+    if tile >= exact:
+        mean = (tile - exact) * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, LAYOUT))
+        found = gl.load(bias + mean, mask=mean < blocks, other=-float("inf"))
+        scores += (found * unit)[None, :]
+    return scores
+
+
+@gluon.jit
 def hide(
     scores, tile, row, last, bits, bits_sl, words, q_block, first_row,
     PAIR: gl.constexpr, K_TILES: gl.constexpr, BLOCK_N: gl.constexpr, PARTIAL: gl.constexpr, LAYOUT: gl.constexpr,

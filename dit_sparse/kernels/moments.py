@@ -99,13 +99,21 @@ def moments_by_triton(
     found = x.new_empty(batch, heads, blocks, dim, v_dim) if products else mean[..., None]
     block_dv = min(_LARGEST_TILE, padded(v_dim))
     parts = 1 if v is None else triton.cdiv(v_dim, block_dv)
+    block_n, num_warps = _tile(layout.blocks.largest, x.dtype, max(dim, v_dim), products)
     with on_device_of(x):
         moments_kernel[blocks * parts, heads, batch](
             x, values, mean, square, v_mean, found, offsets,
             *x.stride()[:3], *values.stride()[:3], *mean.stride()[:3], *v_mean.stride()[:3], *found.stride()[:4],
             *broadcast_strides(offsets),
-            D=dim, DV=v_dim, BLOCK_D=padded(dim), BLOCK_DV=block_dv, BLOCK_N=16 if x.dtype == torch.float32 else 32,
-            PARTS=parts, CENTRED=centred, VALUES=v is not None, PRODUCTS=products, UPCAST=interpreted(),
-            num_warps=8 if products else 4,
+            D=dim, DV=v_dim, BLOCK_D=padded(dim), BLOCK_DV=block_dv, BLOCK_N=block_n,
+            PARTS=parts, CENTRED=centred, VALUES=v is not None, PRODUCTS=products,
+            SINGLE=layout.blocks.largest <= block_n, UPCAST=interpreted(), num_warps=num_warps,
         )  # fmt: skip
     return Moments(mean, square, None if v is None else v_mean, found if products else None)
+
+
+def _tile(largest: int, dtype: torch.dtype, dim: int, products: bool) -> tuple[int, int]:
+    """Tokens of a tile, and warps: a whole block where it fits in registers."""
+    if dtype == torch.float32 or dim > 128 or largest > 128:
+        return (16 if dtype == torch.float32 else 32), (8 if products else 4)
+    return max(16, padded(largest)), (8 if products or largest > 64 else 4)

@@ -13,13 +13,22 @@ from dit_sparse.masks.neighborhood import NeighborhoodPredicate, neighborhood_pr
 from dit_sparse.masks.order_metrics import best_orders, metrics_by_order, order_metrics
 from dit_sparse.masks.peak import block_extremes, block_maxima, block_sums, block_tokens, peak_logits
 from dit_sparse.masks.probe import mask_rows, masked_errors, probe_rows
-from dit_sparse.masks.score import pooled_scores, sampled_peaks, sampled_weights, self_similarity, sink_and_nearness
+from dit_sparse.masks.score import (
+    pooled_scores,
+    product_spread,
+    sampled_peaks,
+    sampled_weights,
+    self_similarity,
+    sink_and_nearness,
+    sub_block_scores,
+)
 from dit_sparse.masks.select import (
     Ranking,
     among_text,
     blocks_a_row,
     blocks_for_share,
     density_to_blocks,
+    fill_budget,
     keep_text,
     select_density,
     share_out,
@@ -52,6 +61,7 @@ __all__ = [
     "blocks_for_share",
     "count_tiles",
     "density_to_blocks",
+    "fill_budget",
     "heaviest_blocks",
     "heaviest_share",
     "keep_text",
@@ -64,6 +74,7 @@ __all__ = [
     "peak_logits",
     "pooled_scores",
     "probe_rows",
+    "product_spread",
     "sampled_peaks",
     "sampled_weights",
     "select_density",
@@ -71,6 +82,7 @@ __all__ = [
     "share_out",
     "sink_and_nearness",
     "spread_ties",
+    "sub_block_scores",
     "suggest_settings",
     "text_blocks",
     "threshold",

@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dit_sparse.kernels import pooled_blocks
+from dit_sparse.kernels.block_layout import BlockLayout
+from dit_sparse.kernels.moments import block_moments
 from dit_sparse.masks.select import text_blocks
 from dit_sparse.types import TokenGrid, TokenOrder
 
@@ -39,6 +41,83 @@ def pooled_scores(
     # The mean of an empty block may be anything; its log-size of -inf must win.
     logits = (logits + sizes.log()).masked_fill(sizes == 0, float("-inf"))
     return logits.softmax(dim=-1)
+
+
+@torch.no_grad()
+def sub_block_scores(
+    q: Tensor, k: Tensor, q_order: TokenOrder, kv_order: TokenOrder, tokens: int, scale: float | None = None
+) -> Tensor:
+    """Attention that blocks get from each other, estimated among the means of small tiles of theirs.
+
+    Blocks are cut in tiles of `tokens`, the last one shorter. The softmax over all key tiles, as in `pooled_scores`, is
+    summed over the tiles of a key block, and averaged over those of a query block by their tokens.
+
+    Args:
+        q, k: `[B, H, N, D]`, in the orders' positions.
+        q_order, kv_order: the orders, of which only the blocks are used.
+        tokens: of a tile, at least 1.
+        scale: of the logits; `D ** -0.5` by default.
+
+    Returns:
+        `[B, H, Mq, Mk]` float32, each row summing to 1; 0 for empty blocks.
+
+    Raises:
+        ValueError: tiles of no token.
+
+    Source: DFSAttn (arXiv 2605.23445), hierarchical block scores.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    (q_means, q_sizes), (k_means, k_sizes) = (_tile_means(x, o, tokens) for x, o in ((q, q_order), (k, kv_order)))
+    q_means, shares = q_means * scale, q_sizes / q_sizes.sum(-1, keepdim=True).clamp(min=1)
+    # A tile without tokens must get nothing, whatever its mean.
+    bias = k_sizes.log().flatten(2)[..., None, :]
+    scores = torch.empty(*q.shape[:2], *q_sizes.shape[2:3], *k_sizes.shape[2:3], device=q.device)
+    for b in range(q.shape[0]):
+        for h in range(q.shape[1]):
+            keys, own = k_means[b, h].flatten(0, 1).t(), bias[b % len(bias), h % bias.shape[1]]
+            step = max(1, _CHUNK_SCORES // (q_means.shape[3] * keys.shape[1]))
+            for first in range(0, q_means.shape[2], step):
+                part = slice(first, first + step)
+                weights = (q_means[b, h, part] @ keys + own).softmax(-1).unflatten(-1, k_sizes.shape[2:])
+                by_tile = shares[b % len(shares), h % shares.shape[1], part, :, None]
+                scores[b, h, part] = (weights.sum(-1) * by_tile).sum(1)
+    return scores
+
+
+def _tile_means(x: Tensor, order: TokenOrder, tokens: int) -> tuple[Tensor, Tensor]:
+    """Means `[B, H, M, P, D]` and sizes `[B|1, H|1, M, P]` float32 of the tiles of every block, some of them empty."""
+    if tokens < 1:
+        raise ValueError(f"tokens must be at least 1, got {tokens}: 16 is usual")
+    parts = -(-order.geometry.largest // tokens)
+    place = tokens * torch.arange(parts, dtype=torch.int32, device=x.device)
+    starts = (order.offsets[..., :-1, None] + place).minimum(order.offsets[..., 1:, None])
+    offsets = torch.cat([starts.flatten(-2), order.offsets[..., -1:]], -1)
+    means = pooled_blocks(x, offsets).float().unflatten(2, (-1, parts))
+    return means, offsets.diff(dim=-1).float().unflatten(-1, (-1, parts))
+
+
+def product_spread(k: Tensor, v: Tensor, order: TokenOrder) -> Tensor:
+    """How far each block's first order is from that of all blocks, `[B, H, M]` float32.
+
+    It is the Frobenius norm of `H_j - H`, where `H_j` is the sum over block j of `(k - mean(k))^T v` and `H` the mean
+    of all `H_j`.
+
+    Args:
+        k: `[B, H, N, D]`, in the order's positions.
+        v: `[B, H, N, DV]`, likewise.
+        order: the order, of which only the blocks are used.
+
+    Source: PISA (arXiv 2602.01077), equation 11.
+    """
+    found = torch.empty(*k.shape[:2], order.num_blocks, device=k.device)
+    for b in range(k.shape[0]):
+        for h in range(k.shape[1]):
+            layout = BlockLayout.of_head(order, b, h)
+            means = block_moments(k[b : b + 1, h : h + 1], layout, v[b : b + 1, h : h + 1], products=True).products
+            assert means is not None
+            sums = means[0, 0].float() * layout.sizes[0, 0, :, None, None]
+            found[b, h] = torch.linalg.matrix_norm(sums - sums.mean(0))
+    return found
 
 
 def self_similarity(x: Tensor, order: TokenOrder) -> Tensor:

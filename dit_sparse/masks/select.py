@@ -85,6 +85,30 @@ def threshold(scores: Tensor, value: float | Tensor) -> Tensor:
     return (scores >= _per_head("value", value, scores).to(scores.dtype)) | top_k(scores, 1)
 
 
+def fill_budget(kept: Tensor, scores: Tensor, sizes: Tensor, budget: Tensor) -> Tensor:
+    """`kept` and the best of the other blocks of every row, until the keys of the row reach its budget.
+
+    The block that crosses the budget is kept.
+
+    Args:
+        kept: `[B, H, Mq, Mk]` bool, no row empty.
+        scores: `[B, H, Mq, Mk]`; blocks of -inf are not taken.
+        sizes: `[B|1, H|1, Mk]` keys a block.
+        budget: `[B, H, Mq]` keys a row.
+
+    Returns:
+        `[B, H, Mq, Mk]` bool.
+
+    Source: the greedy choice of SVG-EAR (arXiv 2603.08982).
+    """
+    sizes = sizes[..., None, :].double()
+    left = budget.double() - (kept * sizes).sum(-1)
+    ranked, best_first = scores.masked_fill(kept, float("-inf")).sort(dim=-1, descending=True, stable=True)
+    spent = sizes.expand(scores.shape).gather(-1, best_first)
+    wanted = (spent.cumsum(-1) - spent < left[..., None]) & ~ranked.isneginf()
+    return kept | keep_ranks(best_first, wanted)
+
+
 def keep_text(kept: Tensor, grid: TokenGrid, q_offsets: Tensor, k_offsets: Tensor) -> Tensor:
     """`kept` with every block that holds text added, as a query and as a key.
 

@@ -7,25 +7,33 @@ from dit_sparse.methods.anchor import AnchorAttention
 from dit_sparse.methods.bigbird import BigBird
 from dit_sparse.methods.blade import Blade
 from dit_sparse.methods.dense import Dense
+from dit_sparse.methods.dfsattn import DfsAttention
 from dit_sparse.methods.dhsa import Dhsa
 from dit_sparse.methods.draft import DraftAttention
+from dit_sparse.methods.lea import LeastError
+from dit_sparse.methods.losa import LoSA
 from dit_sparse.methods.lserve import LServe
+from dit_sparse.methods.lvsa import Lvsa
 from dit_sparse.methods.minference import MInference
 from dit_sparse.methods.neighborhood import Neighborhood
 from dit_sparse.methods.oracle import Oracle
 from dit_sparse.methods.parameters import Parameter, nearest, parameters, parse_parameter, read_parameter
 from dit_sparse.methods.paro import Paro
 from dit_sparse.methods.pbs import PbsAttention
+from dit_sparse.methods.pisa import Pisa
 from dit_sparse.methods.plugins import load_plugins
 from dit_sparse.methods.proxy import ProxyAttention
 from dit_sparse.methods.radial import RadialAttention
 from dit_sparse.methods.sale import Sale
 from dit_sparse.methods.seer import SeerAttention
+from dit_sparse.methods.solattn import SolAttention
 from dit_sparse.methods.sparge import SpargeAttention
 from dit_sparse.methods.sta import SlidingTile
 from dit_sparse.methods.strided import Strided
 from dit_sparse.methods.svg import SparseVideoGen
 from dit_sparse.methods.svg2 import SparseVideoGen2
+from dit_sparse.methods.svgear import SvgEar
+from dit_sparse.methods.svoo import Svoo
 from dit_sparse.methods.vmoba import VMoBA
 from dit_sparse.methods.xattention import XAttention
 from dit_sparse.types import Method
@@ -54,6 +62,14 @@ _OWN: tuple[type[Method], ...] = (
     SeerAttention,
     BigBird,
     Strided,
+    SvgEar,
+    Svoo,
+    Pisa,
+    SolAttention,
+    DfsAttention,
+    LoSA,
+    Lvsa,
+    LeastError,
     Oracle,
 )
 
@@ -82,6 +98,18 @@ def find_method(name: str) -> type[Method]:
     return plugins.methods[name]
 
 
+def parse_method(text: str) -> Method:
+    """The method that `text` names: a name, or `name:parameter=value+parameter=value`.
+
+    Raises:
+        ValueError: an unknown method or parameter, or a bad value.
+    """
+    name, _, given = text.strip().partition(":")
+    cls = find_method(name)
+    pairs = [pair.partition("=") for pair in given.split("+") if pair]
+    return cls(**{key: parse_parameter(cls, key, value) for key, _, value in pairs})
+
+
 __all__ = [
     "METHODS",
     "AdaSpa",
@@ -89,30 +117,39 @@ __all__ = [
     "BigBird",
     "Blade",
     "Dense",
+    "DfsAttention",
     "Dhsa",
     "DraftAttention",
     "LServe",
+    "LeastError",
+    "LoSA",
+    "Lvsa",
     "MInference",
     "Neighborhood",
     "Oracle",
     "Parameter",
     "Paro",
     "PbsAttention",
+    "Pisa",
     "ProxyAttention",
     "RadialAttention",
     "Sale",
     "SeerAttention",
     "SlidingTile",
+    "SolAttention",
     "SpargeAttention",
     "SparseVideoGen",
     "SparseVideoGen2",
     "Strided",
+    "SvgEar",
+    "Svoo",
     "VMoBA",
     "XAttention",
     "all_methods",
     "find_method",
     "nearest",
     "parameters",
+    "parse_method",
     "parse_parameter",
     "read_parameter",
 ]

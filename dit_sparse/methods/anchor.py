@@ -59,6 +59,7 @@ class AnchorAttention(AnyGrid):
         cached="key orders",
         differs="not causal; stripes are gathered once a head, not once for 16 query blocks",
     )
+    control: ClassVar[str] = "theta"
     scope: ClassVar[Scope] = "call"
     uses_lse: ClassVar[bool] = False
     refresh: ClassVar[tuple[float, ...]] = (0.4, 0.6, 0.8)

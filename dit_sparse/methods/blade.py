@@ -58,6 +58,7 @@ class Blade(AnyGrid):
         selection="top-p of a row within bounds, or equally many a row by density; text kept",
         differs="no global branch, no distillation; at most a quarter kept; samples at equal distances",
     )
+    control: ClassVar[str] = "top_p"
     scope: ClassVar[Scope] = "call"
     uses_lse: ClassVar[bool] = False
     refresh: ClassVar[tuple[float, ...]] = EVERY_STEP

@@ -78,6 +78,34 @@ def with_density(method: Method, density: float) -> Method:
     return replace(method, density=density)  # type: ignore[type-var]
 
 
+def threshold_name(method: Method) -> str | None:
+    """The parameter that decides how much `method` keeps where it has no density: its class attribute `control`."""
+    return getattr(method, "control", None)
+
+
+def with_threshold(method: Method, value: float) -> Method:
+    """`method` with another value of the parameter that `threshold_name` names.
+
+    Raises:
+        ValueError: it has none, or refuses the value.
+    """
+    name = threshold_name(method)
+    if name is None:
+        raise ValueError(f"{method.name!r} has no threshold, so none can be set")
+    return replace(method, **{name: value})  # type: ignore[type-var]
+
+
+def without_density(method: Method) -> Method | None:
+    """`method` by its own threshold; `None` where it needs a density, or takes none."""
+    if not accepts_density(method):
+        return None
+    try:
+        read_parameter(type(method), "density", None)
+    except ValueError:
+        return None
+    return replace(method, density=None)  # type: ignore[type-var]
+
+
 def check_share(name: str, value: float) -> None:
     """Raise ValueError unless `value` is a number in (0, 1]."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not 0 < value <= 1:

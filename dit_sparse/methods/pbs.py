@@ -54,6 +54,7 @@ class PbsAttention(AnyGrid):
         cached="key orders",
         differs="not causal; queries spread over the video; a density instead of the threshold",
     )
+    control: ClassVar[str] = "threshold"
     scope: ClassVar[Scope] = "call"
     uses_lse: ClassVar[bool] = False
     refresh: ClassVar[tuple[float, ...]] = (0.4, 0.6, 0.8)

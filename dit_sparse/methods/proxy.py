@@ -63,6 +63,7 @@ class ProxyAttention(AnyGrid):
         selection="equally many a query block, budgets by head from 64 queries, text kept",
         differs="not causal; budgets scaled to the density; every fourth query",
     )
+    control: ClassVar[str] = "threshold"
     scope: ClassVar[Scope] = "call"
     uses_lse: ClassVar[bool] = False
     refresh: ClassVar[tuple[float, ...]] = (0.4, 0.6, 0.8)

@@ -19,8 +19,8 @@ from dit_sparse.masks import among_text, heaviest_blocks, keep_text, spread_ties
 from dit_sparse.methods.any_grid import AnyGrid
 from dit_sparse.methods.description import Description
 from dit_sparse.methods.parameters import check_block, check_budget
-from dit_sparse.reorder import grid_order
-from dit_sparse.types import AttentionPlan, Previous, Scope, Site, TokenGrid, TokenOrder
+from dit_sparse.reorder import frame_bounds, frame_order
+from dit_sparse.types import AttentionPlan, Previous, Scope, Site, TokenGrid
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class RadialAttention(AnyGrid):
 def _plan(method: RadialAttention, grid: TokenGrid, device: torch.device) -> AttentionPlan:
     # Tensors made in inference mode could not be used where gradients are recorded.
     with torch.inference_mode(False):
-        order, bounds = _frame_order(grid, method.block)
+        order, bounds = frame_order(grid, method.block), frame_bounds(grid, method.block)
         if method.density is None:
             video = _over_frames(grid, [_band(method, grid, bounds, d) for d in range(grid.frames)])
             if method.sink:
@@ -93,17 +93,6 @@ def _plan(method: RadialAttention, grid: TokenGrid, device: torch.device) -> Att
             ranked = among_text(spread_ties(scores), grid, order.num_blocks)[None, None]
             kept = heaviest_blocks(ranked, method.density, order.offsets, grid)
         return AttentionPlan.from_kept(order, kept).to(device)
-
-
-def _frame_order(grid: TokenGrid, block: int) -> tuple[TokenOrder, Tensor]:
-    """The raster order with equal blocks inside every frame, and the bounds `[m+1]` of one frame's."""
-    tokens = grid.height * grid.width
-    blocks = -(-tokens // block)
-    bounds = torch.arange(blocks + 1) * tokens // blocks
-    starts = (torch.arange(grid.frames)[:, None] * tokens + bounds[:-1]).flatten()
-    offsets = F.pad(starts, (0, 1), value=grid.video_len)
-    index = torch.arange(grid.video_len)
-    return grid_order(grid, index, block_size=block, video_offsets=offsets, is_identity=True), bounds
 
 
 def _reach(grid: TokenGrid, distance: int) -> float:

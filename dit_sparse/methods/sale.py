@@ -60,6 +60,7 @@ class Sale(AnyGrid):
         selection="sink and window, then equally many a query block, or all above a threshold; text kept",
         differs="not causal; every eighth query; 4-bit values in float32 products; one threshold for all heads",
     )
+    control: ClassVar[str] = "threshold"
     scope: ClassVar[Scope] = "call"
     uses_lse: ClassVar[bool] = False
     refresh: ClassVar[tuple[float, ...]] = (0.4, 0.6, 0.8)

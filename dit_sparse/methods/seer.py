@@ -52,6 +52,7 @@ class SeerAttention(AnyGrid):
         cached="gates, from a weights file",
         differs="not causal; no rotary embedding in the gate; a density instead of the threshold",
     )
+    control: ClassVar[str] = "threshold"
     scope: ClassVar[Scope] = "call"
     uses_lse: ClassVar[bool] = False
     refresh: ClassVar[tuple[float, ...]] = (0.4, 0.6, 0.8)

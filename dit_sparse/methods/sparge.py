@@ -60,6 +60,7 @@ class SpargeAttention(AnyGrid):
         selection="top-p of a row, and all blocks whose tokens are unlike; or the best of a row by density; text kept",
         differs="only the first of two stages; nothing is quantised; one threshold for all heads",
     )
+    control: ClassVar[str] = "top_p"
     scope: ClassVar[Scope] = "call"
     uses_lse: ClassVar[bool] = False
     refresh: ClassVar[tuple[float, ...]] = EVERY_STEP

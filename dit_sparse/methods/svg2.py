@@ -19,7 +19,7 @@ from dit_sparse.methods.any_grid import AnyGrid
 from dit_sparse.methods.description import Description
 from dit_sparse.methods.parameters import EVERY_STEP, check_block, check_budget, check_count, check_share
 from dit_sparse.reorder import cluster_order, kmeans, spread_tokens
-from dit_sparse.types import AttentionPlan, Previous, Scope, Site, TokenGrid, TokenOrder
+from dit_sparse.types import AttentionPlan, PackedPlan, Previous, Remainder, Scope, Site, TokenGrid, TokenOrder
 
 _TEXT_BLOCK = 64
 
@@ -65,9 +65,11 @@ class SparseVideoGen2(AnyGrid):
         cached="the clusters of the last plan",
         differs="clusters of a mean size, 5 first iterations instead of 50, started from tokens at equal distances",
     )
+    control: ClassVar[str] = "top_p"
     scope: ClassVar[Scope] = "call"
     uses_lse: ClassVar[bool] = False
     refresh: ClassVar[tuple[float, ...]] = EVERY_STEP
+    own_remainder: ClassVar[Remainder] = "none"
 
     def __post_init__(self) -> None:
         check_budget(self.density)
@@ -81,31 +83,68 @@ class SparseVideoGen2(AnyGrid):
     @torch.no_grad()
     def plan(self, q: Tensor, k: Tensor, v: Tensor, site: Site, previous: Previous | None) -> AttentionPlan:
         """Plan from clusters of `q, k` `[B, H, N, D]`, which start from those of `previous.plan`."""
-        grid, last = site.grid, None if previous is None else previous.plan
-        q_order = self._clusters(q, grid, self.q_tokens, None if last is None else last.q_order)
-        kv_order = self._clusters(k, grid, self.k_tokens, None if last is None else last.kv_order)
-        scores = pooled_scores(q_order.permute(q), kv_order.permute(k), q_order, kv_order)
+        q_order, kv_order = self._orders(q, k, site, previous)
+        kept = self._kept(q_order.permute(q), kv_order.permute(k), kv_order.permute(v), q_order, kv_order, site)
+        mask = BlockMask.from_bool(kept, q_order.offsets, kv_order.offsets)
+        return AttentionPlan(q_order, kv_order, mask, self.own_remainder)
+
+    def _orders(self, q: Tensor, k: Tensor, site: Site, previous: Previous | None) -> tuple[TokenOrder, TokenOrder]:
+        """The orders of queries and of keys."""
+        grid, plan = site.grid, None if previous is None else previous.plan
+        (q_start, q_count), (k_start, k_count) = self._starts(q, k, grid, plan)
+        iterations = self.first_iterations if plan is None else self.iterations
+        labels = kmeans(video_of(q, grid), q_start, iterations), kmeans(video_of(k, grid), k_start, iterations)
+        return orders_of(labels[0], q_count, labels[1], k_count, grid)
+
+    def _starts(
+        self, q: Tensor, k: Tensor, grid: TokenGrid, last: AttentionPlan | PackedPlan | None
+    ) -> tuple[tuple[Tensor, int], tuple[Tensor, int]]:
+        """Centroids to start from and their number, of queries and of keys; those of the `last` plan's clusters."""
+        return (
+            _start(q, grid, self.q_tokens, None if last is None else last.q_order),
+            _start(k, grid, self.k_tokens, None if last is None else last.kv_order),
+        )
+
+    def _kept(self, q: Tensor, k: Tensor, v: Tensor, q_order: TokenOrder, kv_order: TokenOrder, site: Site) -> Tensor:
+        """`[B, H, Mq, Mk]` bool, of tokens in the orders' positions."""
+        scores = pooled_scores(q, k, q_order, kv_order)
         if self.density is not None:
-            kept = select_density(scores, self.density, q_order, kv_order, grid)
-        else:
-            least = max(1, int(self.min_kept * _count(grid, self.k_tokens)))
-            kept = top_p(without_text(scores, grid, kv_order.offsets), self.top_p, least)
-            kept = keep_text(kept, grid, q_order.offsets, kv_order.offsets)
-        return AttentionPlan(q_order, kv_order, BlockMask.from_bool(kept, q_order.offsets, kv_order.offsets))
+            return select_density(scores, self.density, q_order, kv_order, site.grid)
+        kept = top_p(without_text(scores, site.grid, kv_order.offsets), self.top_p, self._least(site))
+        return keep_text(kept, site.grid, q_order.offsets, kv_order.offsets)
 
-    def _clusters(self, x: Tensor, grid: TokenGrid, tokens: int, last: TokenOrder | None) -> TokenOrder:
-        video = x[:, :, grid.video_start : grid.video_start + grid.video_len]
-        count = _count(grid, tokens)
-        start, iterations = spread_tokens(video, count).float(), self.first_iterations
-        if last is not None:
-            first = -(-grid.text_len // _TEXT_BLOCK) if grid.text_first else 0
-            inside = slice(first, first + count)
-            means = pooled_blocks(last.permute(x), last.offsets)[:, :, inside]
-            start = torch.where(last.block_sizes[..., inside, None] > 0, means.float(), start)
-            iterations = self.iterations
-        return cluster_order(kmeans(video, start, iterations), count, grid, _TEXT_BLOCK)
+    def _least(self, site: Site) -> int:
+        """Key clusters that every query cluster keeps."""
+        return max(1, int(self.min_kept * cluster_count(site.grid, self.k_tokens)))
 
 
-def _count(grid: TokenGrid, tokens: int) -> int:
-    """Clusters of a mean size of `tokens`."""
+def video_of(x: Tensor, grid: TokenGrid) -> Tensor:
+    """The video's tokens of `x` `[B, H, N, D]`."""
+    return x[:, :, grid.video_start : grid.video_start + grid.video_len]
+
+
+def orders_of(
+    q_labels: Tensor, q_count: int, k_labels: Tensor, k_count: int, grid: TokenGrid
+) -> tuple[TokenOrder, TokenOrder]:
+    """Orders of queries and of keys by their clusters."""
+    q_order, kv_order = (
+        cluster_order(labels, count, grid, _TEXT_BLOCK) for labels, count in ((q_labels, q_count), (k_labels, k_count))
+    )
+    return q_order, kv_order
+
+
+def _start(x: Tensor, grid: TokenGrid, tokens: int, last: TokenOrder | None) -> tuple[Tensor, int]:
+    """Centroids `[B, H, C, D]` float32 of clusters of a mean size of `tokens`, and C."""
+    count = cluster_count(grid, tokens)
+    start = spread_tokens(video_of(x, grid), count).float()
+    if last is None:
+        return start, count
+    first = -(-grid.text_len // _TEXT_BLOCK) if grid.text_first else 0
+    inside = slice(first, first + count)
+    means = pooled_blocks(last.permute(x), last.offsets)[:, :, inside]
+    return torch.where(last.block_sizes[..., inside, None] > 0, means.float(), start), count
+
+
+def cluster_count(grid: TokenGrid, tokens: int) -> int:
+    """How many clusters have a mean size of `tokens`."""
     return max(1, round(grid.video_len / tokens))

@@ -69,6 +69,7 @@ class VMoBA(AnyGrid):
         cached="orders",
         differs="without training, threshold .5 instead of .25; gates of query blocks instead of queries; other chunks",
     )
+    control: ClassVar[str] = "threshold"
     scope: ClassVar[Scope] = "call"
     uses_lse: ClassVar[bool] = False
     refresh: ClassVar[tuple[float, ...]] = EVERY_STEP

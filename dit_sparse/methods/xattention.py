@@ -53,6 +53,7 @@ class XAttention(AnyGrid):
         selection="top-p of a row, or equally many a row by density; text kept",
         differs="bidirectional; groups start anew in each block; one threshold for all heads",
     )
+    control: ClassVar[str] = "top_p"
     scope: ClassVar[Scope] = "call"
     uses_lse: ClassVar[bool] = False
     refresh: ClassVar[tuple[float, ...]] = EVERY_STEP

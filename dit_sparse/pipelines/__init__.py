@@ -4,9 +4,12 @@ from typing import TYPE_CHECKING, Any
 
 from dit_sparse.pipelines.context_parallel import parallelize
 from dit_sparse.pipelines.loading import ModelError, load_pipeline
-from dit_sparse.pipelines.observe import Observer, observe
+from dit_sparse.pipelines.observe import Observer, ValueObserver, observe, observe_values
 from dit_sparse.pipelines.sparsify import check, save_plan, session_of, sparsify, statistics, token_grid, unsparsify
 from dit_sparse.pipelines.statistics import RunStatistics
+from dit_sparse.pipelines.strict import NotSparseError
+from dit_sparse.pipelines.trace import Trace, record_trace
+from dit_sparse.pipelines.velocity import velocity_ramp
 
 if TYPE_CHECKING:
     from dit_sparse.pipelines.sparse_pipelines import (
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ModelError",
+    "NotSparseError",
     "Observer",
     "RunStatistics",
     "SparseCogVideoXImageToVideoPipeline",
@@ -30,16 +34,21 @@ __all__ = [
     "SparseHunyuanVideoPipeline",
     "SparseWanImageToVideoPipeline",
     "SparseWanPipeline",
+    "Trace",
+    "ValueObserver",
     "check",
     "load_pipeline",
     "observe",
+    "observe_values",
     "parallelize",
+    "record_trace",
     "save_plan",
     "session_of",
     "sparsify",
     "statistics",
     "token_grid",
     "unsparsify",
+    "velocity_ramp",
 ]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -22,11 +22,14 @@ from dit_sparse.types import Site
 Observer = Callable[[Site, Tensor, Tensor, Tensor], None]
 """Is called with the site, `q, k` `[B, H, N, D]` and the natural-log row sums `[B, H, N]` of their attention."""
 
+ValueObserver = Callable[[Site, Tensor, Tensor, Tensor, Tensor], None]
+"""As `Observer`, with `v` `[B, H, N, D]` after `k`."""
+
 
 class _WatchingSession(Session):
     """Runs every call dense and shows it to an observer, without the padding of prompts."""
 
-    def __init__(self, observer: Observer) -> None:
+    def __init__(self, observer: ValueObserver) -> None:
         super().__init__(Schedule(Dense()))
         self._observer = observer
 
@@ -37,19 +40,24 @@ class _WatchingSession(Session):
         for rows, grid in self._forward.layout.groups:
             own_q, own_k, own_v = (x[rows, :, : grid.num_tokens] for x in (q, k, v))
             result, lse = dense_attention(own_q, own_k, own_v, return_lse=True)
-            self._observer(self._site(layer, num_layers, grid), own_q, own_k, lse)
+            self._observer(self._site(layer, num_layers, grid), own_q, own_k, own_v, lse)
             out[rows, :, : grid.num_tokens] = result
         return out
 
 
-@contextmanager
-def observe(pipe: Any, observer: Observer) -> Iterator[None]:
+def observe(pipe: Any, observer: Observer) -> AbstractContextManager[None]:
     """Show every self-attention call of `pipe`, which runs dense meanwhile, to `observer`; `pipe` is dense after it.
 
     Raises:
         ValueError: as `sparsify`, an installed diffusers that the family's adapter was not written for, or a pipeline
             that lies on several ranks.
     """
+    return observe_values(pipe, lambda site, q, k, v, lse: observer(site, q, k, lse))
+
+
+@contextmanager
+def observe_values(pipe: Any, observer: ValueObserver) -> Iterator[None]:
+    """As `observe`, for an observer that looks at the values too."""
     adapter = adapter_for(pipe)
     if any(context_config(transformer) is not None for transformer in transformers_of(pipe).values()):
         raise ValueError("pipeline must be on one rank to be observed, got context parallelism")

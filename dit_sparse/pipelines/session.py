@@ -6,6 +6,7 @@ import functools
 import warnings
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple, NoReturn, Self
 
 import torch
@@ -13,15 +14,19 @@ from torch import Tensor
 
 from dit_sparse.kernels import dense_attention
 from dit_sparse.parallel import ContextParallel
+from dit_sparse.pipelines.drift import DriftMeter
 from dit_sparse.pipelines.engine import Engine, OneDevice
 from dit_sparse.pipelines.facts import facts_of_forward, facts_of_run
+from dit_sparse.pipelines.judge import Judge
 from dit_sparse.pipelines.layout import Group, Layout
 from dit_sparse.pipelines.statistics import CHANGED, CallRecord, RunStatistics, Stopwatch
 from dit_sparse.pipelines.steps import StepCounter
+from dit_sparse.pipelines.strict import ALLOW, NotSparseError, check_blocks, check_inside_run, demands
 from dit_sparse.schedule import Decision, Schedule
 from dit_sparse.types import AttentionPlan, PackedPlan, Previous, Site, TokenGrid, TokenOrder
 
 DenseAttention = Callable[[], Tensor]
+PlanListener = Callable[[Site, AttentionPlan], None]
 
 _ONE_DEVICE = OneDevice()
 
@@ -58,6 +63,9 @@ class Session:
     Args:
         schedule: when which method applies.
         backend: kernel backend of the sparse calls, as in `sparse_attention`.
+
+    Attributes:
+        on_plan: is shown every new plan and where it was made.
     """
 
     def __init__(self, schedule: Schedule, backend: str = "auto") -> None:
@@ -69,6 +77,8 @@ class Session:
         self.steps = StepCounter()
         self.statistics = RunStatistics()
         self.previous: dict[tuple[Any, ...], Previous] = {}
+        self._drifts: dict[tuple[Any, ...], DriftMeter] = {}
+        self._judge = Judge(self.schedule, self.backend)
         self._pipelines: weakref.WeakSet[Any] = weakref.WeakSet()
         self._run = 0
         self._warned = False
@@ -76,6 +86,7 @@ class Session:
         self._forward: _Forward | None = None
         self._unnamed_forwards = (-1, 0)
         self._agreed: dict[ContextParallel, int] = {}
+        self.on_plan: PlanListener | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         """Of a pipeline that is copied as a whole: the copy has runs of its own, and begins afresh."""
@@ -133,6 +144,11 @@ class Session:
     def _agree(self, parallel: ContextParallel, latents: Tensor | None) -> None:
         """Make sure that all ranks begin the same forward of the same run."""
         assert self._forward is not None
+        if self.schedule.drift is not None:
+            raise ValueError(
+                f"drift must be none on several ranks, got {self.schedule.drift}: each would go by its own heads; use "
+                "refresh"
+            )
         facts = facts_of_forward(self.steps, *self._forward[:3])
         if self._agreed.get(parallel) != self._run:
             self._agreed[parallel] = self._run
@@ -165,14 +181,20 @@ class Session:
         self.steps.release(keep=[pipe.scheduler for pipe in pipelines])
 
     def _warn_of_stranger(self, model: str) -> None:
-        """Only pipelines name branches, so this one drives a scheduler that is not watched; said once."""
+        """Only pipelines name branches, so this one drives a scheduler that is not watched; said once.
+
+        Raises:
+            NotSparseError: the schedule is strict.
+        """
+        text = (
+            f"{model} is run by a pipeline whose scheduler is not followed, so its attention is dense; "
+            "sparsify that pipeline"
+        )
+        if demands(self.schedule):
+            raise NotSparseError(f"{text}, {ALLOW}")
         if not self._warned:
             self._warned = True
-            warnings.warn(
-                f"{model} is run by a pipeline whose scheduler is not followed, so its attention is dense; "
-                "sparsify that pipeline",
-                stacklevel=2,
-            )
+            warnings.warn(text, stacklevel=2)
 
     def _begin_run(self) -> None:
         self._run = self.steps.run
@@ -183,6 +205,8 @@ class Session:
         # Grids differ by the prompt's length in some families, so their number has a limit.
         if self.schedule.method.scope != "grid" or len(self.previous) > _REMEMBERED_GRIDS:
             self.previous.clear()
+            self._drifts.clear()
+            self._judge.forget()
 
     def _numbered_branch(self) -> str:
         """Without a name, forwards of one step are told apart by their number, so that their plans never mix."""
@@ -228,15 +252,20 @@ class Session:
             layer, num_layers: which transformer block of how many.
             q, k, v: `[B, H, N, D]`, any strides.
             dense: computes the model's own attention, `[B, H, N, D]`.
+
+        Raises:
+            NotSparseError: it would run dense although the schedule, which is strict, does not say so.
         """
         if self._forward is None:
+            check_inside_run(self.schedule, layer, num_layers)
             return self._dense(Decision("dense", "outside a run"), None, q, k, v, dense, layer)
         if self._forward.parallel is not None and self._forward.parallel.mesh.ring > 1:
             dense = functools.partial(self.attend_densely, q, k, v)  # the model's own would see this rank's keys alone
         if not self.steps.inside_run:
+            check_inside_run(self.schedule, layer, num_layers)
             return self._dense(Decision("dense", "outside a run"), None, q, k, v, dense, layer)
         layout = self._forward.layout
-        parts = [self._part(layer, num_layers, group, q.shape[0]) for group in layout.groups]
+        parts = [self._part(layer, num_layers, group, q) for group in layout.groups]
         if all(part.decision.action == "dense" and not part.decision.keep_lse for part in parts):
             return self._dense(parts[0].decision, None, q, k, v, dense, layer)
         if not layout.is_padded:
@@ -277,13 +306,24 @@ class Session:
             out[rows, :, :tokens] = self._engine_dense(own_q, own_k, own_v, grid)
         return out
 
-    def _part(self, layer: int, num_layers: int, group: Group, batch: int) -> _Part:
+    @property
+    def _judges(self) -> bool:
+        """Whether the cost model decides; on several ranks it does not: each would go by the heads that it has."""
+        return self.engine is _ONE_DEVICE
+
+    def _part(self, layer: int, num_layers: int, group: Group, q: Tensor) -> _Part:
         site = self._site(layer, num_layers, group.grid)
         key = self.schedule.key(site)
-        if self.schedule.method.scope == "call":
-            key += (batch,)  # FasterCache leaves a guidance branch out of some batches
+        if self.schedule.method.scope in ("sample", "call"):
+            key += (q.shape[0],)  # FasterCache leaves a guidance branch out of some batches
         previous = self.previous.get(key)
-        return _Part(site, key, previous, self.schedule.decide(site, previous))
+        if previous is not None and key in self._drifts:
+            previous = replace(previous, drift=self._drifts[key].read())
+        decision = self.schedule.decide(site, previous)
+        judged = decision.action == "plan" or decision.reason == "search"  # a plan that is in use was found to pay
+        if judged and self._judges:
+            decision = self._judge.before(site, key, q[:, :, : group.grid.num_tokens]) or decision
+        return _Part(site, key, previous, decision)
 
     def _run_part(self, part: _Part, q: Tensor, k: Tensor, v: Tensor, dense: DenseAttention) -> Tensor:
         site, key, previous, decision = part
@@ -292,15 +332,24 @@ class Session:
         planning = None
         if decision.action == "plan":
             planning = Stopwatch(q.device)
-            method = self.schedule.method_at(site.step, site.num_steps)
+            method = self.schedule.method_for(site)
             plan = self.schedule.finish(self.engine.plan(key, method, q, k, v, site, previous))
             planning.stop()
+            refused = self._judge.after(plan, site, key, q) if self._judges else None
+            if refused is not None:
+                return self._dense(refused, key, q, k, v, dense, site.layer, planning=planning)
+            if self.on_plan is not None:
+                self.on_plan(site, plan)
             at_rest = plan if self.schedule.method.scope == "grid" else _at_rest(plan)  # one plan may lie about
             self.previous[key] = Previous(at_rest, None if previous is None else previous.lse, site.step)
+            if self.schedule.drift is not None:
+                self._drifts[key] = DriftMeter(q, k)
         else:
             assert previous is not None
             assert previous.plan is not None
             plan = previous.plan.unpack()
+            if key in self._drifts:
+                self._drifts[key].measure(q, k)
         return self._sparse(key, plan, planning, site, q, k, v)
 
     def _site(self, layer: int, num_layers: int, grid: TokenGrid) -> Site:
@@ -320,12 +369,14 @@ class Session:
         k: Tensor,
         v: Tensor,
     ) -> Tensor:
+        full = plan.block_mask.is_full
+        if full or plan.block_mask.num_k_blocks == 1:  # more would have to be read back from the device
+            check_blocks(self.schedule, self.schedule.method_for(site), site.layer, site.grid.num_tokens)
         if site.in_order:
             self._check_order(plan)
         watch = Stopwatch(q.device)
         out, backend = self.engine.sparse(self.backend, q, k, v, plan, site.in_order)
         watch.stop()
-        full = plan.block_mask.is_full
         self.statistics.records.append(
             CallRecord(
                 layer=site.layer,
@@ -358,6 +409,7 @@ class Session:
         dense: DenseAttention,
         layer: int,
         grid: TokenGrid | None = None,
+        planning: Stopwatch | None = None,
     ) -> Tensor:
         watch = Stopwatch(q.device)
         if decision.keep_lse and key is not None and grid is not None:
@@ -368,7 +420,18 @@ class Session:
         watch.stop()
         model, branch = ("", "") if self._forward is None else (self._forward.model, self._forward.branch)
         self.statistics.records.append(
-            CallRecord(layer, self.steps.step, branch, model, None, decision.reason, "dense", watch)
+            CallRecord(
+                layer=layer,
+                step=self.steps.step,
+                branch=branch,
+                model=model,
+                density=None,
+                reason=decision.reason,
+                backend="dense",
+                attention=watch,
+                planning=planning,
+                predicted=decision.predicted,
+            )
         )
         return out
 

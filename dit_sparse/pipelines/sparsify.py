@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any, TypeVar
 
@@ -12,10 +13,12 @@ from dit_sparse.kernels import check_remainder
 from dit_sparse.methods import Paro
 from dit_sparse.methods.plan_file import axes_of, write_plans
 from dit_sparse.methods.plan_header import ModelPlans, PlanHeader, one_line
+from dit_sparse.pipelines.adapter import FamilyAdapter
 from dit_sparse.pipelines.families import adapter_for, transformers_of
 from dit_sparse.pipelines.hooks import CallRecorder, SiteHook, reset_caches
 from dit_sparse.pipelines.session import Session
 from dit_sparse.pipelines.statistics import RunStatistics
+from dit_sparse.pipelines.strict import ALLOW, NotSparseError, demands
 from dit_sparse.pipelines.upstream import changes, message
 from dit_sparse.schedule import Schedule
 from dit_sparse.types import Method, TokenGrid
@@ -32,7 +35,9 @@ class _Installed:
         self.hook = hook
 
 
-def sparsify(pipe: Pipeline, method: Method | Schedule, *, backend: str = "auto") -> Pipeline:
+def sparsify(
+    pipe: Pipeline, method: Method | Schedule, *, backend: str = "auto", strict: bool | None = None
+) -> Pipeline:
     """Switch sparse attention on in `pipe`, in place; what was on before is replaced.
 
     The attention belongs to the transformers: other pipelines that share them become sparse too.
@@ -41,20 +46,25 @@ def sparsify(pipe: Pipeline, method: Method | Schedule, *, backend: str = "auto"
         pipe: any diffusers pipeline of a supported family.
         method: a method, which gets the default schedule, or a schedule.
         backend: kernel backend of the sparse calls, as in `sparse_attention`.
+        strict: whether a call that was to be sparse and would run dense, for a reason that is not in the schedule, ends
+            the run with a `NotSparseError`; `None` leaves it to the schedule, which says yes by default.
 
     Returns:
         `pipe`.
 
     Warns:
-        UserWarning: the installed diffusers is not the one the family's adapter was written for; it runs dense.
+        UserWarning: not strict, and the installed diffusers is not the one the family's adapter was written for; it
+            runs dense.
 
     Raises:
         ValueError: an unsupported family, a dense layer that the model does not have, a foreign attention processor,
             tensor parallelism, or a backend without the schedule's remainder.
+        NotSparseError: strict, and the installed diffusers is not the one the family's adapter was written for.
     """
     schedule = Schedule.of(method)
-    if schedule.remainder != "method":
-        check_remainder(backend, schedule.remainder)
+    if strict is not None:
+        schedule = replace(schedule, strict=strict)
+    check_remainder(backend, schedule.planned_remainder)
     return install(pipe, Session(schedule, backend))
 
 
@@ -63,8 +73,8 @@ def install(pipe: Pipeline, session: Session) -> Pipeline:
     adapter = adapter_for(pipe)
     for transformer in transformers_of(pipe).values():
         session.schedule.check_layers(adapter.num_layers(transformer))
+    changed = _changes(adapter, session.schedule)
     unsparsify(pipe)
-    changed = changes(adapter)
     if changed:
         warnings.warn(f"{message(adapter, changed)}; attention runs dense", stacklevel=3)
     for model, transformer in transformers_of(pipe).items():
@@ -132,10 +142,21 @@ def check(pipe: Any, method: Method | Schedule, height: int, width: int, frames:
 
     Raises:
         ValueError: a size that the model cannot take, or a parameter that does not fit it.
+        NotSparseError: as `sparsify`.
     """
     adapter, grid = adapter_for(pipe), token_grid(pipe, height, width, frames)
+    schedule = Schedule.of(method)
     for transformer in transformers_of(pipe).values():
-        Schedule.of(method).check(grid, adapter.num_layers(transformer))
+        schedule.check(grid, adapter.num_layers(transformer))
+    _changes(adapter, schedule)
+
+
+def _changes(adapter: FamilyAdapter, schedule: Schedule) -> list[str]:
+    """What in diffusers is no longer as `adapter` was written for; an error where `schedule` is strict."""
+    changed = changes(adapter)
+    if changed and demands(schedule):
+        raise NotSparseError(f"{message(adapter, changed)}, {ALLOW}")
+    return changed
 
 
 def save_plan(pipe: Any, path: str | os.PathLike[str], *, model: str = "", prompts: Sequence[str] = ()) -> None:

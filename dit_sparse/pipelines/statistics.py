@@ -51,6 +51,7 @@ class CallRecord:
         reason: why it was dense; empty for a sparse one.
         backend: which backend ran.
         attention, planning: their stopwatches; `planning` is `None` where the plan was reused.
+        predicted: time that sparse attention would have taken over dense attention's, where that is why it was dense.
     """
 
     layer: int
@@ -62,6 +63,7 @@ class CallRecord:
     backend: str
     attention: Stopwatch
     planning: Stopwatch | None = None
+    predicted: float | None = None
 
 
 @dataclass
@@ -104,10 +106,38 @@ class RunStatistics:
 
     def layers(self) -> list[dict[str, Any]]:
         """Per transformer block: calls, dense calls by reason, mean density of each head over its sparse calls."""
+        return [_layer_summary(model, layer, records) for (model, layer), records in self._by_layer()]
+
+    def receipts(self) -> dict[str, Any]:
+        """What every layer ran, in short, by transformer: lists with an entry a layer.
+
+        "layer" numbers them; "calls" counts their calls; "density" is the share of query-key pairs computed, dense
+        calls counted as 1; "dense" counts the dense calls by reason; "predicted" is there where sparse attention was
+        not faster in some layers: its predicted time over dense attention's there, and `None` elsewhere.
+        """
+        found: dict[str, Any] = {}
+        for (model, layer), records in self._by_layer():
+            part = RunStatistics(records)
+            own = found.setdefault(model, {"layer": [], "calls": [], "density": [], "predicted": [], "dense": {}})
+            own["layer"].append(layer)
+            own["calls"].append(part.calls)
+            own["density"].append(round(part.density or 0.0, 4))
+            own["predicted"].append(next((round(r.predicted, 2) for r in records if r.predicted is not None), None))
+            for reason, count in part.dense_calls.items():
+                own["dense"].setdefault(reason, {})[layer] = count
+        for own in found.values():
+            if not any(own["predicted"]):
+                del own["predicted"]
+            own["dense"] = {
+                reason: [counts.get(layer, 0) for layer in own["layer"]] for reason, counts in own["dense"].items()
+            }
+        return found
+
+    def _by_layer(self) -> list[tuple[tuple[str, int], list[CallRecord]]]:
         groups: dict[tuple[str, int], list[CallRecord]] = {}
         for record in self.records:
             groups.setdefault((record.model, record.layer), []).append(record)
-        return [_layer_summary(model, layer, records) for (model, layer), records in sorted(groups.items())]
+        return sorted(groups.items())
 
     def to_dict(self) -> dict[str, Any]:
         """Everything above, ready for JSON."""

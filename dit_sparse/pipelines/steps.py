@@ -31,7 +31,7 @@ class StepCounter:
 
     @property
     def sigma(self) -> float | None:
-        """Noise level of the step under way, where the scheduler has one."""
+        """Noise level of the step under way, where the scheduler has one, as in `Site`."""
         return self._sigmas[self.step] if self.step < len(self._sigmas) else None
 
     def watch(self, scheduler: Any) -> None:
@@ -85,8 +85,17 @@ class StepCounter:
 
 
 def _sigmas_of(scheduler: Any) -> list[float]:
+    """Shares of noise by step. Other mixtures of signal and noise count as the one of flow matching with their SNR."""
     sigmas = getattr(scheduler, "sigmas", None)
-    return [] if sigmas is None else [float(sigma) for sigma in sigmas]
+    if sigmas is not None:
+        levels = [float(sigma) for sigma in sigmas]
+        # Above 1 they are noise over signal, x + sigma noise, which no flow has.
+        return [sigma / (1 + sigma) for sigma in levels] if levels and max(levels) > 1 else levels
+    kept = getattr(scheduler, "alphas_cumprod", None)
+    if kept is None:
+        return []
+    alphas = [float(kept[int(timestep)]) for timestep in scheduler.timesteps]
+    return [(1 - alpha) ** 0.5 / ((1 - alpha) ** 0.5 + alpha**0.5) for alpha in alphas]
 
 
 class _Telling:

@@ -10,7 +10,9 @@ import torch
 
 from dit_sparse.reorder.axes import axis_order
 from dit_sparse.reorder.curve import curve_order
+from dit_sparse.reorder.frames import frame_order
 from dit_sparse.reorder.grid import raster_order
+from dit_sparse.reorder.morton import morton_order
 from dit_sparse.reorder.tiles import tile_order
 from dit_sparse.types import TokenGrid, TokenOrder
 
@@ -52,3 +54,15 @@ def curve_once(grid: TokenGrid, block: int, device: torch.device) -> TokenOrder:
 def axes_once(grid: TokenGrid, axes: str, block: int, device: torch.device) -> TokenOrder:
     """`axis_order`, always the same object."""
     return axis_order(grid, axes, block, device=device)
+
+
+@_once
+def frames_once(grid: TokenGrid, block: int, device: torch.device) -> TokenOrder:
+    """`frame_order`, always the same object."""
+    return frame_order(grid, block, device=device)
+
+
+@_once
+def morton_once(grid: TokenGrid, block: int, device: torch.device) -> TokenOrder:
+    """`morton_order`, always the same object."""
+    return morton_order(grid, block, device=device)

@@ -53,6 +53,15 @@ def test_compare_dense_with_a_config_file_and_standard_input(model, capsys, monk
     assert line.keys() >= {"dense_seconds", "speedup", "psnr", "ssim"}
 
 
+def test_no_strict_lets_a_layer_run_dense(model, capsys):
+    command = ["generate", "--prompt", "a ball", "--model", model, *SMALL, "--block", "64", "--warmup", "0"]
+    assert exit_code(*command) == 1
+    assert "NotSparseError: layer 0 would run dense" in capsys.readouterr().err
+    assert exit_code(*command, "--no-strict") == 0
+    (line,) = [json.loads(line) for line in Path("videos/manifest.jsonl").read_text().splitlines()]
+    assert line["config"]["strict"] is False
+
+
 def test_an_image_model_writes_png(tmp_path, capsys):
     tiny_flux().save_pretrained("flux")
     command = ["generate", prompts_file("a red ball", "a blue square"), "--model", "flux", "--device", "cpu"]
@@ -153,6 +162,8 @@ BAD_OPTIONS = [
     (["--config", "broken.json"], "not valid JSON"),
     (["--config", "unknown.json"], "density"),
     (["--config", "zero.json"], "density must be above 0"),
+    (["--ray-workers", "2"], "--ray-workers needs --ray"),
+    (["--ray", "moon"], "--ray must be auto, local or HOST:PORT|pip install 'dit-sparse[ray]'"),
     (["--model", "none/at/all"], "model"),
     (["--model", "empty"], "model_index.json"),
     (["--model", "family"], "StableDiffusionPipeline|not supported|supported"),

@@ -1,5 +1,6 @@
 """Commands that only print, and those that do not exist."""
 
+import functools
 import json
 import os
 import subprocess
@@ -18,6 +19,22 @@ def test_lists_methods(capsys):
     assert "density" in [parameter["name"] for parameter in listing["adaspa"]["parameters"]]
     assert exit_code("methods") == 0
     assert "--density" in capsys.readouterr().out
+
+
+def test_doctor_measures_first_where_that_is_asked_for(capsys, monkeypatch, tmp_path):
+    from dit_sparse.bench import costs
+    from dit_sparse.cost import TABLE_VARIABLE
+
+    monkeypatch.delenv(TABLE_VARIABLE)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    grids = tuple(costs.TokenGrid(2, 8, width) for width in (8, 16, 32))
+    small = functools.partial(costs.measure_costs, rounds=1, sizes=costs.Sizes(1, 16, grids), methods=["adaspa"])
+    monkeypatch.setattr(costs, "measure_costs", small)
+    table = costs.user_table()
+    assert exit_code("doctor", "--measure", "--json") == 0
+    output = capsys.readouterr()
+    assert f"measured costs are in {table}" in output.err
+    assert json.loads(output.out)["costs"] == json.loads(table.read_text())["cpu"]["source"]
 
 
 def test_doctor(capsys):

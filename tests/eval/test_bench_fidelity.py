@@ -17,7 +17,8 @@ import pytest
 import torch
 from bench_fidelity import main
 
-from dit_sparse import AdaSpa, Neighborhood, Paro, load_pipeline, sparsify
+from dit_sparse import AdaSpa, Neighborhood, Paro, XAttention, load_pipeline, sparsify
+from dit_sparse.compare.render import Stage
 from dit_sparse.demo import demo_model_path
 from dit_sparse.eval import compare
 from dit_sparse.methods import METHODS
@@ -89,7 +90,7 @@ def test_what_is_there_is_not_done_again(quick: Path, monkeypatch: pytest.Monkey
     def never(*_: Any) -> None:
         raise AssertionError("a video was rendered again")
 
-    monkeypatch.setattr(bench_fidelity.Bench, "_call", never)
+    monkeypatch.setattr(Stage, "call", never)
     main([*SMALL, "--out", str(quick)])
     assert quick.read_bytes() == before
 
@@ -200,7 +201,7 @@ def test_a_report_of_other_settings_is_refused(quick: Path) -> None:
 
 
 def test_defaults_are_marked_and_rendered_once() -> None:
-    cases = bench_fidelity.method_cases(["neighborhood", "adaspa", "paro"], (0.25,))
+    cases = bench_fidelity.method_cases([Neighborhood(), AdaSpa(), Paro()], (0.25,))
     schedules = [case.schedule.method for case in cases if case.schedule is not None]
     assert AdaSpa() == AdaSpa(density=0.25)
     assert schedules == [Neighborhood(density=0.25), Neighborhood(), AdaSpa(), Paro(density=0.25), Paro()]
@@ -208,9 +209,9 @@ def test_defaults_are_marked_and_rendered_once() -> None:
 
 
 def test_a_method_with_a_threshold_is_rendered_at_densities_too() -> None:
-    cases = bench_fidelity.method_cases(["xattention"], (0.25,))
+    cases = bench_fidelity.method_cases([XAttention()], (0.25,))
     assert [case.label for case in cases] == ["xattention 0.25", "xattention (default)"]
-    assert bench_fidelity.method_cases(list(METHODS), (0.5, 0.25))
+    assert bench_fidelity.method_cases([method() for method in METHODS.values()], (0.5, 0.25))
 
 
 @pytest.mark.parametrize("text", [None, "no JSON", "[]", '{"videos": []}'])
@@ -220,3 +221,19 @@ def test_a_file_that_is_no_report_is_refused(text: str | None, tmp_path: Path) -
         out.write_text(text, "utf-8")
     with pytest.raises(SystemExit, match="--out must be a report of this script"):
         main(["--table", "--out", str(out)])
+
+
+def test_parts_with_prompts_of_their_own_are_merged(quick: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    part, out = tmp_path / "part.json", tmp_path / "all.json"
+    report = read(quick)
+    part.write_text(json.dumps(report | {"videos": [row | {"prompt": "another"} for row in report["videos"]]}), "utf-8")
+    main(["--merge", str(quick), str(part), "--out", str(out)])
+    assert read(out)["videos"] == report["videos"] + read(part)["videos"]
+    assert read(out)["searches"] == report["searches"] * 2
+    assert "min to max" in capsys.readouterr().out
+
+    with pytest.raises(SystemExit, match="two parts have the prompt"):
+        main(["--merge", str(quick), str(quick), "--out", str(out)])
+    part.write_text(json.dumps(report | {"settings": {}}), "utf-8")
+    with pytest.raises(SystemExit, match=r"the settings of .* is not that"):
+        main(["--merge", str(quick), str(part), "--out", str(out)])

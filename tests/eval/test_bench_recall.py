@@ -3,34 +3,17 @@
 from __future__ import annotations
 
 import pytest
-import torch
-from bench_recall import Call, by_threshold, measure, methods_for, recall, table
+from bench_recall import Call, measure, methods_for, table
 
 from dit_sparse import AdaSpa, Neighborhood, Oracle, PbsAttention, ProxyAttention, Site, TokenGrid
 from dit_sparse.eval.floors import RandomBlocks
-from dit_sparse.types import Method
-from tests.methods.literal import random_qkv, weights_of
+from dit_sparse.methods.parameters import without_density
+from tests.methods.literal import random_qkv
 
 
 def call_on(grid: TokenGrid) -> Call:
     q, k, _ = random_qkv(grid, batch=1)
     return Call(Site(grid), q, k, (q @ k.transpose(-1, -2) / 4).logsumexp(-1))
-
-
-@pytest.mark.parametrize(
-    "method",
-    [AdaSpa(0.4, block=8), PbsAttention(0.4, block=8, segment=16), Neighborhood(window=(1, 3, 3), tile=(1, 2, 2))],
-    ids=lambda m: m.name,
-)
-@pytest.mark.parametrize("text", [0, 5])
-def test_recall_is_the_mass_under_the_token_mask(method: Method, text: int) -> None:
-    call = call_on(TokenGrid(2, 5, 6, text))
-    plan = method.plan(call.q, call.k, call.k, call.site, None)
-    mask = plan.token_mask().expand(1, 3, -1, -1)
-    for h in range(3):
-        weights = weights_of(call.q[0, h], call.k[0, h])
-        want = float((weights * mask[0, h]).sum() / weights.sum())
-        assert float(recall(plan, call)[0, h]) == pytest.approx(want, abs=1e-5)
 
 
 def test_the_oracle_is_above_all_and_random_blocks_below() -> None:
@@ -51,15 +34,10 @@ def test_methods_are_named_with_their_parameters() -> None:
 
 
 def test_a_threshold_of_its_own_is_measured_where_there_is_one() -> None:
-    assert by_threshold(AdaSpa()) is None
-    free = by_threshold(PbsAttention(0.25, threshold=0.5, block=8, segment=16))
+    assert without_density(AdaSpa()) is None
+    assert without_density(Neighborhood(window=2)) is None
+    free = without_density(PbsAttention(0.25, threshold=0.5, block=8, segment=16))
     assert free == PbsAttention(None, threshold=0.5, block=8, segment=16)
     row = measure("pbs", free, None, [call_on(TokenGrid(2, 8, 8))])
     assert row.density is None
     assert 0 < row.achieved < 1
-
-
-def test_recall_of_a_full_plan_is_one() -> None:
-    call = call_on(TokenGrid(1, 4, 4))
-    plan = AdaSpa(1, block=4).plan(call.q, call.k, call.k, call.site, None)
-    assert torch.allclose(recall(plan, call), torch.ones(1, 3), atol=1e-5)

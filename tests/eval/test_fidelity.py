@@ -1,11 +1,13 @@
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
+from scipy.ndimage import correlate1d
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from dit_sparse.eval import compare, psnr, ssim
+from dit_sparse.eval import CONVENTIONS, compare, find_convention, psnr, ssim
 
 
 def _clips(noise=0.05, shape=(4, 40, 52, 3), seed=0):
@@ -33,6 +35,53 @@ def test_agrees_with_scikit_image(noise):
 def test_the_two_conventions_differ():
     a, b = _clips()
     assert psnr(a, b) > psnr(a, b, over="clip") + 0.1
+
+
+def _literal_ssim(x, y, weights):
+    """SSIM of one frame whose windows reach over its border, where zeros are."""
+
+    def mean(image):
+        rows = correlate1d(image, weights, axis=0, mode="constant")
+        return correlate1d(rows, weights, axis=1, mode="constant")
+
+    mx, my = mean(x), mean(y)
+    vx, vy, cov = mean(x * x) - mx * mx, mean(y * y) - my * my, mean(x * y) - mx * my
+    return np.mean((2 * mx * my + 1e-4) * (2 * cov + 9e-4) / ((mx * mx + my * my + 1e-4) * (vx + vy + 9e-4)))
+
+
+@pytest.mark.parametrize("name", ["svg", "fastvideo"])
+def test_ssim_of_other_projects(name):
+    a, b = _clips()
+    weights = np.full(11, 1 / 11) if name == "svg" else np.exp(-(np.arange(-5, 6) ** 2) / 4.5)
+    weights = weights / weights.sum()
+    want = np.mean([_literal_ssim(x, y, weights) for x, y in zip(a, b, strict=True)])
+    result = compare(a, b, convention=find_convention(name))
+    assert result.ssim == pytest.approx(want, abs=1e-9)
+    assert abs(result.ssim - ssim(a, b)) > 1e-3
+    assert "zero padding" in result.convention
+
+
+def test_an_identical_frame_by_convention():
+    a, b = _clips()
+    b[0] = a[0]
+    found = {name: compare(a, b, convention=convention) for name, convention in CONVENTIONS.items()}
+    rest = psnr(a[1:], b[1:])
+    assert found["skimage"].psnr == found["fastvideo"].psnr == pytest.approx((100 + 3 * rest) / 4)
+    assert math.isinf(found["svg"].psnr)
+    assert {(result.identical, result.identical_frames) for result in found.values()} == {(False, 1)}
+    assert found["svg"].to_dict()["psnr"] is None
+
+
+def test_json_says_identical():
+    a, b = _clips()
+    record = json.loads(json.dumps(compare(a, a).to_dict(), allow_nan=False))
+    assert (record["psnr"], record["identical"], record["identical_frames"]) == (None, True, 4)
+    assert compare(a, b).to_dict()["psnr"] == compare(a, b).psnr
+
+
+def test_an_unknown_convention_is_refused():
+    with pytest.raises(ValueError, match="convention must be one of skimage, svg, fastvideo, got 'vbench'"):
+        find_convention("vbench")
 
 
 def test_known_value():

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dit_sparse.generate.manifest import MANIFEST, Manifest
@@ -91,6 +91,8 @@ def test_writes_valid_json_only(tmp_path):
 _VALUES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
 
 
+# A disk takes its time to say that it has a line.
+@settings(deadline=None)
 @given(st.dictionaries(st.text(), _VALUES | st.lists(_VALUES)))
 def test_round_trip(extra):
     line = extra | LINE

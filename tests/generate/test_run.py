@@ -86,6 +86,22 @@ def test_makes_every_video_once(request_for, tmp_path):
     assert _lines(tmp_path / "out") == lines
 
 
+def test_a_line_has_receipts_of_every_layer(request_for):
+    (line,) = run(prepare(request_for(config=ADASPA | {"warmup": 0.5, "dense_layers": [1]}))).lines
+    found = line["receipts"]["transformer"]
+    assert (found["layer"], found["calls"]) == ([0, 1], [4, 4])
+    assert found["dense"] == {"warm-up": [2, 0], "layer": [0, 4]}
+    assert found["density"][0] < 1 == found["density"][1]
+
+
+def test_a_layer_that_cannot_be_sparse_fails_the_video_unless_allowed(request_for):
+    """48 tokens are one block of 64."""
+    config = ADASPA | {"block": 64}
+    ((_, error),) = run(prepare(request_for(config=config))).failures
+    assert "layer 0 would run dense: 'adaspa' at density 0.3 keeps every block of 48 tokens" in str(error)
+    assert len(run(prepare(request_for(config=config | {"strict": False}))).lines) == 1
+
+
 def test_a_line_is_enough_to_make_the_video_again(request_for, tmp_path):
     run(prepare(request_for("x", "a red ball", seed=5)))
     line = _lines(tmp_path / "out")[1]
@@ -130,6 +146,24 @@ def test_compares_with_dense_on_equal_footing(request_for, tmp_path):
         assert not line["identical"]
 
 
+def test_the_dense_video_and_the_trace_lie_beside_it(request_for, tmp_path):
+    run(prepare(request_for("a", compare_dense=True, trace=True)))
+    names = ["0001-a-seed0", "0001-a-seed0.dense", "0001-a-seed0.trace.json"]
+    assert _names(tmp_path / "out") == names
+    (line,) = _lines(tmp_path / "out")
+    assert [line[key] for key in ("file", "dense_file", "trace")] == names
+    run(prepare(request_for("a", out=tmp_path / "dense", config={"method": "dense"})))
+    assert np.array_equal(_pixels(tmp_path / "out" / names[1]), _pixels(tmp_path / "dense" / names[0]))
+    assert not np.array_equal(_pixels(tmp_path / "out" / names[0]), _pixels(tmp_path / "out" / names[1]))
+
+    trace = json.loads((tmp_path / "out" / names[2]).read_text())
+    assert [step["step"] for step in trace["steps"]] == [0, 1]
+    calls = [action for track in trace["tracks"] for row in track["layers"] for action in row]
+    assert len(calls) == line["calls"]
+    density = sum(step["density"] for step in trace["steps"]) / 2
+    assert density == pytest.approx(line["attention_density"])
+
+
 def test_identical_frames_stay_valid_json(request_for, tmp_path):
     run(prepare(request_for(compare_dense=True, config={"method": "dense"})))
     (line,) = _lines(tmp_path / "out")
@@ -143,7 +177,7 @@ def test_a_comparison_asked_for_later_is_made(request_for, tmp_path):
     job = prepare(request_for(compare_dense=True))
     assert len(job.todo) == 1
     run(job)
-    assert _names(tmp_path / "out") == ["0001-a-red-ball-seed0"]
+    assert _names(tmp_path / "out") == ["0001-a-red-ball-seed0", "0001-a-red-ball-seed0.dense"]
     assert prepare(request_for(compare_dense=True)).todo == ()
     assert prepare(request_for()).todo == ()
 

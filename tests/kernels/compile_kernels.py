@@ -13,13 +13,19 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from dit_sparse.kernels import hopper_kernels, remainder_kernels, triton_kernels
+from dit_sparse.kernels import (
+    hopper_kernels,
+    output_error_kernel,
+    remainder_error_kernels,
+    remainder_kernels,
+    triton_kernels,
+)
 
 ROW_STRIDES = [f"{name}_{dim}" for name in "qkvo" for dim in ("sb", "sh", "sn")]
 ROW_STRIDES += [f"{name}_{dim}" for name in ("mk", "mv", "slope", "x", "m", "vm", "p") for dim in ("sb", "sh", "sm")]
 ROW_STRIDES += ["slope_sd", "x_sn", "p_sd"]
-DATA = ("q", "k", "v", "out", "x", "mean_k", "mean_v", "slopes", "products")
-FLOATS = ("lse", "bias", "mean", "square", "v_mean")
+DATA = ("q", "k", "v", "out", "x", "mean_k", "mean_v", "slopes", "products", "means")
+FLOATS = ("lse", "bias", "mean", "square", "v_mean", "middle", "norms", "overlaps", "errors", "sums")
 LISTS = ("counts", "indices", "partial_counts", "partial_indices", "bits", "q_offsets", "k_offsets", "offsets", "pace")
 
 
@@ -52,9 +58,25 @@ def portable(job: dict):
 def moments(job: dict):
     constants = dict(
         D=job["dim"], DV=job["dim"], BLOCK_D=job["padded"], BLOCK_DV=min(128, job["padded"]), BLOCK_N=job["block_n"],
-        PARTS=-(-job["dim"] // 128), CENTRED=True, VALUES=True, PRODUCTS=job["remainder"] == "value", UPCAST=False,
+        PARTS=-(-job["dim"] // 128), CENTRED=True, VALUES=True, PRODUCTS=job["remainder"] == "value",
+        SINGLE=job["single"], UPCAST=False,
     )  # fmt: skip
     return triton_source(remainder_kernels.moments_kernel, constants, job), options_of(job)
+
+
+def errors(job: dict):
+    constants = dict(
+        D=job["dim"], BLOCK_D=job["padded"], BLOCK_M=job["block_m"], BLOCK_N=job["block_n"], SPAN=64, UPCAST=False
+    )
+    return triton_source(remainder_error_kernels.remainder_error_kernel, constants, job), options_of(job)
+
+
+def changes(job: dict):
+    constants = dict(
+        D=job["dim"], DV=job["dim"], BLOCK_D=job["padded"], BLOCK_DV=job["padded"], BLOCK_M=job["block_m"],
+        BLOCK_N=job["block_n"], SPAN=32, UPCAST=False,
+    )  # fmt: skip
+    return triton_source(output_error_kernel.output_error_kernel, constants, job), options_of(job)
 
 
 def options_of(job: dict) -> dict[str, int]:
@@ -80,18 +102,21 @@ def hopper(job: dict):
         GROUPS=job["groups"], D=job["dim"], BLOCK_N=128, K_TILES=1, PAIR=job["pair"], Q_TILES=1,
         STAGES_K=job["stages"][0], STAGES_V=job["stages"][1], Q_IN_REGISTERS=job["early"] or job["dim"] == 64,
         PARTIAL=job["partial"], RETURN_LSE=True, PACE=job["pace"], EARLY=job["early"], FLAT=layout(128, job["dim"]),
-        PRODUCER_REGISTERS=24, CONSUMER_REGISTERS=240,
+        MEANS=job["remainder"] != "none", SLOPES=job["remainder"] == "value", PRODUCER_REGISTERS=24,
+        CONSUMER_REGISTERS=240,
     )  # fmt: skip
     box = descriptor(1, 1, 64, 64) if job["pair"] else descriptor(1, 1, 128, job["dim"])
     rows = descriptor(1, 1, 64, job["dim"])
-    special = {"q_desc": rows, "o_desc": rows, "k_desc": box, "v_desc": box}
+    special = {"q_desc": rows, "o_desc": rows}
+    special |= dict.fromkeys(("k_desc", "v_desc", "mean_k_desc", "mean_v_desc", "slope_desc"), box)
     kernel = hopper_kernels.forward_kernel
     options = dict(num_warps=4) | ({} if job["registers"] is None else {"maxnreg": job["registers"]})
     return GluonASTSource(kernel, signature(kernel, constants, special, "bf16"), constexprs=constants), options
 
 
 def report(job: dict) -> dict:
-    source, options = {"triton": portable, "moments": moments, "hopper": hopper}[job["kernel"]](job)
+    kinds = {"triton": portable, "moments": moments, "errors": errors, "changes": changes, "hopper": hopper}
+    source, options = kinds[job["kernel"]](job)
     log = io.StringIO()
     with contextlib.redirect_stdout(log):
         compiled = triton.compile(source, target=GPUTarget("cuda", job["target"], 32), options=options)

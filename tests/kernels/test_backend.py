@@ -38,7 +38,7 @@ def test_a_refusal_is_an_error_that_says_why() -> None:
         select("sdpa", q, k, v, plan)
 
 
-@pytest.mark.parametrize("name", ["hopper", "flex", "fa4", "flashinfer"])
+@pytest.mark.parametrize("name", ["flex", "fa4", "flashinfer"])
 def test_a_remainder_that_a_backend_lacks_is_refused_by_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = cases.random_plan(cases.EVEN).with_remainder("mean")
     q, k, v = cases.inputs(plan, 1, 1, 16)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from dit_sparse.masks import pooled_scores, sampled_peaks, self_similarity
+from dit_sparse.masks import pooled_scores, sampled_peaks, self_similarity, sub_block_scores
 from dit_sparse.reorder import axis_orders_per_head, tile_order
 from dit_sparse.types import TokenGrid, TokenOrder
 
@@ -105,3 +105,22 @@ def test_what_cannot_be_sampled_is_refused() -> None:
         sampled_peaks(x, x, order, order, 0)
     with pytest.raises(ValueError, match=r"offsets must be \[1, 1, M\+1\] to sample tokens"):
         sampled_peaks(x, x, heads, order, 2)
+
+
+def test_sub_block_scores_of_heads_with_blocks_of_their_own():
+    """With tiles as large as the blocks they are the pooled scores; empty blocks get nothing and lose nothing."""
+    torch.manual_seed(0)
+    order = TokenOrder.from_index(torch.arange(24).expand(1, 2, -1), torch.tensor([[[0, 3, 3, 24], [0, 9, 20, 24]]]))
+    q, k = torch.randn(2, 2, 2, 24, 8)
+    torch.testing.assert_close(
+        sub_block_scores(q, k, order, order, 24).masked_fill(order.block_sizes[..., None] == 0, 0.0),
+        pooled_scores(q, k, order, order).masked_fill(order.block_sizes[..., None] == 0, 0.0),
+    )
+    fine = sub_block_scores(q, k, order, order, 1)
+    # Tiles of one token: the attention itself.
+    exact = (q @ k.transpose(-1, -2) / 8**0.5).softmax(-1)
+    torch.testing.assert_close(fine[:, 0, 2, 0], exact[:, 0, 3:, :3].sum(-1).mean(-1))
+    torch.testing.assert_close(fine[:, 1, 0, 2], exact[:, 1, :9, 20:].sum(-1).mean(-1))
+    assert (fine[:, 0, :, 1] == 0).all()
+    with pytest.raises(ValueError, match="tokens must be at least 1, got 0"):
+        sub_block_scores(q, k, order, order, 0)

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dit_sparse import Site, TokenGrid, sparse_attention
+from dit_sparse import Schedule, Site, TokenGrid, sparse_attention
 from dit_sparse.methods import METHODS, find_method
 from dit_sparse.methods.gate_file import Gate, write_gates
 from dit_sparse.methods.parameters import accepts_density, with_density
@@ -53,13 +53,14 @@ def test_any_grid(method: Method, grid: TokenGrid, dtype: torch.dtype) -> None:
         plan = method.plan(q, k, v, Site(grid), None)
     assert all(torch.equal(x, y) for x, y in zip((q, k, v), before, strict=True))
     mask = plan.token_mask()
+    assert plan.remainder == Schedule(method).planned_remainder
     assert mask.any(-1).all(), "a query keeps no key"
     text = slice(grid.text_start, grid.text_start + grid.text_len)
     assert mask[..., text, :].all()
     assert mask[..., :, text].all()
     again = method.plan(q, k, v, Site(grid), None)
     assert torch.equal(mask, again.token_mask())
-    out = sparse_attention(q, k, v, plan)
+    out = sparse_attention(q, k, v, plan.with_remainder("none"))
     want = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), attn_mask=mask)
     low = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     floor = 4 * torch.finfo(dtype).eps * want.abs().max()

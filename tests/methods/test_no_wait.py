@@ -14,17 +14,21 @@ from dit_sparse import (
     AdaSpa,
     AnchorAttention,
     Blade,
+    DfsAttention,
     Dhsa,
     DraftAttention,
     LServe,
+    Lvsa,
     MInference,
     PbsAttention,
+    Pisa,
     ProxyAttention,
     RadialAttention,
     Sale,
     SeerAttention,
     Site,
     SlidingTile,
+    SolAttention,
     SpargeAttention,
     SparseVideoGen,
     TokenGrid,
@@ -121,7 +125,17 @@ LANGUAGE_MODEL_METHODS = [
 ]
 
 
-@pytest.mark.parametrize("method", LANGUAGE_MODEL_METHODS, ids=str)
+METHODS_OF_2026 = [
+    Pisa(0.4, block=16),
+    Pisa(0.4, block=16, covariance=True),
+    SolAttention(block=16),
+    SolAttention(density=0.4, block=16),
+    DfsAttention(0.4, block=16, tokens=4),
+    Lvsa(block=16),
+]
+
+
+@pytest.mark.parametrize("method", [*LANGUAGE_MODEL_METHODS, *METHODS_OF_2026], ids=str)
 @pytest.mark.parametrize("text", [0, 5])
 def test_the_second_plan_on_a_grid_reads_nothing_back(method: Method, text: int) -> None:
     torch.manual_seed(0)
@@ -193,7 +207,9 @@ VIDEO_METHODS = [
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize(
-    "method", [*LANGUAGE_MODEL_METHODS, *VIDEO_METHODS], ids=lambda m: f"{m.name} {getattr(m, 'density', None)}"
+    "method",
+    [*LANGUAGE_MODEL_METHODS, *METHODS_OF_2026, *VIDEO_METHODS],
+    ids=lambda m: f"{m.name} {getattr(m, 'density', None)}",
 )
 def test_on_a_gpu_no_second_plan_waits(method: Method) -> None:
     site = Site(TokenGrid(5, 16, 20, text_len=70), layer=1, num_layers=3)

@@ -38,8 +38,9 @@ def kept_in(row: int, mask: Tensor, blocks: list[Block]) -> list[int]:
 
 @pytest.mark.parametrize("grid", [*GRIDS, TokenGrid(3, 8, 8), TokenGrid(3, 8, 8, 9, True)], ids=str)
 @pytest.mark.parametrize("density", [0.25, 0.5])
-def test_bigbird_is_window_and_global_and_random(grid: TokenGrid, density: float) -> None:
-    method = BigBird(density, block=4, seed=3)
+@pytest.mark.parametrize("curve", [True, False])
+def test_bigbird_is_window_and_global_and_random(grid: TokenGrid, density: float, curve: bool) -> None:
+    method = BigBird(density, block=4, seed=3, window_share=0.375, global_share=0.25, curve=curve)
     plan = plan_of(method, grid)
     mask, blocks = plan.token_mask()[0, 0], blocks_of(plan, grid)
     video = [i for i, block in enumerate(blocks) if not block.is_text]
@@ -95,12 +96,12 @@ def test_the_default_stride_is_whole_frames() -> None:
 
 def test_bigbirds_curve_is_the_shared_order() -> None:
     grid = TokenGrid(3, 8, 8)
-    method = BigBird(block=16)
+    method = BigBird(block=16, curve=True)
     want = method.shared_order(grid, torch.device("cpu"))
     assert torch.equal(plan_of(method, grid).q_order.index, want.index)
     assert not want.is_identity
-    assert BigBird(block=16, curve=False).shared_order(grid, torch.device("cpu")).is_identity
-    masks = [plan_of(BigBird(0.5, block=16, seed=seed), grid).token_mask() for seed in (0, 1)]
+    assert BigBird(block=16).shared_order(grid, torch.device("cpu")).is_identity
+    masks = [plan_of(BigBird(0.5, block=16, window_share=0.2, seed=seed), grid).token_mask() for seed in (0, 1)]
     assert not torch.equal(*masks)
 
 

@@ -20,11 +20,13 @@ from diffusers import (
 from torch import Tensor
 
 from dit_sparse import Neighborhood, Schedule, sparsify, statistics, unsparsify
-from dit_sparse.pipelines import session_of
+from dit_sparse.pipelines import NotSparseError, session_of
 from dit_sparse.pipelines.families import adapter_for
 from tests.pipelines.composed import ALL_DENSE, HALF, is_close
 from tests.pipelines.families import FAMILIES, METHODS, Family
 from tests.pipelines.tiny_families import widened
+
+STRANGER = "by a pipeline whose scheduler is not followed, so its attention is dense; sparsify that pipeline"
 
 
 def sparse(family: Family) -> Any:
@@ -149,7 +151,10 @@ def test_two_pipelines_with_one_transformer(family) -> None:
     assert statistics(twin) is statistics(pipe)
     calls = statistics(pipe).calls
     twin.scheduler = copy.deepcopy(pipe.scheduler)
-    with pytest.warns(UserWarning, match="by a pipeline whose scheduler is not followed, so its attention is dense"):
+    with pytest.raises(NotSparseError, match=STRANGER):
+        family.run(twin)
+    sparsify(pipe, HALF, strict=False)
+    with pytest.warns(UserWarning, match=STRANGER):
         family.run(twin)
     assert statistics(twin).dense_calls["outside a run"] == calls
     assert torch.equal(family.run(sparsify(twin, HALF)), want)
@@ -178,7 +183,7 @@ def test_a_copy_of_the_transformer_alone_wants_sparsify_in_its_new_pipeline(fami
     want = family.run(pipe)
     other = family.make()
     other.transformer = copy.deepcopy(pipe.transformer)
-    with pytest.warns(UserWarning, match="whose scheduler is not followed, so its attention is dense; sparsify that"):
+    with pytest.raises(NotSparseError, match=STRANGER):
         family.run(other)
     assert torch.equal(family.run(sparsify(other, HALF)), want)
 

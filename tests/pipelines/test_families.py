@@ -67,7 +67,7 @@ def test_dense_calls_equal_upstreams_bit_for_bit(pipe, family, dtype: torch.dtyp
     cast = {name: x.to(dtype) if _is_data(name, x) else x for name, x in arguments.items()}
     with torch.no_grad():
         want = transformer(**cast)[0]
-        sparsify(pipe, AdaSpa())
+        sparsify(pipe, AdaSpa(), strict=False)
         got = transformer(**cast)[0]
     assert torch.equal(got, want)
     assert statistics(pipe).dense_calls == {"outside a run": statistics(pipe).calls}
@@ -124,6 +124,7 @@ def test_density_one_is_dense_up_to_rounding(pipe, family, method) -> None:
 @pytest.mark.parametrize("batch", [1, 2])
 def test_sparse_equals_dense_attention_under_the_plans_own_mask(pipe, family, method, batch, monkeypatch) -> None:
     """The same run with every sparse call replaced by float64 attention under the plan's token mask."""
+    method = Schedule(method, remainder="none")
     prompts = ["a red ball", "a blue square moving left"][:batch]
     got = family.run(sparsify(pipe, method), prompts, **family.guided)
     assert 0.3 < statistics(pipe).sparse_density < 0.7

@@ -9,7 +9,9 @@ import pytest
 import torch
 from diffusers import (
     CogVideoXDDIMScheduler,
+    DDIMScheduler,
     DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     UniPCMultistepScheduler,
 )
@@ -88,6 +90,24 @@ def test_sigma_is_the_schedulers() -> None:
     assert counter.sigma == pytest.approx(float(scheduler.sigmas[0]))
     counter.step = 3
     assert counter.sigma == pytest.approx(float(scheduler.sigmas[3]))
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [CogVideoXDDIMScheduler(), DDIMScheduler(), EulerDiscreteScheduler(), UniPCMultistepScheduler()],
+    ids=lambda scheduler: type(scheduler).__name__,
+)
+def test_sigma_is_the_share_of_noise_whatever_the_mixture(scheduler) -> None:
+    """`add_noise` says what a scheduler mixes: the ratio of noise to signal is that of sigma to 1 - sigma."""
+    counter = StepCounter()
+    counter.watch(scheduler)
+    scheduler.set_timesteps(5)
+    one, none = torch.ones(1), torch.zeros(1)
+    for step in range(5):
+        counter.step = step
+        timestep = scheduler.timesteps[step : step + 1]
+        noise, signal = (float(scheduler.add_noise(*mixed, timestep)) for mixed in ((none, one), (one, none)))
+        assert counter.sigma == pytest.approx(noise / (noise + signal), rel=1e-3)
 
 
 def test_a_replaced_scheduler_is_followed(pipe, render) -> None:

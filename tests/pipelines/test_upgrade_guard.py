@@ -1,4 +1,4 @@
-"""What diffusers is today is what the adapters were written for; where it is not, a family runs dense and says so."""
+"""What diffusers is today is what the adapters were written for; where it is not, sparsify refuses, or runs dense."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dit_sparse import AdaSpa, Schedule, sparsify, statistics, unsparsify
-from dit_sparse.pipelines import observe
+from dit_sparse.pipelines import NotSparseError, observe, session_of
 from dit_sparse.pipelines.families import adapter_for
 from dit_sparse.pipelines.statistics import CHANGED
 from dit_sparse.pipelines.upstream import changes, fingerprint, fingerprints
@@ -54,11 +54,18 @@ def test_the_installed_diffusers_is_what_the_adapters_were_written_for(pipe) -> 
     assert None not in fingerprints(adapter).values()
 
 
-def test_a_changed_signature_runs_dense_with_one_warning(pipe, family, changed) -> None:
+def test_a_changed_signature_is_an_error_before_anything_is_touched(pipe, family, changed) -> None:
+    with pytest.raises(NotSparseError, match=rf"{changed}.__call__ takes .* or allow it with strict=False"):
+        sparsify(pipe, AdaSpa(block=16))
+    assert session_of(pipe) is None
+    assert not any(module._forward_hooks for module in pipe.transformer.modules())
+
+
+def test_allowed_a_changed_signature_runs_dense_with_one_warning(pipe, family, changed) -> None:
     want = family.run(pipe)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        sparsify(pipe, Schedule(AdaSpa(block=16), warmup=0))
+        sparsify(pipe, Schedule(AdaSpa(block=16), warmup=0, strict=False))
         for _ in range(2):
             assert torch.equal(family.run(pipe), want)
     (found,) = [w for w in caught if "cannot run sparse" in str(w.message)]
@@ -76,7 +83,7 @@ def test_a_changed_signature_runs_dense_with_one_warning(pipe, family, changed) 
     assert not any(module._forward_hooks for module in pipe.transformer.modules())
 
 
-def test_another_source_runs_dense_too(pipe, family, monkeypatch) -> None:
+def test_allowed_another_source_runs_dense_too(pipe, family, monkeypatch) -> None:
     """Such as a block's forward that gives attention something else."""
     adapter = adapter_for(pipe)
     relied = adapter.relies_on[-1]
@@ -90,7 +97,7 @@ def test_another_source_runs_dense_too(pipe, family, monkeypatch) -> None:
         f"{relied.__module__.removeprefix('diffusers.models.')}.{relied.__qualname__} has another source"
     ]
     with pytest.warns(UserWarning, match=f"{relied.__qualname__} has another source"):
-        family.run(sparsify(pipe, AdaSpa(block=16)))
+        family.run(sparsify(pipe, AdaSpa(block=16), strict=False))
     assert set(statistics(pipe).dense_calls) == {CHANGED}
 
 

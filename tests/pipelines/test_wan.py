@@ -11,7 +11,7 @@ from diffusers.models.attention_dispatch import attention_backend
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor
 
-from dit_sparse import AdaSpa, Dense, Neighborhood, Paro, Schedule, TokenGrid, sparsify, statistics, unsparsify
+from dit_sparse import AdaSpa, Dense, Neighborhood, Paro, Pisa, Schedule, TokenGrid, sparsify, statistics, unsparsify
 from dit_sparse.pipelines import check, session_of, token_grid
 from dit_sparse.pipelines import engine as engine_module
 from dit_sparse.pipelines import session as session_module
@@ -45,7 +45,7 @@ def test_a_dense_call_equals_upstreams_bit_for_bit(pipe, dtype: torch.dtype, fus
     hidden = torch.randn(2, 3 * 8 * 12, attn.inner_dim, dtype=dtype)
     rotary = transformer.rope(torch.empty(2, 8, 3, 8, 12))
     want = attn(hidden, None, None, rotary)
-    attn.processor = SparseWanAttnProcessor(Session(Schedule(AdaSpa())), 0, 1, attn.processor)
+    attn.processor = SparseWanAttnProcessor(Session(Schedule(AdaSpa(), strict=False)), 0, 1, attn.processor)
     assert torch.equal(attn(hidden, None, None, rotary), want)
     assert torch.equal(attn(hidden, None, None, None), WanAttnProcessor()(attn, hidden))
 
@@ -103,6 +103,9 @@ def test_a_backend_without_the_remainder_is_refused_before_the_run(pipe) -> None
         sparsify(pipe, Schedule(AdaSpa(), remainder="mean"), backend="flex")
     assert session_of(pipe) is None
     assert session_of(sparsify(pipe, Schedule(AdaSpa(), remainder="none"), backend="flex")) is not None
+    with pytest.raises(ValueError, match="backend 'flex' cannot be used: it has no remainder 'value'"):
+        sparsify(pipe, Pisa(), backend="flex")
+    assert session_of(sparsify(pipe, Schedule(Pisa(), remainder="none"), backend="flex")) is not None
 
 
 def test_a_shared_order_is_taken_once_a_forward(pipe, render, monkeypatch) -> None:
@@ -134,7 +137,7 @@ def test_tokens_stay_where_they_are_outside_of_a_run_and_after_it(pipe, render) 
     unsparsify(pipe)
     latents, text = torch.randn(1, 8, 3, 8, 12), torch.randn(1, 4, 32)
     want = pipe.transformer(latents, torch.tensor([500]), text)[0]
-    sparsify(pipe, Neighborhood(window=(1, 5, 7), tile=(1, 4, 4)))
+    sparsify(pipe, Neighborhood(window=(1, 5, 7), tile=(1, 4, 4)), strict=False)
     assert torch.equal(pipe.transformer(latents, torch.tensor([500]), text)[0], want)
 
 
@@ -175,7 +178,7 @@ def test_hooked_norms_are_called_as_modules(pipe) -> None:
     attn = pipe.transformer.blocks[0].attn1
     hidden, rotary = torch.randn(1, 288, attn.inner_dim), pipe.transformer.rope(torch.empty(1, 8, 3, 8, 12))
     want = attn(hidden, None, None, rotary)
-    attn.processor = SparseWanAttnProcessor(Session(Schedule(AdaSpa())), 0, 1, attn.processor)
+    attn.processor = SparseWanAttnProcessor(Session(Schedule(AdaSpa(), strict=False)), 0, 1, attn.processor)
     seen = []
     attn.norm_q.register_forward_hook(lambda *_: seen.append("q"))
     assert torch.equal(attn(hidden, None, None, rotary), want)
@@ -303,7 +306,7 @@ def test_a_transformer_called_outside_a_run_is_dense(pipe) -> None:
     latents, text = torch.randn(1, 8, 2, 4, 6), torch.randn(1, 5, 32)
     arguments = {"timestep": torch.tensor([500]), "encoder_hidden_states": text, "return_dict": False}
     want = pipe.transformer(latents, **arguments)[0]
-    sparsify(pipe, AdaSpa())
+    sparsify(pipe, AdaSpa(), strict=False)
     assert torch.equal(pipe.transformer(latents, **arguments)[0], want)
     assert statistics(pipe).dense_calls == {"outside a run": len(pipe.transformer.blocks)}
 

@@ -72,7 +72,7 @@ def test_it_stays_away_from_a_cpu(pipe, monkeypatch) -> None:
 def test_a_hook_from_before_keeps_its_place(pipe) -> None:
     block, hook = pipe.transformer.blocks[0], CountingHook()
     HookRegistry.check_if_exists_or_initialize(block).register_hook(hook, "counting")
-    sparsify(pipe, AdaSpa(block=16))
+    sparsify(pipe, AdaSpa(block=16), strict=False)
     block(*arguments(pipe.transformer, torch.float32))
     assert hook.calls == 1
 

@@ -1,0 +1,105 @@
+"""Renders one video at a time with a loaded pipeline, sparse or plain, and says what was run."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from dit_sparse.schedule import Schedule
+
+__all__ = ["Rendering", "Stage", "interrupt_after"]
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """One video and what its run did.
+
+    Args:
+        frames: `[T, H, W, 3]` float32 in [0, 1], or slightly beyond.
+        seconds: wall time of the pipeline's call, decoding included.
+        statistics: densities, calls, dense calls by reason, backends and times; empty for plain diffusers.
+        trace: what `pipelines.Trace.to_dict` gives; `None` for plain diffusers, and where it was not asked for.
+    """
+
+    frames: np.ndarray
+    seconds: float
+    statistics: dict[str, Any]
+    trace: dict[str, Any] | None = None
+
+
+class Stage:
+    """A pipeline that renders with any schedule and is plain in between.
+
+    Args:
+        pipe: a diffusers pipeline.
+        arguments: of its call, but for the prompt and what comes out.
+    """
+
+    def __init__(self, pipe: Any, arguments: Mapping[str, Any]) -> None:
+        self.pipe, self.arguments = pipe, dict(arguments)
+
+    def render(self, schedule: Schedule | None, prompt: str, seed: int, *, trace: bool = False) -> Rendering:
+        """Render `prompt`; a schedule of `None` is plain diffusers, which leaves no trace."""
+        from dit_sparse.pipelines import record_trace
+
+        with self._sparse(schedule):
+            traced = trace and schedule is not None
+            with record_trace(self.pipe) if traced else contextlib.nullcontext() as recorder:
+                start = time.perf_counter()
+                output = self.call(prompt, seed, output_type="np")
+                seconds = time.perf_counter() - start
+            statistics = {} if schedule is None else _statistics(self.pipe)
+            found = None if recorder is None else recorder.to_dict()
+        frames = output.frames[0] if hasattr(output, "frames") else output.images
+        return Rendering(np.asarray(frames, dtype=np.float32), seconds, statistics, found)
+
+    def warm_up(self, schedule: Schedule | None, prompt: str, steps: int) -> None:
+        """Run the first steps of `schedule`, untimed, so that no timing pays for compilation and first allocations."""
+        last = 0 if schedule is None else schedule.warmup_steps(steps) + 2
+        with self._sparse(schedule):
+            self.call(prompt, 0, output_type="np", callback_on_step_end=interrupt_after(last))
+
+    def call(self, prompt: str, seed: int, **options: Any) -> Any:
+        """What the pipeline returns for `prompt`."""
+        import torch
+
+        # A generator on the CPU draws the same noise whatever the device.
+        generator = torch.Generator("cpu").manual_seed(seed)
+        return self.pipe(**(self.arguments | options | {"prompt": prompt, "generator": generator}))
+
+    @contextlib.contextmanager
+    def _sparse(self, schedule: Schedule | None) -> Iterator[None]:
+        from dit_sparse.pipelines import sparsify, unsparsify
+
+        if schedule is None:
+            yield
+            return
+        sparsify(self.pipe, schedule)
+        try:
+            yield
+        finally:
+            unsparsify(self.pipe)
+
+
+def interrupt_after(last: int) -> Callable[..., dict[str, Any]]:
+    """What a pipeline calls after each step, and by which it leaves the steps after `last` out."""
+
+    def stepped(pipe: Any, step: int, _: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        pipe._interrupt = step >= last
+        return tensors
+
+    return stepped
+
+
+def _statistics(pipe: Any) -> dict[str, Any]:
+    from dit_sparse.pipelines import statistics
+
+    found = statistics(pipe).to_dict()
+    del found["layers"]
+    return found

@@ -1,0 +1,306 @@
+"""The cost model of whole runs on one device or several: attention, planning, linear layers, exchanges, memory."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from dit_sparse.cost import Call, predict
+from dit_sparse.estimate.machines import Machine
+from dit_sparse.estimate.shapes import ModelShape
+from dit_sparse.methods.parameters import takes_density
+from dit_sparse.schedule import Schedule
+from dit_sparse.types import Method
+
+__all__ = ["Estimate", "Mesh", "Run", "estimate", "meshes"]
+
+Kind = Literal["dense", "search", "cached"]
+PARTS = ("attention", "planning", "linear", "passes", "exchange")
+
+_ACTIVATIONS = 8.5
+"""Peak activations over the hidden state; 6.13 GiB were measured for Wan 14B's 0.72 (docs/benchmarks.md)."""
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """How many devices split the heads and how many the sequence."""
+
+    ulysses: int
+    ring: int
+
+    @property
+    def size(self) -> int:
+        """Devices in all."""
+        return self.ulysses * self.ring
+
+    def __str__(self) -> str:
+        return f"ulysses={self.ulysses},ring={self.ring}"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is run, and where.
+
+    Args:
+        shape, frames, height, width, steps: the model and its video.
+        schedule: method and schedule.
+        density: share of the query-key pairs that sparse steps compute; `None` is the method's own.
+        machine: the device.
+        guided: whether both guidance branches run.
+
+    Raises:
+        ValueError: a size that the model does not take, or no density.
+    """
+
+    shape: ModelShape
+    frames: int
+    height: int
+    width: int
+    steps: int
+    schedule: Schedule
+    machine: Machine
+    density: float | None = None
+    guided: bool = True
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1, got {self.steps}")
+        self.schedule.check_layers(self.shape.layers)
+        _ = self.tokens, self.share
+
+    @cached_property
+    def tokens(self) -> int:
+        """Of self-attention."""
+        return self.shape.tokens(self.frames, self.height, self.width)
+
+    @cached_property
+    def share(self) -> float:
+        """The density of sparse steps."""
+        method = self.schedule.method
+        own = method.density if takes_density(method) else None  # type: ignore[attr-defined]
+        density = self.density if self.density is not None else own
+        if method.name == "dense":
+            return 1.0
+        if density is None:
+            raise ValueError(f"{method.name} chooses its density from the data: say with --density what to expect")
+        if not 0 < density <= 1:
+            raise ValueError(f"density must be above 0 and at most 1, got {density}")
+        return float(density)
+
+    @property
+    def branches(self) -> int:
+        """Forwards a step, in one batch or after one another."""
+        return self.shape.branches if self.guided else 1
+
+    def kinds(self) -> dict[Kind, int]:
+        """How many steps are dense, make plans, and reuse them."""
+        first = self.schedule.warmup_steps(self.steps)
+        if self.schedule.method.name == "dense":
+            first = self.steps
+        elif self.schedule.method.uses_lse:
+            # Without a dense step before, the first one gives the row sums.
+            first = max(1, first)
+        sparse = max(0, self.steps - first)
+        searches = round(self.schedule.plans_per_call(self.steps) * sparse) if sparse else 0
+        if self.schedule.method.scope == "grid":
+            searches = min(1, searches)
+        return {"dense": self.steps - sparse, "search": searches, "cached": sparse - searches}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run takes on one mesh.
+
+    Args:
+        seconds: of all denoising steps.
+        steps: number of steps and seconds of one, by kind.
+        parts: seconds of the run by part; they add up to `seconds`.
+        hidden: seconds of the run if every exchange went on behind other work.
+        dense: seconds of a run that is dense throughout, on the same mesh.
+        memory: bytes on each device, by what needs them.
+        bottleneck: the largest part.
+        sparse_pays: whether the cost model finds a sparse call faster than a dense one.
+    """
+
+    run: Run
+    mesh: Mesh
+    seconds: float
+    steps: dict[Kind, tuple[int, float]]
+    parts: dict[str, float]
+    hidden: float
+    dense: float
+    memory: dict[str, float]
+    bottleneck: str
+    sparse_pays: bool
+
+    @property
+    def fits(self) -> bool:
+        """Whether one device holds its share."""
+        return sum(self.memory.values()) <= self.run.machine.memory
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it, ready for JSON."""
+        run, total = self.run, sum(self.memory.values())
+        return {
+            "tokens": run.tokens,
+            "density": run.share,
+            "config": run.schedule.to_config(),
+            "gpus": self.mesh.size,
+            "mesh": asdict(self.mesh),
+            "seconds": self.seconds,
+            "seconds_if_exchange_is_hidden": self.hidden,
+            "dense_seconds": self.dense,
+            "speedup": self.dense / self.seconds,
+            "steps": {kind: {"count": count, "seconds": each} for kind, (count, each) in self.steps.items()},
+            "parts": self.parts,
+            "bottleneck": self.bottleneck,
+            "sparse_pays": self.sparse_pays,
+            "memory_bytes": self.memory | {"total": total, "device": run.machine.memory},
+            "fits": self.fits,
+            "machine": run.machine.source,
+            "attention": run.machine.attention.source,
+        }
+
+
+def estimate(run: Run, gpus: int = 1) -> Estimate:
+    """What `run` takes on `gpus` devices, on the mesh that takes the least time.
+
+    Raises:
+        ValueError: no device, or more than heads and sequence can be split over.
+    """
+    if gpus < 1:
+        raise ValueError(f"gpus must be at least 1, got {gpus}")
+    found = [_on_mesh(run, mesh) for mesh in meshes(run, gpus)]
+    return min(found, key=lambda one: one.seconds)
+
+
+def meshes(run: Run, gpus: int) -> list[Mesh]:
+    """All ways to split the heads and the sequence over `gpus` devices.
+
+    Raises:
+        ValueError: there is none.
+    """
+    ways = [Mesh(u, gpus // u) for u in range(1, min(gpus, run.shape.heads) + 1) if gpus % u == 0]
+    ways = [mesh for mesh in ways if run.tokens >= gpus]
+    if not ways:
+        raise ValueError(f"gpus must be at most {run.tokens}, the tokens of the sequence, got {gpus}")
+    return ways
+
+
+def step_parts(run: Run, mesh: Mesh, kind: Kind) -> dict[str, float]:
+    """Seconds of one step by part.
+
+    With N tokens, H heads of D channels, d = H D, L layers, B branches, P = U R devices and the busiest device's share
+    of the heads h = ceil(H / U) / H:
+
+        attention  B L h/R (4 H N^2 D / flops) x [1, or the cost model's ratio for the layers that are sparse]
+        planning   B L h/R (4 H N^2 D / flops) x plan, in steps that make plans
+        linear     B L (2 products N d^2 + 2 (2 + 2 / N) C d N ...) / (P linear)
+        passes     B L stream 2 N d / P
+        exchange   B L (4 N d / P (U - 1) / U + 2 N d / P (R - 1)) itemsize / speed
+    """
+    shape, machine = run.shape, run.machine
+    calls = run.branches * shape.layers
+    hidden_bytes = run.tokens * shape.hidden * machine.itemsize
+    busiest = math.ceil(shape.heads / mesh.ulysses) / shape.heads / mesh.ring
+    dense = 4 * run.tokens**2 * shape.hidden / machine.attention.flops * busiest
+    # Queries and outputs of a cross-attention are counted among the products; keys and values are of text.
+    cross = 4 * shape.cross * shape.hidden * (run.tokens + shape.hidden)
+    linear = (2 * shape.products * run.tokens * shape.hidden**2 + cross) / (machine.linear * mesh.size)
+    stream = machine.stream["fused" if shape.fused else "plain"]
+    sparse_layers = 0.0 if kind == "dense" else _sparse_share(run)
+    ratio = min(1.0, _ratio(run)) if sparse_layers else 1.0
+    planning = machine.attention.plan(run.schedule.method.name, run.tokens) if kind == "search" else 0.0
+    return {
+        "attention": calls * dense * (1 - sparse_layers + sparse_layers * ratio),
+        "planning": calls * dense * sparse_layers * planning,
+        "linear": calls * linear,
+        "passes": calls * stream * hidden_bytes / mesh.size,
+        "exchange": calls * _exchange(hidden_bytes, mesh, machine),
+    }
+
+
+def _on_mesh(run: Run, mesh: Mesh) -> Estimate:
+    counts = run.kinds()
+    each = {kind: step_parts(run, mesh, kind) for kind in counts}
+    parts = {part: sum(counts[kind] * each[kind][part] for kind in counts) for part in PARTS}
+    seconds = sum(parts.values())
+    return Estimate(
+        run=run,
+        mesh=mesh,
+        seconds=seconds,
+        steps={kind: (count, sum(each[kind].values())) for kind, count in counts.items()},
+        parts=parts,
+        hidden=max(seconds - parts["exchange"], parts["exchange"]),
+        dense=run.steps * sum(each["dense"].values()),
+        memory=_memory(run, mesh),
+        bottleneck=max(parts, key=lambda part: parts[part]),
+        sparse_pays=_ratio(run) < 1,
+    )
+
+
+def _sparse_share(run: Run) -> float:
+    """Share of the layers that are sparse in a sparse step."""
+    if run.schedule.method.name == "dense" or (run.schedule.never_slower and _ratio(run) >= 1):
+        return 0.0
+    layers = run.shape.layers
+    return 1 - sum(run.schedule.is_dense_layer(layer, layers) for layer in range(layers)) / layers
+
+
+def _ratio(run: Run) -> float:
+    """Time of a sparse call with its plan there over a dense one's, on one device."""
+    method, shape, machine = run.schedule.method, run.shape, run.machine
+    call = Call(
+        tokens=run.tokens,
+        heads=shape.heads,
+        dim=shape.dim,
+        density=run.share,
+        block=_block_of(method),
+        backend=machine.backend,
+        method=method.name,
+        plans=0.0,
+        remainder="none" if run.schedule.remainder == "method" else run.schedule.remainder,
+    )
+    return predict(call, machine.attention)
+
+
+def _exchange(hidden_bytes: float, mesh: Mesh, machine: Machine) -> float:
+    """Seconds of one layer's exchanges: q, k, v and the output for heads, then k and v around the ring."""
+    share = hidden_bytes / mesh.size
+    ulysses = _send(4 * share / mesh.ulysses, mesh.ulysses, 1, machine)
+    # A ring's neighbours are as far apart as one group of heads is wide.
+    ring = _send(2 * share, mesh.ring, mesh.ulysses, machine)
+    return ulysses + ring + machine.latency * (2 * (mesh.ulysses > 1) + (mesh.ring > 1))
+
+
+def _send(each: float, ranks: int, apart: int, machine: Machine) -> float:
+    """Seconds for `each` bytes to every other of `ranks` devices that stand `apart` devices from one another."""
+    near = min(ranks, max(1, machine.node // apart))
+    return each * ((near - 1) / machine.link + (ranks - near) / machine.network)
+
+
+def _memory(run: Run, mesh: Mesh) -> dict[str, float]:
+    """Bytes on one device; weights are on every one, and text encoders and VAE too unless they are offloaded."""
+    shape, machine, method = run.shape, run.machine, run.schedule.method
+    hidden_bytes = run.tokens * shape.hidden * machine.itemsize
+    batch = 1 if shape.cross else run.branches
+    plans = 0.0
+    if method.scope == "call" and run.share < 1:
+        rows = run.tokens / _block_of(method)
+        heads = shape.heads / mesh.size
+        lse = 4 * heads * run.tokens if method.uses_lse else 0.0
+        plans = run.branches * shape.layers * (heads * rows**2 / 8 + lse)
+    return {
+        "transformer": float(shape.weights * machine.itemsize),
+        "text encoder and VAE": float(shape.companions * machine.itemsize),
+        "activations": _ACTIVATIONS * batch * hidden_bytes / mesh.size,
+        "plans": plans,
+    }
+
+
+def _block_of(method: Method) -> float:
+    """Tokens a block, as the method's parameters say."""
+    tile = getattr(method, "tile", None)
+    return getattr(method, "block", None) or (math.prod(tile) if tile else 64)

@@ -1,0 +1,206 @@
+"""Error of the output that each key block would leave if its mean stood in for it: what `lea` selects by.
+
+For a query i of block I with softmax weights p_t and output o, and block j with mean key k_j, mean value v_j and weight
+a = B_j exp(scale * q_i . k_j - lse_i), which is 0 where the block leaves no remainder,
+
+    error[i, j] = |sum over t in j of p_t (v_t - o) - a (v_j - o)|^2,
+
+to first order the squared change of o. A few queries of each block are looked at, and each of them exactly.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dit_sparse.kernels.block_layout import BlockLayout
+from dit_sparse.kernels.dense import dense_attention
+from dit_sparse.kernels.remainder import remainder_terms
+from dit_sparse.kernels.score_tiles import ScoreBackend, use_triton
+from dit_sparse.kernels.triton_launch import interpreted, on_device_of, padded, rows_of
+from dit_sparse.types import TokenOrder
+
+__all__ = ["output_errors", "scattered_rows"]
+
+_CHUNK_SCORES = 1 << 20
+_CHUNK_SCORES_GPU = 1 << 26
+_SPAN = 32  # key blocks that one program goes through
+
+
+class _Probes(NamedTuple):
+    """The queries that are looked at, with what their attention is.
+
+    Args:
+        q, out: `[B, H, R, D]` and `[B, H, R, DV]`, as many of each query block in turn.
+        lse: `[B, H, R]`.
+    """
+
+    q: Tensor
+    out: Tensor
+    lse: Tensor
+
+
+class _Means(NamedTuple):
+    """`keys` `[B, H, Mk, D]`, `values` `[B, H, Mk, DV]`, and `bias` `[B, H, Mq, Mk]`, log of their sizes or -inf."""
+
+    keys: Tensor
+    values: Tensor
+    bias: Tensor
+
+
+@torch.no_grad()
+def output_errors(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_order: TokenOrder,
+    kv_order: TokenOrder,
+    *,
+    rows: int = 8,
+    scale: float | None = None,
+    backend: ScoreBackend = "auto",
+) -> Tensor:
+    """Squared error of the output that leaving each key block to its mean makes, from a few queries a block.
+
+    Dense attention of `rows` queries a block, and once more as much to tell the blocks apart. What the remainder "mean"
+    leaves out counts as its whole: a block whose keys spread too far, see `AttentionPlan`.
+
+    Args:
+        q, k, v: `[B, H, N, D]`, in the orders' positions.
+        q_order, kv_order: orders whose blocks all heads share.
+        rows: queries of each block, as `scattered_rows` takes them.
+        scale: of the scores; `D ** -0.5` by default.
+        backend: "triton" is one fused kernel for NVIDIA GPUs, "torch" runs anywhere; "auto" takes the former for CUDA
+            tensors of up to 256 channels in float32, float16 or bfloat16.
+
+    Returns:
+        `[B, H, Mq, Mk]` float32 (float64 for float64), summed over the queries of the block as far as those looked at
+        stand for it.
+
+    Raises:
+        ValueError: no rows, shapes that do not fit, or orders whose blocks heads do not share.
+        BackendUnavailableError: the backend cannot run here.
+
+    Source: the idea of choosing by error is SVG-EAR's (arXiv 2603.08982), which bounds it from mean queries.
+    """
+    if k.shape != v.shape[:3] + k.shape[3:] or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"q, k, v must agree in [B, H, N, D], got {[tuple(x.shape) for x in (q, k, v)]}")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    sampled = q.index_select(2, _positions(q_order, rows))
+    probes = _Probes(sampled, *dense_attention(sampled, k, v, scale=scale, return_lse=True))
+    q_layout, k_layout = (BlockLayout.of_head(order, 0, 0) for order in (q_order, kv_order))
+    nothing = torch.zeros(1, dtype=torch.bool, device=q.device)
+    terms = remainder_terms(q, k, v, q_layout, k_layout, nothing, scale, "mean")
+    means = _Means(terms.keys, terms.values, terms.bias)
+    if use_triton(backend, q, k, v):
+        errors = _by_triton(probes, means, k, v, kv_order, rows, scale)
+    else:
+        errors = _by_chunks(probes, means, k, v, k_layout, rows, scale)
+    return errors.unflatten(2, (-1, rows)).mean(3) * q_order.block_sizes[..., None]
+
+
+def scattered_rows(offsets: Tensor, rows: int) -> Tensor:
+    """Positions of `rows` queries of each block, one in each of as many stretches, each at a place of its own in it.
+
+    Tokens of a 3-D tile at equal distances would all be of one column; these are of every row and, where the tile's
+    width is `rows`, of every column. A block of fewer tokens has some of them several times.
+
+    Args:
+        offsets: `[1, 1, M+1]` int32 block bounds.
+        rows: at least 1.
+
+    Returns:
+        `[M, rows]` int64; of an empty block any position.
+
+    Raises:
+        ValueError: no rows, or bounds that heads do not share.
+    """
+    if offsets.shape[:2] != (1, 1):
+        raise ValueError(f"offsets must be [1, 1, M+1] to sample rows, got {tuple(offsets.shape)}: share them")
+    if rows < 1:
+        raise ValueError(f"rows must be at least 1, got {rows}: 8 is usual")
+    # A step near the golden section that has no divisor in common visits every place once, neighbours far apart.
+    step = next(s for s in range(max(1, round(0.618 * rows)), 2 * rows + 1) if math.gcd(s, rows) == 1)
+    number = torch.arange(rows, device=offsets.device)
+    sizes = offsets.diff(dim=-1)[0, 0, :, None].long()
+    within = sizes * (number * rows + number * step % rows) // (rows * rows)
+    return (offsets[0, 0, :-1, None].long() + within).clamp(max=offsets[0, 0, -1] - 1)
+
+
+_known: weakref.WeakKeyDictionary[TokenOrder, dict[int, Tensor]] = weakref.WeakKeyDictionary()
+
+
+def _positions(order: TokenOrder, rows: int) -> Tensor:
+    """`[M * rows]` int64 of `scattered_rows`, which last as long as the order."""
+    known = _known.setdefault(order, {})
+    if rows not in known:
+        # Tensors made in inference mode could not be used where gradients are recorded.
+        with torch.inference_mode(False):
+            known[rows] = scattered_rows(order.offsets, rows).flatten()
+    return known[rows]
+
+
+def _by_chunks(
+    probes: _Probes, means: _Means, k: Tensor, v: Tensor, layout: BlockLayout, rows: int, scale: float
+) -> Tensor:
+    """`[B, H, R, Mk]` in plain torch, a few rows of scores at a time."""
+    compute = torch.float64 if k.dtype == torch.float64 else torch.float32
+    batch, heads, count = probes.lse.shape
+    found = torch.empty(batch, heads, count, means.keys.shape[2], dtype=compute, device=k.device)
+    limit = _CHUNK_SCORES if k.device.type == "cpu" else _CHUNK_SCORES_GPU
+    step = max(1, limit // max(1, k.shape[2] * rows)) * rows
+    place = torch.arange(layout.blocks.largest, device=k.device)
+    outside = None if layout.is_even else place >= layout.sizes[0, 0, :, None]
+    for b in range(batch):
+        for h in range(heads):
+            keys, values = (layout.split(x[b : b + 1, h : h + 1].to(compute))[0, 0] for x in (k, v))
+            middle, bias = (x[b, h].to(compute) for x in (means.values, means.bias))
+            of_means = means.keys[b, h].to(compute)
+            for start in range(0, count, step):
+                part = (b, h, slice(start, start + step))
+                q, out, lse = (x[part].to(compute) for x in probes)
+                q = q * scale
+                weights = (q @ keys.flatten(0, 1).T).sub_(lse[:, None]).exp_().unflatten(1, keys.shape[:2])
+                if outside is not None:
+                    weights.masked_fill_(outside, 0.0)
+                own = bias[start // rows : start // rows + -(-len(q) // rows)].repeat_interleave(rows, 0)
+                a = (q @ of_means.T + own - lse[:, None]).exp_()
+                change = torch.bmm(weights.transpose(0, 1), values)  # [Mk, r, DV]
+                change.sub_(a.T[..., None] * middle[:, None])
+                change.sub_((weights.sum(-1) - a).T[..., None] * out)
+                found[part] = change.square_().sum(-1).T
+    return found
+
+
+def _by_triton(
+    probes: _Probes, means: _Means, k: Tensor, v: Tensor, order: TokenOrder, rows: int, scale: float
+) -> Tensor:
+    """As `_by_chunks`, by the kernel; nothing waits for the device."""
+    import triton
+
+    from dit_sparse.kernels.output_error_kernel import output_error_kernel
+
+    k, v, offsets = rows_of(k), rows_of(v), order.offsets.contiguous()
+    q, out = probes.q.contiguous(), probes.out.contiguous()
+    lse, bias, values = probes.lse.float().contiguous(), means.bias.contiguous(), means.values.contiguous()
+    batch, heads, count, dim = q.shape
+    blocks, v_dim = order.num_blocks, v.shape[-1]
+    found = torch.empty(batch, heads, count, blocks, dtype=torch.float32, device=k.device)
+    small = k.dtype == torch.float32 or interpreted()
+    block_m = 32 if small else 64
+    # Two tiles of 64 keys of 256 channels would not fit in the shared memory of every GPU.
+    block_n = min(32 if small or max(dim, v_dim) > 128 else 64, padded(order.geometry.largest))
+    with on_device_of(k):
+        output_error_kernel[triton.cdiv(count, block_m) * triton.cdiv(blocks, _SPAN), heads, batch](
+            q, out, lse, k, v, values, bias, found, offsets,
+            *q.stride()[:3], *out.stride()[:3], *lse.stride()[:2], *k.stride()[:3], *v.stride()[:3],
+            *values.stride()[:3], *bias.stride()[:3], *found.stride()[:3],
+            count, blocks, scale, rows,
+            D=dim, DV=v_dim, BLOCK_D=padded(dim), BLOCK_DV=padded(v_dim), BLOCK_M=block_m, BLOCK_N=block_n,
+            SPAN=_SPAN, UPCAST=interpreted(), num_warps=4, num_stages=2,
+        )  # fmt: skip
+    return found

@@ -1,0 +1,101 @@
+"""Least-error attention: the blocks that their means would stand in for worst, more of them in early steps.
+
+Our own composition; what it takes from others is named in its parts.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from dit_sparse.kernels import output_errors
+from dit_sparse.masks import best_blocks, share_out
+from dit_sparse.methods.any_grid import AnyGrid
+from dit_sparse.methods.description import Description
+from dit_sparse.methods.parameters import check_block, check_count, check_share
+from dit_sparse.reorder import tiles_once
+from dit_sparse.types import AttentionPlan, Previous, Scope, Site, TokenGrid, TokenOrder
+
+
+@dataclass(frozen=True)
+class LeastError(AnyGrid):
+    """The blocks whose error would be largest if their mean stood in for them, of all heads of a layer together.
+
+    What is not kept leaves the remainder "value". A search attends with `rows` queries of every block, densely, and
+    tells for every key block by how much the output would move without it. One threshold on that error a query-key
+    pair serves all rows and heads of a layer, so that rows and heads that need more blocks get them. Guidance branches
+    share the plan of the first: their attention is alike, and errors that are alike cancel in the guidance.
+
+    Early steps decide what the video shows, and errors of theirs are carried on, so density falls over the run, and
+    no step need be dense: `Schedule(LeastError(), warmup=0)`. `density` is the mean over all steps of a run without
+    warm-up. It changes where the method searches, and is constant in between.
+
+    Differs from the paper: SVG-EAR bounds the error from the mean query of a cluster, where this measures it on real
+    queries; chosen row by row there. SVG-EAR clusters tokens, this cuts the video into fixed tiles.
+
+    Raises:
+        ValueError: a density outside (0, 1], a side of the tile or rows below 1, or `early` below 1.
+    """
+
+    density: float = field(
+        default=0.25, metadata={"help": "share of query-key pairs computed, text included, as a mean over the steps"}
+    )
+    tile: tuple[int, int, int] = field(default=(2, 4, 8), metadata={"help": "tokens of a tile; one tile is one block"})
+    rows: int = field(default=8, metadata={"help": "queries of every block that a search attends with"})
+    early: float = field(default=8.0, metadata={"help": "density of the first step over that of the last; 1 for one"})
+
+    name: ClassVar[str] = "lea"
+    version: ClassVar[int] = 1
+    paper: ClassVar[str] = "ours; choice by error as in SVG-EAR (arXiv 2603.08982)"
+    described: ClassVar[Description] = Description(
+        order="3-D tiles, one tile a block",
+        score="error of the output if the block's mean stood in for it, on 8 queries of every block",
+        selection="the largest of all heads of a layer, whatever their row, text kept; more in early steps",
+        cached="the plan of both guidance branches",
+        differs="real queries instead of means, one threshold a layer, fixed tiles instead of clusters",
+    )
+    scope: ClassVar[Scope] = "sample"
+    uses_lse: ClassVar[bool] = False
+    refresh: ClassVar[tuple[float, ...]] = (0.05, 0.1, 0.2, 0.4, 0.7)
+
+    def __post_init__(self) -> None:
+        check_share("density", self.density)
+        for side in self.tile:
+            check_block("tile", side)
+        check_count("rows", self.rows)
+        if isinstance(self.early, bool) or not isinstance(self.early, (int, float)) or not 1 <= self.early < 1e6:
+            raise ValueError(f"early must be at least 1 and below a million, got {self.early!r}: 8 is the default")
+
+    def shared_order(self, grid: TokenGrid, device: torch.device) -> TokenOrder:
+        """The order by tiles."""
+        return tiles_once(grid, self.tile, device)
+
+    def step_densities(self, num_steps: int) -> list[float]:
+        """Density of each step of a run: geometric in the step, constant from search to search, capped at 1."""
+        falling = torch.tensor([self.early ** (-step / max(1, num_steps - 1)) for step in range(num_steps)])
+        starts = sorted({0, num_steps, *(round(at * num_steps) for at in self.refresh)})
+        sizes = [end - start for start, end in itertools.pairwise(starts)]
+        needs = torch.cat([part.mean().expand(len(part)) for part in falling.split(sizes)])
+        return share_out(needs[None], self.density)[0].tolist()
+
+    def plan(self, q: Tensor, k: Tensor, v: Tensor, site: Site, previous: Previous | None) -> AttentionPlan:
+        """Plan from one search over `q, k, v` `[B, H, N, D]`, in the order by tiles where `site.in_order` is set."""
+        order = self.shared_order(site.grid, q.device)
+        density = self.step_densities(site.num_steps)[min(site.step, site.num_steps - 1)]
+        if density >= 1:
+            every = torch.ones(1, 1, order.num_blocks, order.num_blocks, dtype=torch.bool, device=q.device)
+            return AttentionPlan.from_kept(order, every, remainder="value")
+        if not site.in_order:
+            q, k, v = (order.permute(x) for x in (q, k, v))
+        branches = 2 if site.branch == "cond_uncond" and q.shape[0] % 2 == 0 else 1
+        errors = output_errors(q, k, v, order, order, rows=self.rows)
+        # Both branches of a sample have one plan also where they come in one batch.
+        errors = errors.unflatten(0, (branches, -1)).sum(0)
+        errors = errors if site.heads is None else site.heads.gather(errors)
+        kept = best_blocks(errors, density, order.offsets, site.grid)
+        kept = kept if site.heads is None else site.heads.own(kept)
+        return AttentionPlan.from_kept(order, kept.repeat(branches, 1, 1, 1), remainder="value")

@@ -1,0 +1,98 @@
+"""Sol-Attn: the blocks whose score stands out from the others of their row, and the means of all others.
+
+Source: Sol-Attn, arXiv 2607.24027.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from dit_sparse.kernels import pooled_blocks
+from dit_sparse.masks import heaviest_blocks, keep_text, text_blocks
+from dit_sparse.methods.any_grid import AnyGrid
+from dit_sparse.methods.description import Description
+from dit_sparse.methods.parameters import EVERY_STEP, check_block, check_budget
+from dit_sparse.reorder import morton_once
+from dit_sparse.types import AttentionPlan, Previous, Remainder, Scope, Site, TokenGrid, TokenOrder
+
+
+@dataclass(frozen=True)
+class SolAttention(AnyGrid):
+    """Key blocks that score `tau` standard deviations above the mean of their row; the remainder is "mean".
+
+    The score of a pair of blocks is the product of their means; its mean and variance over the key blocks of the video
+    are those that the first and second moments of the mean keys give. Blocks next to a query block in the order, its
+    own, and text as queries and as keys are kept too. Tokens follow a Morton curve.
+
+    The control is `tau`; the density that it comes to is in the statistics. With `density` each head keeps the blocks
+    that stand out most, whatever their row, so that it is met.
+
+    Differs from the paper: scores are made once and written down, instead of in the kernel of every step; the variance
+    is exact, instead of by the diagonal of the second moments; a block whose keys lie too far apart for a mean leaves
+    nothing; the paper's dense steps (10 of 50) and dense first layer are the schedule's.
+
+    Raises:
+        ValueError: a `tau` that is no number, a density outside (0, 1], or a block below 1.
+    """
+
+    tau: float = field(default=1.0, metadata={"help": "standard deviations above the mean score of a row"})
+    density: float | None = field(
+        default=None, metadata={"help": "share of query-key pairs computed, in place of tau; none: tau decides"}
+    )
+    block: int = field(default=64, metadata={"help": "tokens a block"})
+
+    name: ClassVar[str] = "solattn"
+    version: ClassVar[int] = 1
+    paper: ClassVar[str] = "Sol-Attn (arXiv 2607.24027)"
+    described: ClassVar[Description] = Description(
+        order="Morton curve",
+        score="product of block means, in standard deviations of its row",
+        selection="above a threshold, or the largest of a head by density; neighbours and text kept; the rest as means",
+        differs="scores are made once a plan instead of in the kernel; exact variance",
+    )
+    control: ClassVar[str] = "tau"
+    scope: ClassVar[Scope] = "call"
+    uses_lse: ClassVar[bool] = False
+    refresh: ClassVar[tuple[float, ...]] = EVERY_STEP
+    own_remainder: ClassVar[Remainder] = "mean"
+
+    def __post_init__(self) -> None:
+        check_budget(self.density)
+        check_block("block", self.block)
+        if isinstance(self.tau, bool) or not isinstance(self.tau, (int, float)) or not math.isfinite(self.tau):
+            raise ValueError(f"tau must be a number, got {self.tau!r}: 1 is the paper's")
+
+    def shared_order(self, grid: TokenGrid, device: torch.device) -> TokenOrder:
+        """The order along the curve."""
+        return morton_once(grid, self.block, device)
+
+    def plan(self, q: Tensor, k: Tensor, v: Tensor, site: Site, previous: Previous | None) -> AttentionPlan:
+        """Plan from the block means of `q, k` `[B, H, N, D]`, which stand along the curve where `site.in_order`."""
+        grid, order = site.grid, self.shared_order(site.grid, q.device)
+        if not site.in_order:
+            q, k = order.permute(q), order.permute(k)
+        q_means, k_means = (pooled_blocks(x, order.offsets).float() for x in (q, k))
+        apart = _deviations(q_means @ k_means.transpose(-1, -2), text_blocks(grid, order.offsets)[0, 0])
+        number = torch.arange(order.num_blocks, device=q.device)
+        near = (number[:, None] - number).abs() <= 1
+        if self.density is None:
+            kept = keep_text((apart > self.tau) | near, grid, order.offsets, order.offsets)
+        else:
+            # Exponentials rank as the deviations do, and none is negative.
+            weights = apart.clamp(max=80.0).exp().masked_fill(near, math.inf)
+            kept = heaviest_blocks(weights, self.density, order.offsets, grid)
+        return AttentionPlan.from_kept(order, kept, remainder=self.own_remainder)
+
+
+def _deviations(scores: Tensor, is_text: Tensor) -> Tensor:
+    """`scores` `[B, H, M, M]` less the mean of their row over the video, in its standard deviations."""
+    counted = (~is_text).to(scores.dtype)
+    count = counted.sum()
+    apart = scores - (scores * counted).sum(-1, keepdim=True) / count
+    deviation = ((apart.square() * counted).sum(-1, keepdim=True) / count).sqrt()
+    return apart / deviation.clamp_min(torch.finfo(scores.dtype).tiny)

@@ -1,0 +1,184 @@
+"""Decides for each layer whether sparse attention pays, by the cost model."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dit_sparse.cost import Call, DeviceCosts, costs_of, predict
+from dit_sparse.kernels import BACKENDS
+from dit_sparse.methods.parameters import takes_density
+from dit_sparse.schedule import Decision, Schedule
+from dit_sparse.types import AttentionPlan, Method, Remainder, Site
+
+NOT_FASTER = "would not be faster"
+"""The reason of calls that run dense because the cost model says that sparse attention would take as long or longer."""
+
+Key = tuple[Any, ...]
+
+
+class Judge:
+    """Knows which layers run dense because sparse attention would not be faster there.
+
+    A method that has a density and plans from the data is judged before it plans, by its parameters. Every method is
+    judged by its first plan of each layer, guidance branch and part of a density ramp, and that verdict stands for the
+    part of the run: later plans would have to be made, or read back from the device, to be judged.
+
+    Args:
+        schedule, backend: as of the session.
+    """
+
+    def __init__(self, schedule: Schedule, backend: str) -> None:
+        self._schedule = schedule
+        self._backend = backend
+        self._predicted: dict[Key, float] = {}
+        self._planned: set[Key] = set()
+        self._warned = False
+
+    def forget(self) -> None:
+        """Forget the verdicts of an earlier run."""
+        self._predicted.clear()
+        self._planned.clear()
+
+    def before(self, site: Site, key: Key, q: Tensor) -> Decision | None:
+        """To run the call at `site` with `q` `[B, H, N, D]` dense, if it is known to be no gain.
+
+        Args:
+            key: that of its plan.
+
+        Warns:
+            UserWarning: at the first layer of a session that is found to run dense.
+        """
+        method = self._method(site)
+        key = (*key, method)
+        if self._is_free(method):
+            return None
+        density = _stated(method)
+        if key not in self._predicted and density is not None:
+            remainder = "none" if self._schedule.remainder == "method" else self._schedule.remainder
+            self._predict(key, site, q, density=density, block=_block_of(method), remainder=remainder)
+        return self._refused(key, site, q)
+
+    def after(self, plan: AttentionPlan, site: Site, key: Key, q: Tensor) -> Decision | None:
+        """As `before`, by the first plan of the layer."""
+        method = self._method(site)
+        key = (*key, method)
+        if self._is_free(method):
+            return None
+        if key not in self._planned:
+            self._planned.add(key)
+            self._predict(key, site, q, **work_of(plan, site, _stated(method)))
+        return self._refused(key, site, q)
+
+    def _method(self, site: Site) -> Method:
+        return self._schedule.method_for(site)
+
+    def _is_free(self, method: Method) -> bool:
+        """Whether nothing is judged: nobody asked for it, or the method is dense attention itself."""
+        return not self._schedule.never_slower or method.name == "dense"
+
+    def _predict(self, key: Key, site: Site, q: Tensor, **options: Any) -> None:
+        self._predicted[key] = predicted_time(self._schedule, site, q, backend=self._backend, **options) or 0.0
+
+    def _refused(self, key: Key, site: Site, q: Tensor) -> Decision | None:
+        predicted = self._predicted.get(key, 0.0)
+        if predicted <= 1:
+            return None
+        if not self._warned:
+            self._warned = True
+            warnings.warn(_warning(self._method(site), site, predicted, costs_of(q.device)), stacklevel=2)
+        return Decision("dense", NOT_FASTER, predicted=predicted)
+
+
+def predicted_time(
+    schedule: Schedule, site: Site, q: Tensor, *, backend: str = "auto", remainder: Remainder = "none", **work: Any
+) -> float | None:
+    """Time of a sparse call over dense attention's, planning counted; `None` for a backend that nobody has measured.
+
+    Args:
+        schedule, site, q: of the call; of `q` `[B, H, N, D]` only shape and device matter.
+        backend: as in `sparse_attention`.
+        remainder, work: of its plan, as `work_of` gives them.
+    """
+    costs, method = costs_of(q.device), schedule.method_for(site)
+    backend = _backend(backend, q.device, remainder)
+    if backend not in costs.backends:
+        return None
+    plans = 0.0 if method.scope == "grid" else schedule.plans_per_call(site.num_steps)
+    batch, heads, tokens, dim = q.shape
+    call = Call(
+        tokens, batch * heads, dim, backend=backend, method=method.name, plans=plans, remainder=remainder, **work
+    )
+    return predict(call, costs)
+
+
+def work_of(plan: AttentionPlan, site: Site, density: float | None = None) -> dict[str, Any]:
+    """What of `plan` decides its cost: the arguments of `predicted_time`.
+
+    Args:
+        density: where it is known, so that it need not be read back from the device.
+    """
+    order, mask = plan.q_order, plan.block_mask
+    if mask.is_full or mask.num_k_blocks == 1:
+        whole, partial = 1.0, 0.0
+    else:
+        whole, partial = _visited(plan) if density is None else (density, 0.0)
+    return {
+        "density": whole,
+        "partial": partial,
+        "block": order.num_tokens / order.num_blocks,
+        "remainder": plan.remainder,
+        "moved": not (site.in_order or order.is_identity),
+    }
+
+
+def _warning(method: Method, site: Site, predicted: float, costs: DeviceCosts) -> str:
+    return (
+        f"layer {site.layer} runs dense, and maybe others: {method.name} would take {predicted:.2f} times as long as "
+        f"dense attention of its {site.grid.num_tokens} tokens, planning counted ({costs.source}); never_slower=False "
+        "(`--never-slower false`) runs it sparse all the same, and `dit-sparse doctor --measure` measures this device"
+    )
+
+
+def _backend(name: str, device: torch.device, remainder: Remainder) -> str:
+    """The backend that will run, as far as it can be told before there is a plan."""
+    if name != "auto":
+        return name
+    if device.type != "cuda":
+        return "gather"
+    hopper = BACKENDS["hopper"]
+    able = remainder in getattr(hopper, "remainders", ("none",)) and hopper.unavailable(device) is None
+    return "hopper" if able else "triton"
+
+
+def _stated(method: Method) -> float | None:
+    """The density that `method` will keep to, if it says so; that of a static method is read off its one plan."""
+    stated = method.scope in ("sample", "call") and takes_density(method)
+    return float(method.density) if stated else None  # type: ignore[attr-defined]
+
+
+def _block_of(method: Method) -> float:
+    """Tokens a block of `method`, as its parameters say."""
+    for name in ("block", "block_q", "q_tokens"):
+        if isinstance(size := getattr(method, name, None), int):
+            return size
+    tile = getattr(method, "tile", None)
+    return math.prod(tile) if tile else 64
+
+
+def _visited(plan: AttentionPlan) -> tuple[float, float]:
+    """Shares of the query-key pairs in blocks kept whole and in blocks that a predicate cuts; means over heads."""
+    mask = plan.block_mask
+    if mask.partial_blocks is None:
+        return float(plan.density.mean()), 0.0
+    q_sizes, k_sizes = mask.q_offsets.diff(dim=-1).float(), mask.k_offsets.diff(dim=-1).float()
+    pairs = plan.q_order.num_tokens * plan.kv_order.num_tokens
+
+    def share(blocks: Tensor) -> float:
+        return float((((blocks.float() @ k_sizes[..., None])[..., 0] * q_sizes).sum(-1) / pairs).mean())
+
+    return share(mask.full_blocks), share(mask.partial_blocks)

@@ -1,0 +1,281 @@
+"""Compare what `dit-sparse estimate` predicts with what transformers and exchanges take here, and print its tables.
+
+    python scripts/check_estimate.py --out docs/scaling.json   # on this CPU; also compares with docs/benchmarks.md
+    python scripts/check_estimate.py --tables                  # the tables of docs/scaling.md
+
+Two coefficients of the machine, the speed of linear layers and of all that is neither, are fitted to dense forwards of
+two sizes; attention's come from the cost model's table. Other sizes, widths, densities and kinds of step are then
+predicted. CPU times are the processor's own on one thread, medians, so that a busy machine does not matter much.
+The exchange is `all_to_all_single` over gloo between processes of this machine: latency and speed are fitted to two
+sizes, two others are predicted, and times are the least of all rounds, slowest rank.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+from diffusers import WanTransformer3DModel
+from e2e_models import Bare
+
+from dit_sparse.bench.report import environment
+from dit_sparse.estimate import Machine, Mesh, ModelShape, Run, estimate
+from dit_sparse.estimate.predict import step_parts
+from dit_sparse.estimate.request import build_run
+from dit_sparse.methods import AdaSpa
+from dit_sparse.pipelines.sparsify import sparsify, unsparsify
+from dit_sparse.schedule import Schedule
+
+_TEXT = 64
+_STEPS, _WARMUP = 5, 0.4
+"""Two dense steps, one that makes plans and two that reuse them."""
+
+_KINDS = ("dense", "search", "cached")
+_EXCHANGES = (2**16, 2**20, 2**22, 2**24)
+"""Bytes a rank sends to every other; the first and last are fitted."""
+
+# Steps of AdaSpa at density 0.2 in seconds: model, layers timed, block, options, dense / search / cached.
+MEASURED = (
+    ("wan2.1-14b", 8, 128, {}, (1.983, 1.185, 0.896)),
+    ("wan2.1-14b", 8, 64, {}, (1.979, 1.283, 0.938)),
+    ("wan2.1-1.3b", 30, 64, {}, (0.449, 0.318, 0.232)),
+    ("hunyuanvideo", 6, 128, {}, (1.886, 1.061, 0.728)),
+    ("hunyuanvideo", 6, 64, {}, (1.872, 1.165, 0.783)),
+    ("cogvideox-5b", 6, 64, {"guided": True}, (0.230, 0.200, 0.166)),
+    ("flux.1-dev", 6, 128, {"size": "2048x2048"}, (0.073, 0.078, 0.067)),
+    ("flux.1-dev", 6, 64, {"size": "2048x2048"}, (0.076, 0.082, 0.066)),
+)
+"""On one H200, from the table "A whole model" of docs/benchmarks.md; fused norms for Wan only."""
+
+FITTED = (("wan2.1-14b", 128), ("wan2.1-1.3b", 64))
+"""The rows of `MEASURED` whose dense steps gave the H200's coefficients."""
+
+
+@dataclass(frozen=True)
+class Small:
+    """A transformer of Wan's architecture that a CPU can run."""
+
+    heads: int
+    feed_forward: int
+    frames: int
+    height: int
+    width: int
+    dim: int = 64
+    layers: int = 2
+
+    def shape(self) -> ModelShape:
+        """Its cost; a token is one patch of 2 x 2 latents."""
+        products = 6 + 2 * self.feed_forward / (self.heads * self.dim)
+        return ModelShape(self.layers, self.heads, self.dim, 0, 0, products, (2, 2, 2), cross=_TEXT)
+
+    def build(self) -> torch.nn.Module:
+        """With random weights."""
+        torch.manual_seed(0)
+        return WanTransformer3DModel(
+            num_attention_heads=self.heads,
+            attention_head_dim=self.dim,
+            ffn_dim=self.feed_forward,
+            num_layers=self.layers,
+            text_dim=_TEXT,
+            freq_dim=64,
+        ).eval()
+
+    def latents(self) -> tuple[int, int, int]:
+        """Latent frames, rows and columns."""
+        return (self.frames - 1) // 2 + 1, self.height, self.width
+
+
+FIT = (Small(4, 1024, 7, 32, 32), Small(4, 1024, 7, 64, 64))
+CHECK = (Small(4, 1024, 7, 48, 64), Small(8, 1024, 7, 48, 48), Small(4, 4096, 7, 64, 64))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=Path("scaling.json"))
+    parser.add_argument("--tables", action="store_true", help="print the tables and measure nothing")
+    options = parser.parse_args()
+    if options.tables:
+        print("\n".join([*prediction_rows(), "", *gpu_rows()]))
+        return
+    torch.set_num_threads(1)
+    machine = fit_machine(options.rounds)
+    report = {
+        "environment": environment(torch.device("cpu")),
+        "machine": {"linear": machine.linear, "stream": machine.stream["fused"]},
+        "forwards": [row for small in CHECK for row in forward_rows(small, machine, options.rounds)],
+        "exchange": exchange_rows(options.rounds),
+        "gpu": [
+            dict(zip(("model", "block", "kind", "predicted", "measured"), row, strict=True)) for row in gpu_steps()
+        ],
+    }
+    options.out.write_text(json.dumps(report, indent=1) + "\n")
+    for row in (*report["forwards"], *report["exchange"], *report["gpu"]):
+        print(f"{row['predicted'] / row['measured']:.2f}", row)
+
+
+def fit_machine(rounds: int) -> Machine:
+    """This CPU, from dense forwards of two sizes: least squares of two coefficients."""
+    machine = Machine("fitted here", "cpu", "gather", 4, 1.0, {"fused": 1.0, "plain": 1.0}, 2e10, 1, 1.0, 1.0, 0.0)
+    equations, seconds = [], []
+    for small in FIT:
+        run = _run(small, machine, 0.25)
+        parts = step_parts(run, Mesh(1, 1), "dense")
+        equations.append([parts["linear"], parts["passes"]])
+        seconds.append(measure(small, 0.25, rounds)["dense"] - parts["attention"])
+    # In relative terms, so that the small size counts as much.
+    weights = 1 / np.array(seconds)
+    (inverse, stream), *_ = np.linalg.lstsq(np.array(equations) * weights[:, None], np.ones(len(FIT)), rcond=None)
+    return replace(machine, linear=1 / inverse, stream={"fused": stream, "plain": stream})
+
+
+def forward_rows(small: Small, machine: Machine, rounds: int) -> Iterator[dict[str, Any]]:
+    """Seconds of every kind of step at two densities, predicted and measured."""
+    for density in (0.5, 0.25):
+        measured = measure(small, density, rounds)
+        for kind in _KINDS:
+            run = _run(small, machine, density)
+            predicted = sum(step_parts(run, Mesh(1, 1), kind).values())  # type: ignore[arg-type]
+            size = {"heads": small.heads, "feed_forward": small.feed_forward, "tokens": run.tokens}
+            yield size | {"density": density, "kind": kind, "predicted": predicted, "measured": measured[kind]}
+
+
+def measure(small: Small, density: float, rounds: int) -> dict[str, float]:
+    """Seconds of a step of each kind on one thread."""
+    torch.set_grad_enabled(False)
+    pipe = Bare(small.build())
+    inputs = {"encoder_hidden_states": torch.randn(1, _TEXT, _TEXT), "return_dict": False}
+    sparsify(pipe, _schedule(density))
+    taken: dict[str, list[float]] = {kind: [] for kind in _KINDS}
+    for turn in range(rounds + 1):
+        pipe.scheduler.set_timesteps(_STEPS)
+        latents = torch.randn(1, 16, *small.latents())
+        for step, kind in enumerate(("dense", "keeps row sums", "search", "cached", "cached")):
+            timestep = pipe.scheduler.timesteps[step]
+            start = time.process_time()
+            with pipe.transformer.cache_context("cond"):
+                velocity = pipe.transformer(latents, timestep=timestep.expand(1), **inputs)[0]
+            took = time.process_time() - start
+            latents = pipe.scheduler.step(velocity, timestep, latents)[0]
+            if turn and kind in taken:
+                taken[kind].append(took)
+    unsparsify(pipe)
+    return {kind: statistics.median(own) for kind, own in taken.items()}
+
+
+def _schedule(density: float) -> Schedule:
+    return Schedule(AdaSpa(density=density, block=64), warmup=_WARMUP, refresh=(), never_slower=False)
+
+
+def _run(small: Small, machine: Machine, density: float) -> Run:
+    return Run(small.shape(), small.frames, small.height, small.width, _STEPS, _schedule(density), machine)
+
+
+def exchange_rows(rounds: int) -> list[dict[str, Any]]:
+    """Seconds of exchanges between two and between four processes, predicted and measured."""
+    rows = []
+    for ranks in (2, 4):
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+        queue = multiprocessing.get_context("spawn").SimpleQueue()
+        multiprocessing.spawn(_exchange, (ranks, port, rounds, queue), nprocs=ranks)
+        seconds = dict(zip(_EXCHANGES, queue.get(), strict=True))
+        low, high = _EXCHANGES[0], _EXCHANGES[-1]
+        slope = (seconds[high] - seconds[low]) / (high - low)
+        latency = max(0.0, seconds[low] - slope * low)
+        for size in _EXCHANGES[1:-1]:
+            found = {"predicted": latency + slope * size, "measured": seconds[size]}
+            rows.append(
+                {"ranks": ranks, "bytes_to_each": size, "latency": latency, "speed": (ranks - 1) / slope} | found
+            )
+    return rows
+
+
+def _exchange(rank: int, ranks: int, port: int, rounds: int, results: Any) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=ranks, timeout=timedelta(seconds=60))
+    least = []
+    for size in _EXCHANGES:
+        given, got = torch.zeros(2, ranks * size, dtype=torch.uint8).unbind()
+        taken = []
+        for _ in range(4 * rounds):
+            dist.barrier()
+            start = time.perf_counter()
+            dist.all_to_all_single(got, given)
+            slowest = torch.tensor(time.perf_counter() - start)
+            dist.all_reduce(slowest, dist.ReduceOp.MAX)
+            taken.append(float(slowest))
+        least.append(min(taken))
+    if rank == 0:
+        results.put(least)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def gpu_steps() -> Iterator[tuple[str, int, str, float, float]]:
+    """Model, block, kind of step, seconds predicted and measured on one H200."""
+    for model, layers, block, options, measured in MEASURED:
+        guided = {"guided": False} | options
+        run = build_run(model, method="adaspa", density=0.2, block=block, device="h200", **guided)  # type: ignore[arg-type]
+        for kind, seconds in zip(_KINDS, measured, strict=True):
+            parts = step_parts(run, Mesh(1, 1), kind)  # type: ignore[arg-type]
+            yield model, block, kind, sum(parts.values()) * layers / run.shape.layers, seconds
+
+
+def gpu_rows() -> list[str]:
+    """The table of predicted over measured steps on one H200."""
+    lines = ["| model | block | dense | search | cached |", "|---|---|---|---|---|"]
+    steps = list(gpu_steps())
+    for start in range(0, len(steps), len(_KINDS)):
+        model, block = steps[start][:2]
+        cells = [
+            f"{predicted:.3f} / {measured:.3f} = {predicted / measured:.2f}"
+            + (" (fitted)" if kind == "dense" and (model, block) in FITTED else "")
+            for _, _, kind, predicted, measured in steps[start : start + len(_KINDS)]
+        ]
+        lines.append(f"| {model} | {block} | {' | '.join(cells)} |")
+    return lines
+
+
+def prediction_rows(gpus: Sequence[int] = (1, 8, 16, 32, 64)) -> list[str]:
+    """The table of predictions for H100s."""
+    lines = [
+        "| model | GPUs | mesh | dense, s | AdaSpa, s | over dense | exchange | if hidden, s | bottleneck |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for model in ("wan2.1-14b", "wan2.1-1.3b", "hunyuanvideo"):
+        run = build_run(model, method="adaspa", density=0.2, block=128, device="h100")
+        for count in gpus:
+            found = estimate(run, count)
+            cells = [
+                *(model, str(count), str(found.mesh), f"{_dense(run, count):.1f}", f"{found.seconds:.1f}"),
+                *(f"{_dense(run, count) / found.seconds:.2f}x", f"{found.parts['exchange'] / found.seconds:.0%}"),
+                *(f"{found.hidden:.1f}", found.bottleneck),
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _dense(run: Run, gpus: int) -> float:
+    """Seconds of a dense run on the mesh that suits it."""
+    from dit_sparse.methods import Dense
+
+    return estimate(replace(run, schedule=Schedule(Dense()), density=None), gpus).seconds
+
+
+if __name__ == "__main__":
+    main()

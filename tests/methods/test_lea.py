@@ -1,0 +1,170 @@
+"""Least-error attention against errors and a choice written out one by one."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dit_sparse import LeastError, Oracle, Schedule, Site, TokenGrid, sparse_attention
+from dit_sparse.kernels import scattered_rows
+from tests.methods.layouts import DEMO, GRIDS, blocks_of, check_text_and_rows, inputs, smooth_inputs, tokens_of
+from tests.methods.test_no_wait import NoWaiting
+
+TILE = (1, 2, 3)
+
+
+def tiles(grid: TokenGrid) -> list[list[int]]:
+    """Raster numbers of the tokens of each tile."""
+    starts = itertools.product(*(range(0, length, side) for length, side in zip(grid.shape, TILE, strict=True)))
+    found = []
+    for f, top, left in starts:
+        rows, columns = range(top, min(top + 2, grid.height)), range(left, min(left + 3, grid.width))
+        found.append([(f * grid.height + y) * grid.width + x for y in rows for x in columns])
+    return found
+
+
+def error(q: Tensor, k: Tensor, v: Tensor, queries: list[int], looked_at: list[int], keys: list[int]) -> float:
+    """By how much the output of the `queries` changes where the mean of `keys` stands in, from some of them."""
+    scale = q.shape[-1] ** -0.5
+    middle, spread = k[keys].mean(0), float(q[queries].square().mean(0) @ k[keys].var(0, correction=0)) * scale**2 / 2
+    total = 0.0
+    for i in looked_at:
+        weights = (scale * (k @ q[i])).softmax(0)
+        out = weights @ v
+        log_sum = (scale * (k @ q[i])).logsumexp(0)
+        of_mean = 0.0 if spread > 2 else len(keys) * float((scale * (middle @ q[i]) - log_sum).exp())
+        exact = sum((weights[t] * (v[t] - out) for t in keys), torch.zeros_like(out))
+        total += float((exact - of_mean * (v[keys].mean(0) - out)).square().sum())
+    return total * len(queries) / len(looked_at)
+
+
+def literal_masks(q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid, density: float, rows: int) -> list[Tensor]:
+    """`[N, N]` of every head of one sample, `q, k, v` `[H, N, D]`: one budget for all of them."""
+    q, k, v = q.double(), k.double(), v.double()
+    blocks = blocks_of(grid, tiles(grid), 6)
+    bounds = torch.tensor([0, *itertools.accumulate(len(block) for block, _ in blocks)])
+    order = [token for block, _ in blocks for token in block]
+    taken = scattered_rows(bounds[None, None].int(), rows).tolist()
+    looked_at = [[order[place] for place in places] for places in taken]
+    count, heads = range(len(blocks)), range(len(q))
+    errors = [
+        [[error(q[h], k[h], v[h], blocks[i][0], looked_at[i], keys) for keys, _ in blocks] for i in count]
+        for h in heads
+    ]
+    kept = [[[errors[h][i][j] == max(errors[h][i]) for j in count] for i in count] for h in heads]
+    areas = [[len(a) * len(b) for b, _ in blocks] for a, _ in blocks]
+    is_sure = {
+        (h, i, j): kept[h][i][j] or blocks[i][1] or blocks[j][1] for h in heads for i in count for j in count
+    }  # fmt: skip
+    left = density * len(q) * grid.num_tokens**2 - sum(areas[i][j] for (h, i, j), sure in is_sure.items() if sure)
+    others = [place for place, sure in is_sure.items() if not sure]
+    for h, i, j in sorted(others, key=lambda place: -errors[place[0]][place[1]][place[2]] / areas[place[1]][place[2]]):
+        left -= areas[i][j]
+        if left < 0:
+            break
+        kept[h][i][j] = True
+    return [tokens_of(blocks, blocks, kept[h]) for h in heads]
+
+
+@pytest.mark.parametrize("grid", [*GRIDS, TokenGrid(2, 7, 4, text_len=5)], ids=str)
+@pytest.mark.parametrize("in_order", [False, True])
+def test_equals_the_literal_choice(grid: TokenGrid, in_order: bool) -> None:
+    q, k, v = inputs(grid)
+    method = LeastError(density=0.45, tile=TILE, rows=3)
+    order = method.shared_order(grid, q.device)
+    given = [order.permute(x) for x in (q, k, v)] if in_order else [q, k, v]
+    plan = method.plan(*given, Site(grid, in_order=in_order), None)
+    assert plan.remainder == "value"
+    got = plan.token_mask()
+    for b in range(2):
+        assert torch.equal(got[b], torch.stack(literal_masks(q[b], k[b], v[b], grid, 0.45, 3)))
+    check_text_and_rows(plan, grid)
+
+
+def test_branches_in_one_batch_share_a_plan() -> None:
+    grid = TokenGrid(2, 4, 6)
+    q, k, v = inputs(grid, batch=4)
+    method = LeastError(density=0.4, tile=TILE)
+    mask = method.plan(q, k, v, Site(grid, branch="cond_uncond"), None).token_mask()
+    assert torch.equal(mask[:2], mask[2:])
+    assert not torch.equal(mask[0], mask[1])
+    apart = method.plan(q, k, v, Site(grid, branch="cond"), None).token_mask()
+    assert not torch.equal(apart[:2], apart[2:])
+
+
+def test_branches_of_a_sample_share_a_key_and_layers_do_not() -> None:
+    schedule = Schedule(LeastError())
+    grid = TokenGrid(2, 4, 6)
+    keys = {schedule.key(Site(grid, layer=n, num_layers=2, branch=b)) for n in (0, 1) for b in ("cond", "uncond")}
+    assert len(keys) == 2
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 20, 50])
+@pytest.mark.parametrize("density", [0.0625, 0.25, 0.6, 1.0])
+@pytest.mark.parametrize("early", [1, 8, 100])
+def test_steps_have_the_density_as_their_mean(steps: int, density: float, early: float) -> None:
+    method = LeastError(density, early=early)
+    found = method.step_densities(steps)
+    assert len(found) == steps
+    assert sum(found) / steps == pytest.approx(density)
+    assert all(a >= b - 1e-9 for a, b in itertools.pairwise(found))
+    assert max(found) <= 1
+    searches = {0, *Schedule(method, warmup=0).refresh_steps(steps)}
+    changes = {step for step in range(1, steps) if found[step] != found[step - 1]}
+    assert changes <= searches
+    if early > 1 and steps >= 20 and density == 0.0625:
+        assert found[0] > 2 * found[-1]
+
+
+def test_the_density_is_that_of_the_step() -> None:
+    given, method = smooth_inputs(DEMO), LeastError(0.2)
+    for step in (0, 10, 19):
+        plan = method.plan(*given, Site(DEMO, step=step, num_steps=20), None)
+        assert float(plan.density.mean()) == pytest.approx(method.step_densities(20)[step], rel=0.02)
+
+
+def test_it_errs_less_than_the_blocks_of_largest_mass_with_the_same_remainder() -> None:
+    """Tiles of equal tokens lose nothing by their mean, however much attention they get."""
+    q, k, v = smooth_inputs(DEMO)
+    method = LeastError(0.125)
+    order = method.shared_order(DEMO, q.device)
+    k, v = (order.permute(x).unflatten(2, (-1, 64)) for x in (k, v))
+    middles = [x[:, :, ::2].mean(3, keepdim=True).expand_as(x[:, :, ::2]) for x in (k, v)]
+    k, v = (torch.stack([m, x[:, :, 1::2]], 3).flatten(2, 4) for m, x in zip(middles, (k, v), strict=True))
+    k, v = order.restore(k), order.restore(v)
+    dense = F.scaled_dot_product_attention(q, k, v)
+    found = []
+    for plan in (m.plan(q, k, v, Site(DEMO), None) for m in (method, Oracle(0.125, tile=(2, 4, 8)))):
+        out = sparse_attention(q, k, v, plan.with_remainder("value"))
+        found.append(float((out - dense).norm() / dense.norm()))
+    assert found[0] < 0.7 * found[1], found
+
+
+def test_the_second_plan_on_a_grid_reads_nothing_back() -> None:
+    grid = TokenGrid(3, 4, 6, text_len=3)
+    q, k, v = inputs(grid)
+    method = LeastError(density=0.5, tile=TILE)
+    want = method.plan(q, k, v, Site(grid), None)
+    with NoWaiting():
+        got = method.plan(q, k, v, Site(grid), None)
+    assert torch.equal(got.token_mask(), want.token_mask())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"density": 0}, "density"),
+        ({"tile": (0, 1, 1)}, "tile"),
+        ({"rows": 0}, "rows"),
+        ({"early": 0.5}, "early"),
+        ({"early": float("nan")}, "early"),
+        ({"early": True}, "early"),
+    ],
+)
+def test_bad_parameters(options: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LeastError(**options)  # type: ignore[arg-type]

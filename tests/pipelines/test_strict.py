@@ -1,0 +1,67 @@
+"""A layer that was to be sparse never runs dense unseen: an error, or where that is allowed a count."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dit_sparse import AdaSpa, Dense, Schedule, sparsify, statistics
+from dit_sparse.pipelines import NotSparseError, session_of
+
+HALF = AdaSpa(density=0.5, block=16)
+FORWARD = (torch.zeros(1, 8, 2, 4, 6), torch.tensor([500]), torch.zeros(1, 5, 32))
+
+
+def test_a_call_outside_a_run_is_an_error_that_says_what_to_do(pipe, render) -> None:
+    want = render(sparsify(pipe, HALF))
+    message = r"layer 0 would run dense: .* outside of a pipeline's run.*; call the pipeline .*strict=False"
+    with pytest.raises(NotSparseError, match=message):
+        pipe.transformer(*FORWARD)
+    assert torch.equal(render(pipe), want), "the next run is right"
+
+
+@pytest.mark.parametrize("schedule", [Schedule(HALF, dense_layers=(0, -1)), Dense()], ids=["dense layers", "dense"])
+def test_what_is_dense_anyway_may_be_called_anywhere(pipe, schedule) -> None:
+    sparsify(pipe, schedule)
+    pipe.transformer(*FORWARD)
+
+
+@pytest.mark.parametrize("block", [16, 512], ids=["every block kept", "one block"])
+def test_a_plan_of_every_block_is_an_error_where_less_was_asked_for(pipe, render, monkeypatch, block) -> None:
+    """Such as that of a video that is one block."""
+    if block == 16:
+        monkeypatch.setattr(AdaSpa, "plan", Dense.plan)
+    method = AdaSpa(density=0.5, block=block)
+    sparsify(pipe, method)
+    message = r"layer 0 would run dense: 'adaspa' at density 0.5 keeps every block of 288 tokens; make the blocks"
+    with pytest.raises(NotSparseError, match=message):
+        render(pipe)
+    assert {record.step for record in statistics(pipe).records} == {0}, "at the first such call"
+    render(sparsify(pipe, method, strict=False))
+    assert statistics(pipe).sparse_density in (None, 1)
+    render(sparsify(pipe, AdaSpa(density=1.0, block=block)))
+
+
+def test_where_strictness_is_said(pipe) -> None:
+    """In the schedule, in its config, or to sparsify, which comes last."""
+    for schedule, given, want in (
+        (HALF, None, True),
+        (HALF, False, False),
+        (Schedule(HALF, strict=False), None, False),
+        (Schedule(HALF, strict=False), True, True),
+        (Schedule.from_config({"method": "adaspa", "strict": False}), None, False),
+    ):
+        assert session_of(sparsify(pipe, schedule, strict=given)).schedule.strict is want
+
+
+def test_receipts_account_for_every_call(pipe, render) -> None:
+    render(sparsify(pipe, Schedule(HALF, dense_layers=(0,))))
+    run = statistics(pipe)
+    (model,) = run.receipts()
+    found = run.receipts()[model]
+    assert found["layer"] == [0, 1]
+    assert found["calls"] == [10, 10]
+    assert found["dense"] == {"layer": [10, 0], "warm-up": [0, 2]}
+    assert found["density"][0] == 1
+    # AdaSpa keeps whole blocks, 9 of 18 a row.
+    assert found["density"][1] == pytest.approx((2 + 8 * 0.5) / 10, abs=1e-4)
