@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dit_sparse.compact import compact
+from dit_sparse.head_shard import select_heads
 
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask as FlexBlockMask
@@ -261,6 +262,16 @@ class BlockMask:
         indptr = torch.zeros(kept.shape[0] + 1, dtype=torch.int32, device=self.device)
         indptr[1:] = kept.sum(-1).cumsum(0)
         return indptr, kept.nonzero()[:, 1].to(torch.int32)
+
+    def of_heads(self, heads: tuple[int, ...]) -> BlockMask:
+        """This mask for `heads` alone."""
+        names = ("kv_counts", "kv_indices", "q_offsets", "k_offsets", "partial_counts", "partial_indices", "kept_pairs")
+        tensors = {name: x for name in names if (x := getattr(self, name)) is not None}
+        own: dict[str, Any] = {name: select_heads(x, heads) for name, x in tensors.items()}
+        if (predicate := self.predicate) is not None and not getattr(predicate, "uniform", False):
+            numbers = torch.tensor(heads, device=self.device)
+            own["predicate"] = lambda b, h, i, j: predicate(b, numbers[h], i, j)
+        return replace(self, **own)
 
     def to(self, device: torch.device | str) -> BlockMask:
         """The same mask on another device; the predicate must work there too."""

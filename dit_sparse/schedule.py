@@ -283,6 +283,11 @@ class Schedule:
             return (site.grid, *([self.method_for(site).density] if varies else []))  # type: ignore[attr-defined]
         return (site.grid, site.model, site.layer) + ((site.branch,) if scope == "call" else ())
 
+    def unit(self, model: str, layer: int, branch: str) -> tuple[Any, ...]:
+        """What of `key` stands behind the grid: what shares a plan on whatever grid."""
+        place = (model, layer, branch)
+        return place[: {"grid": 0, "layer": 2, "sample": 2, "call": 3}[self.method.scope]]
+
     def decide(self, site: Site, previous: Previous | None) -> Decision:
         """What the call at `site` does, given what is there from before."""
         if self.noise_densities is not None:

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dit_sparse.head_shard import select_heads
+
 __all__ = ["BlockGeometry", "TokenOrder"]
 
 
@@ -119,6 +121,15 @@ class TokenOrder:
         order = TokenOrder(index, inverse, self.offsets)
         order.__dict__["geometry"] = self.geometry  # reading it back again would wait for the device
         return order
+
+    def of_heads(self, heads: tuple[int, ...]) -> TokenOrder:
+        """This order for `heads` alone; itself where it is the same for all."""
+        if self.index.shape[1] == 1 and self.offsets.shape[1] == 1:
+            return self
+        index, inverse = (select_heads(x, heads) for x in (self.index, self.inverse))
+        if self.offsets.shape[1] == 1:
+            return self.with_tokens(index, inverse)
+        return TokenOrder(index, inverse, select_heads(self.offsets, heads))
 
     def to(self, device: torch.device | str) -> TokenOrder:
         """The same order on another device."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dit_sparse.block_mask import BlockMask, PackedBlockMask, TokenPredicate
+from dit_sparse.head_shard import HeadShard
 from dit_sparse.token_order import BlockGeometry, TokenOrder
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "AttentionPlan",
     "BlockGeometry",
     "BlockMask",
+    "HeadShard",
     "Method",
     "PackedPlan",
     "Previous",
@@ -100,6 +102,8 @@ class Site:
         branch: which guidance branch this forward is: "cond", "uncond" or both in one batch, "cond_uncond".
         model: which transformer of the pipeline, for pipelines with two.
         in_order: the tokens stand in the method's `shared_order` already, and so does the LSE of earlier calls.
+        heads: which of the model's heads the call has, where they are spread over ranks; a method that compares heads
+            gets those of the others from it. `None`: it has all.
     """
 
     grid: TokenGrid
@@ -111,6 +115,7 @@ class Site:
     branch: str = "cond"
     model: str = "transformer"
     in_order: bool = False
+    heads: HeadShard | None = None
 
 
 Remainder = Literal["none", "mean", "value", "mass"]
@@ -192,6 +197,23 @@ class AttentionPlan:
     def unpack(self) -> AttentionPlan:
         """This plan, which is not at rest."""
         return self
+
+    def of_heads(self, heads: tuple[int, ...]) -> AttentionPlan:
+        """What this plan says of `heads`; made once a plan, and the plan itself where it says the same of all."""
+        if all(x.shape[1] == 1 for x in (self.q_order.index, self.kv_order.index, self.block_mask.kv_counts)):
+            return self
+        if ("heads", heads) not in self.derived:
+            q_order = self.q_order.of_heads(heads)
+            kv_order = q_order if self.kv_order is self.q_order else self.kv_order.of_heads(heads)
+            self.derived["heads", heads] = AttentionPlan(
+                q_order, kv_order, self.block_mask.of_heads(heads), self.remainder
+            )
+        return self.derived["heads", heads]
+
+    @property
+    def num_heads(self) -> int:
+        """Heads that the plan tells apart; 1 where it says the same of all."""
+        return max(x.shape[1] for x in (self.q_order.index, self.kv_order.index, self.block_mask.kv_counts))
 
     def token_mask(self) -> Tensor:
         """`[B|1, H|1, N, N]` bool mask over tokens in the sequence's own order. For tests: it is N x N."""

@@ -4,11 +4,17 @@ Without a GPU, Triton's kernels run under its interpreter. Tiny models would run
 so tests have a table of costs in which sparse attention always pays.
 """
 
+from __future__ import annotations
+
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.parallel.ranks import Ranks
 
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -26,3 +32,13 @@ def ray_cluster() -> Iterator[None]:
         ray.init("local", num_cpus=3, num_gpus=0, include_dashboard=False, object_store_memory=2**27, **quiet)
         yield
         ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Ranks]:
+    """Four processes that are ranks of torch.distributed; started once, because that takes long."""
+    from tests.parallel.ranks import Ranks
+
+    started = Ranks(4)
+    yield started
+    started.stop()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -48,6 +49,10 @@ def generate(
     dtype: opt.Dtype = "auto",
     device: opt.Device = "auto",
     offload: opt.Offload = "none",
+    parallel: Annotated[
+        str | None,
+        opt.option("Ranks that share each video, such as ulysses=2 or ulysses=2,ring=2.", opt.MACHINE, default="one"),
+    ] = None,
     out: Annotated[Path, opt.option("Folder of the videos.", opt.OUTPUT)] = Path("videos"),
     format: Annotated[
         str | None, opt.option("mp4, gif, or png for frames.", opt.OUTPUT, default="mp4, png for an image")
@@ -108,14 +113,62 @@ def generate(
                 fps=fps,
                 compare_dense=compare_dense,
                 overwrite=overwrite,
+                parallel=parallel,
                 trace=trace,
             )
-        if preset is not None:
+        if preset is not None and os.environ.get("RANK", "0") == "0":
             console.print(preset_line(preset, takes_method), markup=False, highlight=False, soft_wrap=True)
+        if parallel is not None:
+            raise typer.Exit(_on_ranks(request))
         raise typer.Exit(_generate(request, console, ray, ray_workers))
 
 
-def _generate(request: Request, console: Console, ray: str | None, ray_workers: int | None) -> int:
+def _on_ranks(request: Request) -> int:
+    """Start the ranks, or be one of those that torchrun has started."""
+    from dit_sparse.generate import ranks
+    from dit_sparse.lost_ranks import RankLostError
+
+    with user_errors():
+        try:
+            return _rank(request) if ranks.is_rank() else ranks.launch(request, _rank)
+        except RankLostError as error:
+            print_error(str(error))
+            return 1
+
+
+def _rank(request: Request) -> int:
+    """What one rank does: rank 0 generates, the others follow."""
+    from dit_sparse.generate import ranks
+    from dit_sparse.lost_ranks import RankLostError
+
+    try:
+        together = ranks.join(request)
+        if together.rank > 0:
+            ranks.follow(request, together)
+            together.leave()
+            return 0
+        leader = ranks.Leader(request, together)
+        try:
+            code = _generate(request, Console(stderr=True), executor=leader)
+        except typer.Exit as end:
+            code = end.exit_code
+        leader.stop()
+        together.leave()
+    except (ValueError, OSError, RankLostError) as error:
+        print_error(f"rank {os.environ['RANK']}: {error}")
+        return 1
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return code
+
+
+def _generate(
+    request: Request,
+    console: Console,
+    ray: str | None = None,
+    ray_workers: int | None = None,
+    executor: Executor | None = None,
+) -> int:
     from dit_sparse.cluster import NoWorkers
     from dit_sparse.generate import report
     from dit_sparse.generate.run import prepare, run
@@ -123,7 +176,7 @@ def _generate(request: Request, console: Console, ray: str | None, ray_workers: 
     try:
         with report.warnings_as_lines(console), ExitStack() as stack:
             with user_errors(), report.loading(console, request.model):
-                job = prepare(request, _executor(request, ray, ray_workers, stack))
+                job = prepare(request, executor or _executor(request, ray, ray_workers, stack))
             _warn_of_unknown_words(job, console)
             with report.ConsoleListener(console) as listener:
                 outcome = run(job, listener)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dit_sparse.demo import demo_defaults, demo_model_path
-from dit_sparse.generate.request import Request
+from dit_sparse.generate.request import Degrees, Request
 
 if TYPE_CHECKING:
     from dit_sparse.presets import Preset
@@ -59,7 +59,7 @@ def load_model(request: Request) -> Any:
     """
     import torch
 
-    from dit_sparse.pipelines import load_pipeline
+    from dit_sparse.pipelines import load_pipeline, parallelize
 
     demo = request.model is None or model_name(request.model) == DEMO
     folder = demo_model_path() if demo else str(request.model)
@@ -67,6 +67,9 @@ def load_model(request: Request) -> Any:
     dtype = getattr(torch, resolve_dtype(request.dtype, device))
     pipe = load_pipeline(folder, dtype=dtype, device=device, offload=request.offload)
     pipe.set_progress_bar_config(disable=True)
+    if request.parallel is not None:
+        degrees = Degrees.of(request.parallel)
+        parallelize(pipe, ulysses=degrees.ulysses, ring=degrees.ring, timeout=degrees.timeout)
     return pipe
 
 

@@ -106,6 +106,10 @@ class Renderer:
         Raises:
             OSError: it cannot be written.
         """
+        return _written(self.draw(settings, clip, listener), settings, partial)
+
+    def draw(self, settings: Settings, clip: Clip, listener: Listener) -> Drawn | Failed:
+        """Render `clip`."""
         try:
             if not self._warm:
                 _warm_up(self, settings, clip, listener)
@@ -115,7 +119,7 @@ class Renderer:
         except Exception as error:  # noqa: BLE001
             _free_memory()
             return Failed(clip, error.with_traceback(None))
-        return Rendered(clip, made.line, partial, _write(settings, made, partial))
+        return Drawn(clip, made)
 
 
 class LocalExecutor:
@@ -130,8 +134,17 @@ class LocalExecutor:
     def render(self, settings: Settings, clips: Sequence[Clip], listener: Listener) -> Iterator[Rendered | Failed]:
         """See `Executor.render`."""
         for clip in clips:
-            partial = partial_path(self.renderer.request.out / partial_name(settings, clip))
-            yield self.renderer.render(settings, clip, partial, listener)
+            yield self.write(settings, self.renderer.draw(settings, clip, listener))
+
+    def write(self, settings: Settings, drawn: Drawn | Failed) -> Rendered | Failed:
+        """Write what was drawn under a name of its own."""
+        return _written(drawn, settings, partial_path(self.renderer.request.out / partial_name(settings, drawn.clip)))
+
+
+def _written(drawn: Drawn | Failed, settings: Settings, partial: Path) -> Rendered | Failed:
+    if isinstance(drawn, Failed):
+        return drawn
+    return Rendered(drawn.clip, drawn.made.line, partial, _write(settings, drawn.made, partial))
 
 
 def partial_name(settings: Settings, clip: Clip) -> str:
@@ -148,6 +161,14 @@ class _Made(NamedTuple):
     trace: dict[str, Any] | None
 
 
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """A clip that was rendered and is not written yet."""
+
+    clip: Clip
+    made: _Made
+
+
 def _make(renderer: Renderer, settings: Settings, clip: Clip, listener: Listener) -> _Made:
     with _sparse(renderer.pipe, renderer.schedule):
         with _tracing(renderer) as recorder:
@@ -156,7 +177,8 @@ def _make(renderer: Renderer, settings: Settings, clip: Clip, listener: Listener
         trace = None if recorder is None else recorder.to_dict()
     pixels, dense_pixels = to_uint8(frames), None
     if renderer.request.compare_dense:
-        dense, dense_seconds = _render(renderer, settings, clip, "dense", listener)
+        with _dense(renderer):
+            dense, dense_seconds = _render(renderer, settings, clip, "dense", listener)
         line |= _comparison(frames, dense, seconds, dense_seconds)
         dense_pixels = to_uint8(dense)
     return _Made(pixels, line, dense_pixels, trace)
@@ -187,7 +209,8 @@ def _warm_up(renderer: Renderer, settings: Settings, clip: Clip, listener: Liste
     settings = replace(settings, steps=1)
     with _sparse(renderer.pipe, replace(renderer.schedule, warmup=0.0)):
         _render(renderer, settings, clip, "warm-up", listener)
-    _render(renderer, settings, clip, "warm-up", listener)
+    with _dense(renderer):
+        _render(renderer, settings, clip, "warm-up", listener)
 
 
 @contextmanager
@@ -199,6 +222,14 @@ def _sparse(pipe: Any, schedule: Schedule) -> Iterator[None]:
         yield
     finally:
         unsparsify(pipe)
+
+
+def _dense(renderer: Renderer) -> AbstractContextManager[None]:
+    """Within it attention is dense: the model's own, or on several ranks our exchange around it."""
+    from dit_sparse.methods import Dense
+    from dit_sparse.schedule import Schedule
+
+    return nullcontext() if renderer.request.parallel is None else _sparse(renderer.pipe, Schedule(Dense()))
 
 
 def _render(
@@ -255,6 +286,7 @@ def _line(renderer: Renderer, settings: Settings, clip: Clip, seconds: float) ->
         "dtype": settings.dtype,
         "device": models.resolve_device(renderer.request.device),
         "offload": renderer.request.offload,
+        "parallel": renderer.request.parallel,
         "format": settings.format,
         "fps": settings.fps,
         "seconds": seconds,

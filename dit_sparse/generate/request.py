@@ -38,6 +38,7 @@ class Request:
         fps: frames a second of the file; `None` is the preset's, or 16.
         compare_dense: also render every video dense, write that too, and compare.
         overwrite: make finished videos again.
+        parallel: ranks that share each video, as `Degrees.of` reads them; `None` is one process.
         clips: the videos to make, in place of those that the prompts, `seed` and `num_samples` mean.
         trace: also write what each step, layer and head did, for `dit-sparse report`.
 
@@ -64,6 +65,7 @@ class Request:
     fps: int | None = None
     compare_dense: bool = False
     overwrite: bool = False
+    parallel: str | None = None
     clips: tuple[Clip, ...] = ()
     trace: bool = False
 
@@ -80,8 +82,56 @@ class Request:
             raise ValueError(f"--guidance must be a finite number of at least 0, got {self.guidance}")
         if not 0 <= self.seed <= MAX_SEED - (self.num_samples - 1):
             raise ValueError(f"--seed must be from 0 to 2**63 - 1, for every sample, got {self.seed}")
+        if self.parallel is not None:
+            Degrees.of(self.parallel)
+            if self.offload != "none":
+                raise ValueError(f"--offload must be none with --parallel, got {self.offload}")
         if self.format is not None and self.format not in FORMATS:
             raise ValueError(f"--format must be one of {', '.join(FORMATS)}, got {self.format!r}")
+
+
+@dataclass(frozen=True)
+class Degrees:
+    """How many ranks share a video.
+
+    Args:
+        ulysses: ranks that exchange heads for tokens.
+        ring: ranks round which keys and values go.
+        timeout: seconds after which a rank that does not answer counts as lost.
+    """
+
+    ulysses: int = 1
+    ring: int = 1
+    timeout: int = 300
+
+    @classmethod
+    def of(cls, text: str) -> Degrees:
+        """Degrees from "ulysses=2", "ring=2" or "ulysses=2,ring=2", and perhaps a "timeout=600".
+
+        Raises:
+            ValueError: anything else.
+        """
+        found: dict[str, int] = {}
+        for part in text.split(","):
+            name, _, number = part.strip().partition("=")
+            if (
+                name not in ("ulysses", "ring", "timeout")
+                or name in found
+                or not re.fullmatch(r"[1-9][0-9]{0,5}", number)
+            ):
+                raise ValueError(
+                    f"--parallel must be such as ulysses=2, ring=2 or ulysses=2,ring=2,timeout=600, got {text!r}"
+                )
+            found[name] = int(number)
+        degrees = cls(**found)
+        if degrees.ranks < 2:
+            raise ValueError(f"--parallel must name at least 2 ranks, got {text!r}")
+        return degrees
+
+    @property
+    def ranks(self) -> int:
+        """Processes in all."""
+        return self.ulysses * self.ring
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from dit_sparse.methods.any_grid import AnyGrid
 from dit_sparse.methods.description import Description
 from dit_sparse.methods.parameters import check_block, check_count, check_share
 from dit_sparse.reorder import raster_once
-from dit_sparse.types import AttentionPlan, Previous, Scope, Site
+from dit_sparse.types import AttentionPlan, HeadShard, Previous, Scope, Site
 
 
 @dataclass(frozen=True)
@@ -84,11 +84,14 @@ class AdaSpa(AnyGrid):
         ranking = Ranking(mass, order, order, site.grid)
         kept = ranking.select(self.density)
         if self.head_adaptive and self.density < 1:
-            kept = ranking.select(head_densities(mass, kept, self.density, self.recall, self.head_shift))
+            densities = head_densities(mass, kept, self.density, self.recall, self.head_shift, site.heads)
+            kept = ranking.select(densities)
         return AttentionPlan.from_kept(order, kept)
 
 
-def head_densities(mass: Tensor, kept: Tensor, density: float, recall: float, shift: float = 0.5) -> Tensor:
+def head_densities(
+    mass: Tensor, kept: Tensor, density: float, recall: float, shift: float = 0.5, shard: HeadShard | None = None
+) -> Tensor:
     """Densities `[B, H]` float64 that move blocks from the heads of highest recall to those of lowest (section 4.3).
 
     With `n` heads above `recall`, at most half of all, the `n` best get sparsity (1 + s) / 2 and the `n` worst
@@ -96,12 +99,15 @@ def head_densities(mass: Tensor, kept: Tensor, density: float, recall: float, sh
 
     Args:
         mass, kept: `[B, H, Mq, Mk]` block masses and the blocks kept at equal density.
+        shard: which heads they are of, where others are on other ranks.
     """
     head_recall = (mass * kept).sum((-1, -2)) / mass.sum((-1, -2)).clamp_min(torch.finfo(mass.dtype).tiny)
-    heads = mass.shape[1]
+    head_recall = head_recall if shard is None else shard.gather(head_recall)
+    heads = head_recall.shape[1]
     moved = (head_recall > recall).sum(1, keepdim=True).clamp_max(heads // 2)
     rank = head_recall.argsort(dim=1, descending=True, stable=True).argsort(dim=1, stable=True)
     result = torch.full(head_recall.shape, density, dtype=torch.float64, device=mass.device)
     # A head that gives all its density away still keeps one block a row.
     result = result.masked_fill(rank < moved, density * (1 - shift))
-    return result.masked_fill(rank >= heads - moved, min(1.0, density * (1 + shift)))
+    result = result.masked_fill(rank >= heads - moved, min(1.0, density * (1 + shift)))
+    return result if shard is None else shard.own(result)

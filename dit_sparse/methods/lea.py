@@ -105,5 +105,7 @@ class LeastError(AnyGrid):
         errors = output_errors(q, k, v, order, order, rows=self.rows)
         # Both branches of a sample have one plan also where they come in one batch.
         errors = errors.unflatten(0, (branches, -1)).sum(0)
+        errors = errors if site.heads is None else site.heads.gather(errors)
         kept = best_blocks(errors, density, order.offsets, site.grid)
+        kept = kept if site.heads is None else site.heads.own(kept)
         return AttentionPlan.from_kept(order, kept.repeat(branches, 1, 1, 1), remainder=self.own_remainder)

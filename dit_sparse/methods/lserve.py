@@ -82,8 +82,10 @@ class LServe(AnyGrid):
         mass = block_sums(sampled_weights(q, k, rows), order.offsets)
         row_blocks = torch.searchsorted(order.offsets[0, 0, 1:].contiguous(), rows.int(), right=True)
         recall = (mass * window[:, :, row_blocks]).sum((-1, -2))
+        recall = recall if site.heads is None else site.heads.gather(recall)
         rank = recall.argsort(dim=1, descending=True, stable=True).argsort(dim=1, stable=True)
-        streams = rank < round(self.streaming * q.shape[1])
+        streams = rank < round(self.streaming * recall.shape[1])
+        streams = streams if site.heads is None else site.heads.own(streams)
         return AttentionPlan.from_kept(order, torch.where(streams[..., None, None], window, pages))
 
 

@@ -77,4 +77,6 @@ class Oracle(AnyGrid):
             q_blocks=order.geometry,
             k_blocks=order.geometry,
         )
-        return AttentionPlan.from_kept(order, best_blocks(mass, self.density, order.offsets, site.grid))
+        mass = mass if site.heads is None else site.heads.gather(mass)
+        kept = best_blocks(mass, self.density, order.offsets, site.grid)
+        return AttentionPlan.from_kept(order, kept if site.heads is None else site.heads.own(kept))

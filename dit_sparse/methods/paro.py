@@ -151,9 +151,11 @@ def _plan_from(file: PlanFile, site: Site, q: Tensor) -> AttentionPlan:
     """
     file.check(site.grid)
     plans = file.plans_of(site.model)
-    if (plans.layers, plans.heads) != (site.num_layers, q.shape[1]):
+    heads = q.shape[1] if site.heads is None else site.heads.total
+    if (plans.layers, plans.heads) != (site.num_layers, heads):
         raise ValueError(
             f"plan_file {str(file.path)!r} is for {plans.layers} layers of {plans.heads} heads, got {site.num_layers} "
-            f"of {q.shape[1]}; calibrate with this model"
+            f"of {heads}; calibrate with this model"
         )
-    return reader_of(file, q.device).plan(site.model, site.layer, plans.slot(site.step, site.num_steps), site.grid)
+    plan = reader_of(file, q.device).plan(site.model, site.layer, plans.slot(site.step, site.num_steps), site.grid)
+    return plan if site.heads is None else plan.of_heads(site.heads.heads)

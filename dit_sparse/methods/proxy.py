@@ -25,7 +25,7 @@ from dit_sparse.methods.any_grid import AnyGrid
 from dit_sparse.methods.description import Description
 from dit_sparse.methods.parameters import check_block, check_count, check_share
 from dit_sparse.reorder import raster_once
-from dit_sparse.types import AttentionPlan, Previous, Scope, Site
+from dit_sparse.types import AttentionPlan, HeadShard, Previous, Scope, Site
 
 
 @dataclass(frozen=True)
@@ -78,20 +78,29 @@ class ProxyAttention(AnyGrid):
     def plan(self, q: Tensor, k: Tensor, v: Tensor, site: Site, previous: Previous | None) -> AttentionPlan:
         """Plan for `q, k` `[B, H, N, D]`."""
         grid, order = site.grid, raster_once(site.grid, self.block, q.device)
-        heads = q.shape[1]
-        groups = torch.arange(heads, device=q.device) * min(self.groups, heads) // heads
-        proxy_q, proxy_k = (_group_means(x, groups, min(self.groups, heads)) for x in (q, k))
+        heads = q.shape[1] if site.heads is None else site.heads.total
+        count = min(self.groups, heads)
+        groups = torch.arange(heads, device=q.device) * count // heads
+        sizes = groups.bincount(minlength=count)
+        groups = groups if site.heads is None else site.heads.own(groups[None])[0]
+        proxy_q, proxy_k = (_group_means(x, groups, sizes, site.heads) for x in (q, k))
         scores = peak_logits(proxy_q, proxy_k, order, order, stride=self.row_stride).index_select(1, groups)
         mass = block_sums(sampled_weights(q, k, probe_rows(grid, self.rows, q.device)), order.offsets)
         is_text = text_blocks(grid, order.offsets)[0, 0]
         needed = blocks_for_share(mass.masked_fill(is_text, 0), self.threshold).double().mean(-1) / (~is_text).sum()
         video_pairs = grid.video_len**2 / grid.num_tokens**2
-        density = 1 - (1 - needed) * video_pairs if self.density is None else share_out(needed, self.density)
+        density = (
+            1 - (1 - needed) * video_pairs if self.density is None else _shared_out(needed, self.density, site.heads)
+        )
         return AttentionPlan.from_kept(order, Ranking(scores, order, order, grid).select(density))
 
 
-def _group_means(x: Tensor, groups: Tensor, count: int) -> Tensor:
-    """`[B, G, N, D]` float32 means of the heads of each group."""
-    sums = torch.zeros(x.shape[0], count, *x.shape[2:], device=x.device).index_add_(1, groups, x.float())
-    sizes = torch.zeros(count, device=x.device).index_add_(0, groups, torch.ones_like(groups, dtype=torch.float32))
-    return sums / sizes[:, None, None]
+def _group_means(x: Tensor, groups: Tensor, sizes: Tensor, shard: HeadShard | None) -> Tensor:
+    """`[B, G, N, D]` float32 means of the heads of each group; `groups` are those of `x`'s heads, `sizes` of all."""
+    sums = torch.zeros(x.shape[0], len(sizes), *x.shape[2:], device=x.device).index_add_(1, groups, x.float())
+    return (sums if shard is None else shard.sum(sums)) / sizes[:, None, None]
+
+
+def _shared_out(needed: Tensor, density: float, shard: HeadShard | None) -> Tensor:
+    """`density` shared out over all heads of the model, for those of `needed`."""
+    return share_out(needed, density) if shard is None else shard.own(share_out(shard.gather(needed), density))

@@ -78,7 +78,10 @@ class SeerAttention(AnyGrid):
     def plan(self, q: Tensor, k: Tensor, v: Tensor, site: Site, previous: Previous | None) -> AttentionPlan:
         """Plan for `q, k` `[B, H, N, D]` by the gate of the site's layer."""
         file = self.file()
-        gate = file.gate(site.model, site.layer, q.shape[1], q.shape[-1], q.device)
+        heads = q.shape[1] if site.heads is None else site.heads.total
+        gate = file.gate(site.model, site.layer, heads, q.shape[-1], q.device)
+        if site.heads is not None:
+            gate = Gate(*(x[list(site.heads.heads)] for x in (gate.q, gate.k)))
         order = raster_once(site.grid, file.block, q.device)
         scores = gate_logits(*gate_inputs(q, k, order), gate).softmax(-1)
         if self.density is None:

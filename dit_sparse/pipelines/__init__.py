@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from dit_sparse.pipelines.context_parallel import parallelize
 from dit_sparse.pipelines.loading import ModelError, load_pipeline
 from dit_sparse.pipelines.observe import Observer, ValueObserver, observe, observe_values
 from dit_sparse.pipelines.sparsify import check, save_plan, session_of, sparsify, statistics, token_grid, unsparsify
@@ -39,6 +40,7 @@ __all__ = [
     "load_pipeline",
     "observe",
     "observe_values",
+    "parallelize",
     "record_trace",
     "save_plan",
     "session_of",

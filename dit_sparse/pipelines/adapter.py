@@ -70,8 +70,11 @@ class SparseProcessor:
         return self.attend_eagerly(q, k, v, mask)
 
     def attend_eagerly(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        dense = functools.partial(self.dense, q, k, v, mask)
-        return self.session.attend(self.layer, self.num_layers, q, k, v, dense)
+        def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            dense = functools.partial(self.dense, q, k, v, mask)
+            return self.session.attend(self.layer, self.num_layers, q, k, v, dense)
+
+        return self.session.attend_shard(self.layer, q, k, v, run)
 
     def dense(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """The model's own attention of `[B, H, N, D]`; on a GPU by the fastest kernel.
@@ -95,6 +98,8 @@ class FamilyAdapter(ABC):
         relies_on: other functions of diffusers that the adapter replaces or must know the source of, such as a block's
             forward.
         float32_vae: whether the VAE stays in float32 whatever the precision of the rest.
+        context_parallel_plan: how diffusers' context parallelism cuts a forward's tensors, where diffusers has no plan
+            that works; its own processors cannot run so cut.
     """
 
     family: ClassVar[str]
@@ -102,6 +107,7 @@ class FamilyAdapter(ABC):
     processors: ClassVar[Mapping[type, type[SparseProcessor]]]
     relies_on: ClassVar[tuple[Callable[..., Any], ...]] = ()
     float32_vae: ClassVar[bool] = False
+    context_parallel_plan: ClassVar[Mapping[str, Any] | None] = None
 
     @abstractmethod
     def attention_modules(self, transformer: Any) -> dict[str, Any]:
@@ -141,13 +147,25 @@ class FamilyAdapter(ABC):
         """How many transformer blocks take sparse attention."""
         return len(self.attention_modules(transformer))
 
+    def check_parallel(self, transformer: Any, ulysses: int) -> None:
+        """Whether the sequences of `transformer` can lie on several ranks, of which `ulysses` share its heads.
+
+        Raises:
+            ValueError: they cannot.
+        """
+        heads = transformer.config.num_attention_heads
+        if ulysses > heads:
+            raise ValueError(
+                f"ulysses must be at most the model's {heads} heads, got {ulysses}; more ranks can work in a ring"
+            )
+
     def install(self, transformer: Any, model: str, session: Session) -> dict[str, Any]:
         """Put sparse processors into the self-attention modules and return the replaced ones by module path.
 
         Raises:
-            ValueError: a processor that is not the family's own, or parallelism.
+            ValueError: a processor that is not the family's own, or tensor parallelism.
         """
-        _refuse_parallel(transformer)
+        context_config(transformer)
         modules = self.attention_modules(transformer)
         for path, module in modules.items():
             self._check_processor(f"{model}.{path}", module.processor)
@@ -173,9 +191,8 @@ class FamilyAdapter(ABC):
         """Before each forward: what was done to `transformer` after `install` must not run dense or wrong unseen.
 
         Raises:
-            ValueError: a sparse processor was replaced, or parallelism switched on.
+            ValueError: a sparse processor was replaced.
         """
-        _refuse_parallel(transformer)
         for path, module in self.attention_modules(transformer).items():
             if not isinstance(module.processor, SparseProcessor):
                 raise ValueError(
@@ -192,11 +209,20 @@ class FamilyAdapter(ABC):
             )
 
 
-def _refuse_parallel(transformer: Any) -> None:
-    """Context parallelism cuts the sequence before it comes to a processor, tensor parallelism the heads."""
+def context_config(transformer: Any) -> Any:
+    """The configuration of diffusers' context parallelism on `transformer`; `None` without any.
+
+    Raises:
+        ValueError: another parallelism.
+    """
     config = getattr(transformer, "_parallel_config", None)
-    if config is not None:
-        raise ValueError(f"parallelism must be off with sparse attention, got {type(config).__name__}; unsparsify")
+    context = getattr(config, "context_parallel_config", None)
+    if config is not None and context is None:
+        raise ValueError(
+            f"parallelism must be off with sparse attention, got {type(config).__name__}; unsparsify, or use context "
+            "parallelism"
+        )
+    return context
 
 
 def modules_of(transformer: Any, name: str, *lists: str) -> dict[str, Any]:

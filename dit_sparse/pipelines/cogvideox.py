@@ -5,6 +5,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from diffusers.models.attention_processor import (
     Attention,
     CogVideoXAttnProcessor2_0,
@@ -87,6 +88,14 @@ class CogVideoXAdapter(FamilyAdapter):
         FusedCogVideoXAttnProcessor2_0: SparseFusedCogVideoXAttnProcessor,
     }
     relies_on = (CogVideoXTransformer3DModel.forward, CogVideoXBlock.forward)
+    context_parallel_plan: ClassVar = {
+        "": {"image_rotary_emb": [ContextParallelInput(split_dim=0, expected_dims=2)] * 2},
+        "transformer_blocks.0": {
+            "hidden_states": ContextParallelInput(split_dim=1, expected_dims=3),
+            "encoder_hidden_states": ContextParallelInput(split_dim=1, expected_dims=3),
+        },
+        "proj_out": ContextParallelOutput(gather_dim=1, expected_dims=3),
+    }
 
     def attention_modules(self, transformer: Any) -> dict[str, Any]:
         return modules_of(transformer, "attn1", "transformer_blocks")

@@ -12,7 +12,9 @@ import torch
 from diffusers.hooks import HookRegistry
 from torch.utils.hooks import RemovableHandle
 
+from dit_sparse.parallel import ContextParallel
 from dit_sparse.pipelines.adapter import FamilyAdapter
+from dit_sparse.pipelines.context_parallel import context_of, cut_anyhow, cut_as_before
 from dit_sparse.pipelines.session import Session
 from dit_sparse.pipelines.statistics import Stopwatch
 
@@ -44,6 +46,8 @@ class SiteHook:
         self.session = session
         self.adapter = adapter
         self.originals = originals
+        self._parallel: ContextParallel | None = None
+        self._cuts: bool | None = None
         self._branch: str | None = None
         self._moves: list[RemovableHandle] = []
         self._handles = [
@@ -60,7 +64,10 @@ class SiteHook:
         self.adapter.follow(transformer, self.session, self.originals)
         for path, processor in self.originals.items():
             transformer.get_submodule(path).processor = processor
+            if hasattr(processor, "_parallel_config"):
+                processor._parallel_config = getattr(transformer, "_parallel_config", None)
         self._stop_moving()
+        self._stop_cutting(transformer)
         for handle in self._handles:
             handle.remove()
         if self._names_branches:
@@ -80,14 +87,21 @@ class SiteHook:
     def _before(
         self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        self._stop_moving()  # a forward before this one may have failed
+        # A forward before this one may have failed.
+        self._stop_moving()
+        self._stop_cutting(module)
         self.adapter.follow(module, self.session, self.originals)
         self.adapter.check_installed(module, self.model)
         inputs = _by_name(module, args, kwargs)
         layout = self.adapter.layout(module, inputs)
-        movable = self.adapter.takes_order(module, inputs)
-        device = inputs["hidden_states"].device if movable else None
-        order = self.session.begin_forward(layout, self.model, self._branch, device)
+        latents = inputs["hidden_states"]
+        self._parallel = context_of(module, self.adapter, self._parallel)
+        # Ranks cut tokens by their place in the sequence's own order, and can move them when they have all of them.
+        movable = self.adapter.takes_order(module, inputs) if self._parallel is None else self._parallel.mesh.ring == 1
+        device = latents.device if movable else None
+        order = self.session.begin_forward(layout, self.model, self._branch, device, self._parallel, latents)
+        if self._parallel is not None:
+            self._cuts = cut_anyhow(module, layout)
         if order is None:
             return args, kwargs
         # Hooks of this forward alone: modules may be replaced between two, by LoRA for one.
@@ -97,7 +111,13 @@ class SiteHook:
     @torch.compiler.disable
     def _after(self, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._stop_moving()
+        self._stop_cutting(module)
         self.session.end_forward()
+
+    def _stop_cutting(self, module: torch.nn.Module) -> None:
+        if self._cuts is not None:
+            cut_as_before(module, self._cuts)
+            self._cuts = None
 
     def _stop_moving(self) -> None:
         for handle in self._moves:

@@ -4,6 +4,7 @@ import math
 from typing import Any, ClassVar
 
 import torch
+from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from diffusers.models.attention_processor import Attention
 from diffusers.models.transformers.transformer_hunyuan_video import (
     HunyuanVideoAttnProcessor2_0,
@@ -49,7 +50,7 @@ class SparseHunyuanVideoAttnProcessor(SparseProcessor, HunyuanVideoAttnProcessor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         batch, video_len = hidden_states.shape[:2]
         text_len = 0 if encoder_hidden_states is None else encoder_hidden_states.shape[1]
-        padding = (batch, 1, 1, video_len + text_len)
+        padding = (batch, 1, 1, self.session.sequence_len(video_len + text_len))
         if attention_mask is not None and attention_mask.shape != padding:
             raise ValueError(f"attention_mask must be key padding {padding}, got {tuple(attention_mask.shape)}")
         query, key, value = project(attn, hidden_states, encoder_hidden_states, image_rotary_emb)
@@ -112,9 +113,23 @@ class HunyuanVideoAdapter(FamilyAdapter):
         HunyuanVideoTransformerBlock.forward,
         HunyuanVideoSingleTransformerBlock.forward,
     )
+    context_parallel_plan: ClassVar = {
+        "rope": {i: ContextParallelInput(split_dim=0, expected_dims=2, split_output=True) for i in (0, 1)},
+        "transformer_blocks.0": {
+            "hidden_states": ContextParallelInput(split_dim=1, expected_dims=3),
+            "encoder_hidden_states": ContextParallelInput(split_dim=1, expected_dims=3),
+        },
+        "proj_out": ContextParallelOutput(gather_dim=1, expected_dims=3),
+    }
 
     def attention_modules(self, transformer: Any) -> dict[str, Any]:
         return modules_of(transformer, "attn", "transformer_blocks", "single_transformer_blocks")
+
+    def check_parallel(self, transformer: Any, ulysses: int) -> None:
+        """Not where an image stands in the place of the first frame's tokens, which one rank alone would have."""
+        if transformer.config.image_condition_type == "token_replace":
+            raise ValueError("image_condition_type must not be 'token_replace' on several ranks, got it")
+        super().check_parallel(transformer, ulysses)
 
     def layout(self, transformer: Any, inputs: Inputs) -> Layout:
         """`hidden_states` is `[B, C, F, H, W]`, `encoder_attention_mask` `[B, text]`."""

@@ -3,6 +3,7 @@
 from typing import Any, ClassVar
 
 import torch
+from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
 from diffusers.models.transformers.transformer_ltx import (
     LTXAttention,
     LTXVideoAttnProcessor,
@@ -58,6 +59,12 @@ class LTXVideoAdapter(FamilyAdapter):
     transformer_class = "LTXVideoTransformer3DModel"
     processors: ClassVar = {LTXVideoAttnProcessor: SparseLTXVideoAttnProcessor}
     relies_on = (LTXVideoTransformer3DModel.forward, LTXVideoTransformerBlock.forward)
+    # diffusers' own plan cuts the text too, which its cross-attention cannot put together again.
+    context_parallel_plan: ClassVar = {
+        "": {"hidden_states": ContextParallelInput(split_dim=1, expected_dims=3)},
+        "rope": {i: ContextParallelInput(split_dim=1, expected_dims=3, split_output=True) for i in (0, 1)},
+        "proj_out": ContextParallelOutput(gather_dim=1, expected_dims=3),
+    }
 
     def attention_modules(self, transformer: Any) -> dict[str, Any]:
         return modules_of(transformer, "attn1", "transformer_blocks")

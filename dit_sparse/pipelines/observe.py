@@ -11,7 +11,8 @@ from torch import Tensor
 
 from dit_sparse.kernels import dense_attention
 from dit_sparse.methods import Dense
-from dit_sparse.pipelines.families import adapter_for
+from dit_sparse.pipelines.adapter import context_config
+from dit_sparse.pipelines.families import adapter_for, transformers_of
 from dit_sparse.pipelines.session import DenseAttention, Session
 from dit_sparse.pipelines.sparsify import install, unsparsify
 from dit_sparse.pipelines.upstream import changes, message
@@ -48,7 +49,8 @@ def observe(pipe: Any, observer: Observer) -> AbstractContextManager[None]:
     """Show every self-attention call of `pipe`, which runs dense meanwhile, to `observer`; `pipe` is dense after it.
 
     Raises:
-        ValueError: as `sparsify`, and an installed diffusers that the family's adapter was not written for.
+        ValueError: as `sparsify`, an installed diffusers that the family's adapter was not written for, or a pipeline
+            that lies on several ranks.
     """
     return observe_values(pipe, lambda site, q, k, v, lse: observer(site, q, k, lse))
 
@@ -57,6 +59,8 @@ def observe(pipe: Any, observer: Observer) -> AbstractContextManager[None]:
 def observe_values(pipe: Any, observer: ValueObserver) -> Iterator[None]:
     """As `observe`, for an observer that looks at the values too."""
     adapter = adapter_for(pipe)
+    if any(context_config(transformer) is not None for transformer in transformers_of(pipe).values()):
+        raise ValueError("pipeline must be on one rank to be observed, got context parallelism")
     if changed := changes(adapter):
         raise ValueError(message(adapter, changed))
     install(pipe, _WatchingSession(observer))

@@ -12,9 +12,11 @@ from typing import Any, NamedTuple, NoReturn, Self
 import torch
 from torch import Tensor
 
-from dit_sparse.attention import sparse_attention
-from dit_sparse.kernels import dense_attention, select
+from dit_sparse.kernels import dense_attention
+from dit_sparse.parallel import ContextParallel
 from dit_sparse.pipelines.drift import DriftMeter
+from dit_sparse.pipelines.engine import Engine, OneDevice
+from dit_sparse.pipelines.facts import facts_of_forward, facts_of_run
 from dit_sparse.pipelines.judge import Judge
 from dit_sparse.pipelines.layout import Group, Layout
 from dit_sparse.pipelines.statistics import CHANGED, CallRecord, RunStatistics, Stopwatch
@@ -26,16 +28,24 @@ from dit_sparse.types import AttentionPlan, PackedPlan, Previous, Site, TokenGri
 DenseAttention = Callable[[], Tensor]
 PlanListener = Callable[[Site, AttentionPlan], None]
 
+_ONE_DEVICE = OneDevice()
+
 _REMEMBERED_GRIDS = 8
 
 
 class _Forward(NamedTuple):
-    """The forward under way; `order` is the one its tokens stand in, `None` for the sequence's own."""
+    """The forward under way.
+
+    Args:
+        order: the one its tokens stand in, `None` for the sequence's own.
+        parallel: where its sequence lies on several ranks.
+    """
 
     layout: Layout
     model: str
     branch: str
     order: TokenOrder | None
+    parallel: ContextParallel | None = None
 
 
 class _Part(NamedTuple):
@@ -75,6 +85,7 @@ class Session:
         self._has_order = True
         self._forward: _Forward | None = None
         self._unnamed_forwards = (-1, 0)
+        self._agreed: dict[ContextParallel, int] = {}
         self.on_plan: PlanListener | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -94,14 +105,22 @@ class Session:
         self.steps.watch(pipe.scheduler)
 
     def begin_forward(
-        self, layout: Layout, model: str, branch: str | None, device: torch.device | None = None
+        self,
+        layout: Layout,
+        model: str,
+        branch: str | None,
+        device: torch.device | None = None,
+        parallel: ContextParallel | None = None,
+        latents: Tensor | None = None,
     ) -> TokenOrder | None:
         """Called before each forward of a transformer.
 
         Args:
             layout, model: layout of its sequences, and which transformer of the pipeline it is.
             branch: guidance branch, `None` where the pipeline does not name it.
-            device: where the tokens lie, if the caller can put them into another order.
+            device: where the tokens lie, if the caller or `parallel` can put them into another order.
+            parallel, latents: where the sequence lies on several ranks: what runs its attention, and the whole input,
+                which must be the same on all of them.
 
         Returns:
             The order that the caller must put all tokens into for this forward; `None` for their own.
@@ -116,8 +135,26 @@ class Session:
         if device is not None and self.steps.inside_run and self._has_order:
             order = self.schedule.shared_order(layout.groups[0].grid, device)
             order = None if order is None or order.is_identity else order
-        self._forward = _Forward(layout, model, branch or self._numbered_branch(), order)
-        return order
+        self._forward = _Forward(layout, model, branch or self._numbered_branch(), order, parallel)
+        if parallel is None:
+            return order
+        self._agree(parallel, latents)
+        return None  # the exchange of heads for tokens moves them
+
+    def _agree(self, parallel: ContextParallel, latents: Tensor | None) -> None:
+        """Make sure that all ranks begin the same forward of the same run."""
+        assert self._forward is not None
+        if self.schedule.drift is not None:
+            raise ValueError(
+                f"drift must be none on several ranks, got {self.schedule.drift}: each would go by its own heads; use "
+                "refresh"
+            )
+        facts = facts_of_forward(self.steps, *self._forward[:3])
+        if self._agreed.get(parallel) != self._run:
+            self._agreed[parallel] = self._run
+            parallel.begin_run()
+            facts |= facts_of_run(self.schedule, self.backend, latents)
+        parallel.begin_forward(self._forward.layout.grid, facts, self._forward.order)
 
     def end_forward(self) -> None:
         """Called after each forward of a transformer."""
@@ -178,6 +215,36 @@ class Session:
         self._unnamed_forwards = (self.steps.step, count)
         return f"forward {count}"
 
+    def sequence_len(self, here: int) -> int:
+        """Tokens of a sequence of which `here` are on this rank."""
+        forward = self._forward
+        return here if forward is None or forward.parallel is None else forward.layout.grid.num_tokens
+
+    @property
+    def contexts(self) -> tuple[ContextParallel, ...]:
+        """What has run attention over several ranks, one a transformer."""
+        return tuple(self._agreed)
+
+    @property
+    def engine(self) -> Engine:
+        """What plans and computes the attention of the forward under way."""
+        parallel = None if self._forward is None else self._forward.parallel
+        return _ONE_DEVICE if parallel is None else parallel
+
+    def attend_shard(self, layer: int, q: Tensor, k: Tensor, v: Tensor, run: Callable[..., Tensor]) -> Tensor:
+        """One self-attention call of the tokens that are here, perhaps only a rank's; `run` calls `attend`.
+
+        Args:
+            layer: which transformer block.
+            q, k, v: `[B, H, n, D]` with all heads.
+            run: takes `q, k, v`, on several ranks those of this rank's heads.
+        """
+        forward = self._forward
+        if forward is None or forward.parallel is None:
+            return run(q, k, v)
+        unit = self.schedule.unit(forward.model, layer, forward.branch)
+        return forward.parallel.attend(unit, self.previous, q, k, v, run)
+
     def attend(self, layer: int, num_layers: int, q: Tensor, k: Tensor, v: Tensor, dense: DenseAttention) -> Tensor:
         """One self-attention call.
 
@@ -189,7 +256,12 @@ class Session:
         Raises:
             NotSparseError: it would run dense although the schedule, which is strict, does not say so.
         """
-        if self._forward is None or not self.steps.inside_run:
+        if self._forward is None:
+            check_inside_run(self.schedule, layer, num_layers)
+            return self._dense(Decision("dense", "outside a run"), None, q, k, v, dense, layer)
+        if self._forward.parallel is not None and self._forward.parallel.mesh.ring > 1:
+            dense = functools.partial(self.attend_densely, q, k, v)  # the model's own would see this rank's keys alone
+        if not self.steps.inside_run:
             check_inside_run(self.schedule, layer, num_layers)
             return self._dense(Decision("dense", "outside a run"), None, q, k, v, dense, layer)
         layout = self._forward.layout
@@ -200,10 +272,16 @@ class Session:
             return self._run_part(parts[0], q, k, v, dense)
         out = torch.zeros_like(q)
         for group, part in zip(layout.groups, parts, strict=True):
-            own_q, own_k, own_v = (x[group.rows, :, : group.grid.num_tokens] for x in (q, k, v))
-            own_dense = functools.partial(dense_attention, own_q, own_k, own_v)
-            out[group.rows, :, : group.grid.num_tokens] = self._run_part(part, own_q, own_k, own_v, own_dense)
+            tokens = self.engine.num_tokens(group.grid)
+            own_q, own_k, own_v = (x[group.rows, :, :tokens] for x in (q, k, v))
+            own_dense = functools.partial(self._engine_dense, own_q, own_k, own_v, group.grid)
+            out[group.rows, :, :tokens] = self._run_part(part, own_q, own_k, own_v, own_dense)
         return out
+
+    def _engine_dense(self, q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid) -> Tensor:
+        if self.engine is _ONE_DEVICE:
+            return dense_attention(q, k, v)
+        return self.engine.dense(q, k, v, grid.num_tokens)[0]
 
     @property
     def knows_padding(self) -> bool:
@@ -217,12 +295,21 @@ class Session:
             q, k, v: `[B, H, N, D]`, any strides.
         """
         layout = None if self._forward is None else self._forward.layout
-        if layout is None or not layout.is_padded:
+        if layout is None:
             return dense_attention(q, k, v)
+        if not layout.is_padded:
+            return self._engine_dense(q, k, v, layout.grid)
         out = torch.zeros_like(q)
         for rows, grid in layout.groups:
-            out[rows, :, : grid.num_tokens] = dense_attention(*(x[rows, :, : grid.num_tokens] for x in (q, k, v)))
+            tokens = self.engine.num_tokens(grid)
+            own_q, own_k, own_v = (x[rows, :, :tokens] for x in (q, k, v))
+            out[rows, :, :tokens] = self._engine_dense(own_q, own_k, own_v, grid)
         return out
+
+    @property
+    def _judges(self) -> bool:
+        """Whether the cost model decides; on several ranks it does not: each would go by the heads that it has."""
+        return self.engine is _ONE_DEVICE
 
     def _part(self, layer: int, num_layers: int, group: Group, q: Tensor) -> _Part:
         site = self._site(layer, num_layers, group.grid)
@@ -233,23 +320,24 @@ class Session:
         if previous is not None and key in self._drifts:
             previous = replace(previous, drift=self._drifts[key].read())
         decision = self.schedule.decide(site, previous)
-        if decision.action == "plan" or decision.reason == "search":  # a plan that is in use was found to pay
+        judged = decision.action == "plan" or decision.reason == "search"  # a plan that is in use was found to pay
+        if judged and self._judges:
             decision = self._judge.before(site, key, q[:, :, : group.grid.num_tokens]) or decision
         return _Part(site, key, previous, decision)
 
     def _run_part(self, part: _Part, q: Tensor, k: Tensor, v: Tensor, dense: DenseAttention) -> Tensor:
         site, key, previous, decision = part
         if decision.action == "dense":
-            return self._dense(decision, key, q, k, v, dense, site.layer)
+            return self._dense(decision, key, q, k, v, dense, site.layer, site.grid)
         planning = None
         if decision.action == "plan":
             planning = Stopwatch(q.device)
             method = self.schedule.method_for(site)
-            plan = self.schedule.finish(method.plan(q, k, v, site, previous))
+            plan = self.schedule.finish(self.engine.plan(key, method, q, k, v, site, previous))
             planning.stop()
-            refused = self._judge.after(plan, site, key, q)
+            refused = self._judge.after(plan, site, key, q) if self._judges else None
             if refused is not None:
-                return self._dense(refused, key, q, k, v, dense, site.layer, planning)
+                return self._dense(refused, key, q, k, v, dense, site.layer, planning=planning)
             if self.on_plan is not None:
                 self.on_plan(site, plan)
             at_rest = plan if self.schedule.method.scope == "grid" else _at_rest(plan)  # one plan may lie about
@@ -262,26 +350,33 @@ class Session:
             plan = previous.plan.unpack()
             if key in self._drifts:
                 self._drifts[key].measure(q, k)
-        return self._sparse(plan, planning, site, q, k, v)
+        return self._sparse(key, plan, planning, site, q, k, v)
 
     def _site(self, layer: int, num_layers: int, grid: TokenGrid) -> Site:
         assert self._forward is not None
-        _, model, branch, order = self._forward
+        _, model, branch, order, _ = self._forward
         at = self.steps
-        return Site(grid, layer, num_layers, at.step, at.num_steps, at.sigma, branch, model, order is not None)
+        site = Site(grid, layer, num_layers, at.step, at.num_steps, at.sigma, branch, model, order is not None)
+        return self.engine.site(site)
 
     def _sparse(
-        self, plan: AttentionPlan, planning: Stopwatch | None, site: Site, q: Tensor, k: Tensor, v: Tensor
+        self,
+        key: tuple[Any, ...],
+        plan: AttentionPlan,
+        planning: Stopwatch | None,
+        site: Site,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
     ) -> Tensor:
         full = plan.block_mask.is_full
         # Of a new plan; anything finer would have to be read back from the device.
         if planning is not None and (full or plan.block_mask.num_k_blocks == 1):
-            check_blocks(self.schedule, self.schedule.method_for(site), site, q.shape[2])
-        backend = select(self.backend, q, k, v, plan)
+            check_blocks(self.schedule, self.schedule.method_for(site), site, site.grid.num_tokens)
         if site.in_order:
             self._check_order(plan)
         watch = Stopwatch(q.device)
-        out = sparse_attention(q, k, v, plan, backend=backend.name, in_order=site.in_order)
+        out, backend = self.engine.sparse(self.backend, q, k, v, plan, site.in_order)
         watch.stop()
         self.statistics.records.append(
             CallRecord(
@@ -289,9 +384,9 @@ class Session:
                 step=site.step,
                 branch=site.branch,
                 model=site.model,
-                density=None if full else plan.density,
+                density=None if full else self.engine.density(key, plan),
                 reason="every block kept" if full else "",
-                backend=backend.name,
+                backend=backend,
                 attention=watch,
                 planning=planning,
             )
@@ -314,11 +409,12 @@ class Session:
         v: Tensor,
         dense: DenseAttention,
         layer: int,
+        grid: TokenGrid | None = None,
         planning: Stopwatch | None = None,
     ) -> Tensor:
         watch = Stopwatch(q.device)
-        if decision.keep_lse and key is not None:
-            out, lse = dense_attention(q, k, v, return_lse=True)
+        if decision.keep_lse and key is not None and grid is not None:
+            out, lse = self.engine.dense(q, k, v, grid.num_tokens)
             self.previous[key] = Previous(None, lse, self.steps.step)
         else:
             out = dense()

@@ -59,8 +59,7 @@ def sparsify(
 
     Raises:
         ValueError: an unsupported family, a dense layer that the model does not have, a foreign attention processor,
-            context or tensor parallelism, a backend without the schedule's remainder, or a table of costs that cannot
-            be read.
+            tensor parallelism, a backend without the schedule's remainder, or a table of costs that cannot be read.
         NotSparseError: strict, and the installed diffusers is not the one the family's adapter was written for.
     """
     schedule = Schedule.of(method)
@@ -175,9 +174,13 @@ def save_plan(pipe: Any, path: str | os.PathLike[str], *, model: str = "", promp
         model, prompts: stored with the plans, for people.
 
     Raises:
-        ValueError: the pipeline is not sparsified with Paro, or has not run yet.
+        ValueError: the pipeline is not sparsified with Paro, has not run yet, or lies on several ranks.
     """
     session = _session(pipe)
+    if session.contexts:
+        raise ValueError(
+            "pipeline must be on one rank to save a plan, got context parallelism: a rank has its own heads"
+        )
     method = session.schedule.method
     if not isinstance(method, Paro):
         raise ValueError(f"pipeline must be sparsified with Paro to save a plan, got {method.name!r}")

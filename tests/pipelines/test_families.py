@@ -26,8 +26,8 @@ from dit_sparse import (
 )
 from dit_sparse.methods import METHODS as REGISTERED
 from dit_sparse.methods.gate_file import Gate, write_gates
+from dit_sparse.pipelines import engine as engine_module
 from dit_sparse.pipelines import observe, session_of, token_grid
-from dit_sparse.pipelines import session as session_module
 from dit_sparse.pipelines.families import FAMILIES as ADAPTERS
 from dit_sparse.pipelines.families import adapter_for
 from tests.pipelines.families import METHODS, Family
@@ -136,7 +136,7 @@ def test_sparse_equals_dense_attention_under_the_plans_own_mask(pipe, family, me
         mask = plan.block_mask.to_bool(*orders) if in_order else plan.token_mask()
         return F.scaled_dot_product_attention(q.double(), k.double(), v.double(), attn_mask=mask).to(q.dtype)
 
-    monkeypatch.setattr(session_module, "sparse_attention", oracle)
+    monkeypatch.setattr(engine_module, "sparse_attention", oracle)
     want = family.run(sparsify(pipe, method), prompts, **family.guided)
     assert (got - want).abs().max() <= 1e-4 * want.abs().max()
     assert (got - dense).abs().max() > 1e-3 * want.abs().max(), "sparsity changed nothing"
@@ -145,13 +145,13 @@ def test_sparse_equals_dense_attention_under_the_plans_own_mask(pipe, family, me
 def test_a_shared_order_taken_once_a_forward_changes_nothing(pipe, family, monkeypatch) -> None:
     """Tokens stand in tile order through all blocks; the pictures are those of moving them at every call."""
     method, in_order = Schedule(METHODS[0], dense_layers=(0,)), []
-    attend = session_module.sparse_attention
+    attend = engine_module.sparse_attention
 
     def spy(*tensors, **options) -> Tensor:
         in_order.append(options["in_order"])
         return attend(*tensors, **options)
 
-    monkeypatch.setattr(session_module, "sparse_attention", spy)
+    monkeypatch.setattr(engine_module, "sparse_attention", spy)
     got = family.run(sparsify(pipe, method))
     assert in_order
     assert all(in_order)

@@ -29,12 +29,12 @@ def make_tiny_wan(folder: str | Path, *, fine: bool = False, num_layers: int = 2
     return folder
 
 
-def tiny_wan(*, fine: bool = False, num_layers: int = 2, seed: int = 0) -> WanPipeline:
+def tiny_wan(*, fine: bool = False, num_layers: int = 2, seed: int = 0, heads: int = 2) -> WanPipeline:
     """The pipeline of `make_tiny_wan`, in memory; the global random state is left as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         vae = _vae(fine)
-        transformer = _transformer(vae.config.z_dim, patch=1 if fine else 2, num_layers=num_layers)
+        transformer = _transformer(vae.config.z_dim, patch=1 if fine else 2, num_layers=num_layers, heads=heads)
         tokenizer = tiny_tokenizer()
         text_encoder = _text_encoder(len(tokenizer))
     pipe = WanPipeline(
@@ -64,10 +64,10 @@ def _vae(fine: bool) -> AutoencoderKLWan:
     ).eval()
 
 
-def _transformer(channels: int, *, patch: int, num_layers: int) -> WanTransformer3DModel:
+def _transformer(channels: int, *, patch: int, num_layers: int, heads: int) -> WanTransformer3DModel:
     transformer = WanTransformer3DModel(
         patch_size=(1, patch, patch),
-        num_attention_heads=2,
+        num_attention_heads=heads,
         attention_head_dim=12,
         in_channels=channels,
         out_channels=channels,

@@ -46,7 +46,7 @@ def tiny_cogvideox(*, patch_size_t: int | None = None, rotary: bool = True, **op
             temporal_compression_ratio=4,
         )
         transformer = CogVideoXTransformer3DModel(
-            num_attention_heads=2,
+            num_attention_heads=options.pop("heads", 2),
             attention_head_dim=16,
             in_channels=options.pop("in_channels", 4),
             out_channels=4,
@@ -86,7 +86,7 @@ def tiny_hunyuan_video(**options: Any) -> HunyuanVideoPipeline:
         transformer = HunyuanVideoTransformer3DModel(
             in_channels=options.pop("in_channels", 4),
             out_channels=4,
-            num_attention_heads=2,
+            num_attention_heads=options.pop("heads", 2),
             attention_head_dim=16,
             num_layers=1,
             num_single_layers=1,
@@ -144,7 +144,7 @@ def tiny_flux(**options: Any) -> FluxPipeline:
             num_layers=1,
             num_single_layers=1,
             attention_head_dim=16,
-            num_attention_heads=2,
+            num_attention_heads=options.pop("heads", 2),
             joint_attention_dim=TEXT_DIM,
             pooled_projection_dim=POOLED_DIM,
             axes_dims_rope=(4, 4, 8),
@@ -188,7 +188,7 @@ def tiny_ltx_video(**options: Any) -> LTXPipeline:
         transformer = LTXVideoTransformer3DModel(
             in_channels=8,
             out_channels=8,
-            num_attention_heads=2,
+            num_attention_heads=options.pop("heads", 2),
             attention_head_dim=16,
             cross_attention_dim=32,
             num_layers=2,
