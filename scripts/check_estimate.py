@@ -1,7 +1,7 @@
-"""Compare what `dit-sparse estimate` predicts with what transformers and exchanges take here, and print its tables.
+"""Compare what `dit-sparse estimate` predicts with what transformers and exchanges take here, and renew the page on it.
 
     python scripts/check_estimate.py --out docs/scaling.json   # on this CPU; also compares with docs/benchmarks.md
-    python scripts/check_estimate.py --tables                  # the tables of docs/scaling.md
+    python scripts/check_estimate.py --tables docs/scaling.md  # renew the page's tables
 
 Two coefficients of the machine, the speed of linear layers and of all that is neither, are fitted to dense forwards of
 two sizes; attention's come from the cost model's table. Other sizes, widths, densities and kinds of step are then
@@ -60,6 +60,15 @@ MEASURED = (
 )
 """On one H200, from the table "A whole model" of docs/benchmarks.md; fused norms for Wan only."""
 
+TWO_GPUS = (
+    (Mesh(1, 1), (0.9729, 0.6049, 0.4512)),
+    (Mesh(2, 1), (0.5259, 0.3440, 0.2640)),
+    (Mesh(1, 2), (0.5560, 0.4825, 0.3691)),
+)
+"""Seconds of the same kinds of step of Wan 14B on H100s, 4 layers, blocks of 128, one branch: bench_parallel.py --model
+wan-14b --layers 4 --meshes 1x1 2x1 1x2 --steps 10 --rounds 1, two NVIDIA H100 80GB, torch 2.11.0+cu130, triton 3.6.0,
+fa3-fwd 0.0.3, commit 61ba564. The dense step of 1x2 and an exchange by itself gave coefficients."""
+
 FITTED = (("wan2.1-14b", 128), ("wan2.1-1.3b", 64))
 """The rows of `MEASURED` whose dense steps gave the H200's coefficients."""
 
@@ -106,10 +115,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("scaling.json"))
-    parser.add_argument("--tables", action="store_true", help="print the tables and measure nothing")
+    parser.add_argument("--tables", type=Path, metavar="PAGE", help="renew the tables of a page; measure nothing")
     options = parser.parse_args()
-    if options.tables:
-        print("\n".join([*prediction_rows(), "", *gpu_rows()]))
+    if options.tables is not None:
+        renew_tables(options.tables)
         return
     torch.set_num_threads(1)
     machine = fit_machine(options.rounds)
@@ -129,7 +138,7 @@ def main() -> None:
 
 def fit_machine(rounds: int) -> Machine:
     """This CPU, from dense forwards of two sizes: least squares of two coefficients."""
-    machine = Machine("fitted here", "cpu", "gather", 4, 1.0, {"fused": 1.0, "plain": 1.0}, 2e10, 1, 1.0, 1.0, 0.0)
+    machine = Machine("fitted here", "cpu", "gather", 4, 1.0, {"fused": 1.0, "plain": 1.0}, 2e10, 1, 1.0, 1.0, 0.0, 0.0)
     equations, seconds = [], []
     for small in FIT:
         run = _run(small, machine, 0.25)
@@ -226,6 +235,42 @@ def _exchange(rank: int, ranks: int, port: int, rounds: int, results: Any) -> No
     dist.destroy_process_group()
 
 
+def renew_tables(page: Path) -> None:
+    """Put the tables as they are now in the place of those with the same heading in `page`."""
+    lines = page.read_text("utf-8").splitlines()
+    report = json.loads(page.with_name("scaling.json").read_text("utf-8"))
+    for table in (prediction_rows(), gpu_rows(), two_gpu_rows(), forward_table(report), exchange_table(report)):
+        start = lines.index(table[0])
+        end = next((at for at in range(start, len(lines)) if not lines[at].startswith("|")), len(lines))
+        lines[start:end] = table
+    page.write_text("\n".join(lines) + "\n")
+
+
+def forward_table(report: dict[str, Any]) -> list[str]:
+    """The table of predicted over measured steps on a CPU."""
+    lines = ["| heads, feed-forward, tokens | density | dense | search | cached |", "|---|---|---|---|---|"]
+    rows = report["forwards"]
+    for start in range(0, len(rows), len(_KINDS)):
+        first = rows[start]
+        cells = [
+            f"{row['predicted']:.2f} / {row['measured']:.2f} = {row['predicted'] / row['measured']:.2f}"
+            for row in rows[start : start + len(_KINDS)]
+        ]
+        size = f"{first['heads']}, {first['feed_forward']}, {first['tokens']:,}"
+        lines.append(f"| {size} | {first['density']} | {' | '.join(cells)} |")
+    return lines
+
+
+def exchange_table(report: dict[str, Any]) -> list[str]:
+    """The table of predicted over measured exchanges between processes."""
+    lines = ["| processes | to each other one | predicted, ms | measured, ms | ratio |", "|---|---|---|---|---|"]
+    for row in report["exchange"]:
+        predicted, measured = 1e3 * row["predicted"], 1e3 * row["measured"]
+        size = f"{row['bytes_to_each'] // 2**20} MiB"
+        lines.append(f"| {row['ranks']} | {size} | {predicted:.2f} | {measured:.2f} | {predicted / measured:.2f} |")
+    return lines
+
+
 def gpu_steps() -> Iterator[tuple[str, int, str, float, float]]:
     """Model, block, kind of step, seconds predicted and measured on one H200."""
     for model, layers, block, options, measured in MEASURED:
@@ -234,6 +279,19 @@ def gpu_steps() -> Iterator[tuple[str, int, str, float, float]]:
         for kind, seconds in zip(_KINDS, measured, strict=True):
             parts = step_parts(run, Mesh(1, 1), kind)  # type: ignore[arg-type]
             yield model, block, kind, sum(parts.values()) * layers / run.shape.layers, seconds
+
+
+def two_gpu_rows() -> list[str]:
+    """The table of predicted over measured steps on one and two H100s."""
+    run = build_run("wan2.1-14b", method="adaspa", density=0.2, block=128, device="h100", guided=False)
+    lines = ["| mesh | dense | search | cached |", "|---|---|---|---|"]
+    for mesh, measured in TWO_GPUS:
+        cells = []
+        for kind, seconds in zip(_KINDS, measured, strict=True):
+            predicted = sum(step_parts(run, mesh, kind).values()) * 4 / run.shape.layers  # type: ignore[arg-type]
+            cells.append(f"{predicted:.3f} / {seconds:.3f} = {predicted / seconds:.2f}")
+        lines.append(f"| {mesh} | {' | '.join(cells)} |")
+    return lines
 
 
 def gpu_rows() -> list[str]:
