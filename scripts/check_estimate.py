@@ -3,10 +3,10 @@
     python scripts/check_estimate.py --out docs/scaling.json   # on this CPU; also compares with docs/benchmarks.md
     python scripts/check_estimate.py --tables docs/scaling.md  # renew the page's tables
 
-Two coefficients of the machine, the speed of linear layers and of all that is neither, are fitted to dense forwards of
-two sizes; attention's come from the cost model's table. Other sizes, widths, densities and kinds of step are then
-predicted. CPU times are the processor's own on one thread, medians, so that a busy machine does not matter much.
-The exchange is `all_to_all_single` over gloo between processes of this machine: latency and speed are fitted to two
+Two speeds of the machine, of dense attention and of linear layers with all the rest, are fitted to dense steps. What
+sparse attention and planning take against dense attention is the cost model's, so steps that make plans and that reuse
+them are predicted. CPU times are the processor's own on one thread, medians: a busy machine does not matter much.
+The exchange is `all_to_all_single` over gloo between two processes of this machine: latency and speed are fitted to two
 sizes, two others are predicted, and times are the least of all rounds, slowest rank.
 """
 
@@ -31,7 +31,7 @@ import torch.multiprocessing as multiprocessing
 from diffusers import WanTransformer3DModel
 from e2e_models import Bare
 
-from dit_sparse.bench.report import environment
+from dit_sparse.bench.report import environment, write_report
 from dit_sparse.estimate import Machine, Mesh, ModelShape, Run, estimate
 from dit_sparse.estimate.predict import step_parts
 from dit_sparse.estimate.request import build_run
@@ -107,8 +107,9 @@ class Small:
         return (self.frames - 1) // 2 + 1, self.height, self.width
 
 
-FIT = (Small(4, 1024, 7, 32, 32), Small(4, 1024, 7, 64, 64))
-CHECK = (Small(4, 1024, 7, 48, 64), Small(8, 1024, 7, 48, 48), Small(4, 4096, 7, 64, 64))
+SMALL = (Small(4, 1024, 7, 48, 64), Small(8, 1024, 7, 48, 48), Small(4, 4096, 7, 64, 64))
+DENSITIES = (0.5, 0.25)
+Measured = dict[tuple[Small, float], dict[str, float]]
 
 
 def main() -> None:
@@ -121,45 +122,44 @@ def main() -> None:
         renew_tables(options.tables)
         return
     torch.set_num_threads(1)
-    machine = fit_machine(options.rounds)
-    report = {
-        "environment": environment(torch.device("cpu")),
-        "machine": {"linear": machine.linear, "stream": machine.stream["fused"]},
-        "forwards": [row for small in CHECK for row in forward_rows(small, machine, options.rounds)],
-        "exchange": exchange_rows(options.rounds),
-        "gpu": [
-            dict(zip(("model", "block", "kind", "predicted", "measured"), row, strict=True)) for row in gpu_steps()
-        ],
-    }
-    options.out.write_text(json.dumps(report, indent=1) + "\n")
-    for row in (*report["forwards"], *report["exchange"], *report["gpu"]):
+    measured = {(small, density): measure(small, density, options.rounds) for small in SMALL for density in DENSITIES}
+    report = {"environment": environment(torch.device("cpu")), **forwards(measured)}
+    # Written twice: what is measured with patience outlives an exchange that fails.
+    write_report(report, options.out)
+    report["exchange"] = exchange_rows(options.rounds)
+    write_report(report, options.out)
+    for row in (*report["forwards"], *report["exchange"]):
         print(f"{row['predicted'] / row['measured']:.2f}", row)
 
 
-def fit_machine(rounds: int) -> Machine:
-    """This CPU, from dense forwards of two sizes: least squares of two coefficients."""
-    machine = Machine("fitted here", "cpu", "gather", 4, 1.0, {"fused": 1.0, "plain": 1.0}, 2e10, 1, 1.0, 1.0, 0.0, 0.0)
-    equations, seconds = [], []
-    for small in FIT:
-        run = _run(small, machine, 0.25)
-        parts = step_parts(run, Mesh(1, 1), "dense")
-        equations.append([parts["linear"], parts["passes"]])
-        seconds.append(measure(small, 0.25, rounds)["dense"] - parts["attention"])
-    # In relative terms, so that the small size counts as much.
-    weights = 1 / np.array(seconds)
-    (inverse, stream), *_ = np.linalg.lstsq(np.array(equations) * weights[:, None], np.ones(len(FIT)), rcond=None)
-    return replace(machine, linear=1 / inverse, stream={"fused": stream, "plain": stream})
-
-
-def forward_rows(small: Small, machine: Machine, rounds: int) -> Iterator[dict[str, Any]]:
-    """Seconds of every kind of step at two densities, predicted and measured."""
-    for density in (0.5, 0.25):
-        measured = measure(small, density, rounds)
+def forwards(measured: Measured) -> dict[str, Any]:
+    """The fitted speeds, and every step's seconds, predicted and measured."""
+    speeds = fit_speeds(measured)
+    rows = []
+    for (small, density), seconds in measured.items():
+        size = {"heads": small.heads, "feed_forward": small.feed_forward, "tokens": _run(small, density).tokens}
         for kind in _KINDS:
-            run = _run(small, machine, density)
-            predicted = sum(step_parts(run, Mesh(1, 1), kind).values())  # type: ignore[arg-type]
-            size = {"heads": small.heads, "feed_forward": small.feed_forward, "tokens": run.tokens}
-            yield size | {"density": density, "kind": kind, "predicted": predicted, "measured": measured[kind]}
+            predicted = float(np.dot(work(small, density, kind), 1 / np.array(speeds)))
+            found = {"density": density, "kind": kind, "predicted": predicted, "measured": seconds[kind]}
+            rows.append(size | found | {"fitted": kind == "dense"})
+    return {"speeds": dict(zip(("attention", "linear"), speeds, strict=True)), "forwards": rows}
+
+
+def work(small: Small, density: float, kind: str) -> tuple[float, float]:
+    """Operations of dense attention that attention and planning take as long as, and those of linear layers."""
+    run = _run(small, density)
+    parts = step_parts(run, Mesh(1, 1), kind)  # type: ignore[arg-type]
+    return (parts["attention"] + parts["planning"]) * run.machine.attention.flops, parts["linear"]
+
+
+def fit_speeds(measured: Measured) -> tuple[float, float]:
+    """Operations a second of attention and of linear layers, by least squares of dense steps in relative terms."""
+    steps = [(work(small, density, "dense"), seconds["dense"]) for (small, density), seconds in measured.items()]
+    equations = np.array([np.array(own) / seconds for own, seconds in steps])
+    attention, linear = map(float, np.linalg.lstsq(equations, np.ones(len(steps)), rcond=None)[0])
+    if min(attention, linear) <= 0:
+        raise SystemExit("the times are too noisy for two speeds to be fitted; run it again")
+    return 1 / attention, 1 / linear
 
 
 def measure(small: Small, density: float, rounds: int) -> dict[str, float]:
@@ -189,28 +189,26 @@ def _schedule(density: float) -> Schedule:
     return Schedule(AdaSpa(density=density, block=64), warmup=_WARMUP, refresh=(), never_slower=False)
 
 
-def _run(small: Small, machine: Machine, density: float) -> Run:
+def _run(small: Small, density: float) -> Run:
+    machine = Machine("fitted here", "cpu", "gather", 4, 1.0, {"fused": 0.0, "plain": 0.0}, 2e10, 1, 1.0, 1.0, 0.0, 0.0)
     return Run(small.shape(), small.frames, small.height, small.width, _STEPS, _schedule(density), machine)
 
 
-def exchange_rows(rounds: int) -> list[dict[str, Any]]:
-    """Seconds of exchanges between two and between four processes, predicted and measured."""
-    rows = []
-    for ranks in (2, 4):
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            port = server.getsockname()[1]
-        queue = multiprocessing.get_context("spawn").SimpleQueue()
-        multiprocessing.spawn(_exchange, (ranks, port, rounds, queue), nprocs=ranks)
-        seconds = dict(zip(_EXCHANGES, queue.get(), strict=True))
-        low, high = _EXCHANGES[0], _EXCHANGES[-1]
-        slope = (seconds[high] - seconds[low]) / (high - low)
-        latency = max(0.0, seconds[low] - slope * low)
-        for size in _EXCHANGES[1:-1]:
-            found = {"predicted": latency + slope * size, "measured": seconds[size]}
-            rows.append(
-                {"ranks": ranks, "bytes_to_each": size, "latency": latency, "speed": (ranks - 1) / slope} | found
-            )
-    return rows
+def exchange_rows(rounds: int, ranks: int = 2) -> list[dict[str, Any]]:
+    """Seconds of exchanges between processes, predicted and measured."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    queue = multiprocessing.get_context("spawn").SimpleQueue()
+    multiprocessing.spawn(_exchange, (ranks, port, rounds, queue), nprocs=ranks)
+    seconds = dict(zip(_EXCHANGES, queue.get(), strict=True))
+    low, high = _EXCHANGES[0], _EXCHANGES[-1]
+    slope = (seconds[high] - seconds[low]) / (high - low)
+    latency = max(0.0, seconds[low] - slope * low)
+    link = {"ranks": ranks, "latency": latency, "speed": (ranks - 1) / slope}
+    return [
+        link | {"bytes_to_each": size, "predicted": latency + slope * size, "measured": seconds[size]}
+        for size in _EXCHANGES[1:-1]
+    ]
 
 
 def _exchange(rank: int, ranks: int, port: int, rounds: int, results: Any) -> None:
@@ -254,6 +252,7 @@ def forward_table(report: dict[str, Any]) -> list[str]:
         first = rows[start]
         cells = [
             f"{row['predicted']:.2f} / {row['measured']:.2f} = {row['predicted'] / row['measured']:.2f}"
+            + (" (fitted)" if row["fitted"] else "")
             for row in rows[start : start + len(_KINDS)]
         ]
         size = f"{first['heads']}, {first['feed_forward']}, {first['tokens']:,}"

@@ -58,7 +58,7 @@ def test_operations_are_those_that_torch_counts():
         with FlopCounterMode(display=False) as counter:
             model(latents, torch.zeros(1), text)
     machine = replace(find_machine("h200"), linear=1.0)
-    parts = step_parts(replace(check_estimate._run(small, machine, 0.5)), Mesh(1, 1), "dense")
+    parts = step_parts(replace(check_estimate._run(small, 0.5), machine=machine), Mesh(1, 1), "dense")
     counted = parts["linear"] + parts["attention"] * machine.attention.flops
     # Embeddings, patches and the last layer are not in the model.
     assert counted == pytest.approx(counter.get_total_flops(), rel=0.03)
