@@ -1,12 +1,12 @@
-"""Compare what `dit-sparse estimate` predicts with what transformers and exchanges take here, and print its tables.
+"""Compare what `dit-sparse estimate` predicts with what transformers and exchanges take here, and renew the page on it.
 
     python scripts/check_estimate.py --out docs/scaling.json   # on this CPU; also compares with docs/benchmarks.md
-    python scripts/check_estimate.py --tables                  # the tables of docs/scaling.md
+    python scripts/check_estimate.py --tables docs/scaling.md  # renew the page's tables
 
-Two coefficients of the machine, the speed of linear layers and of all that is neither, are fitted to dense forwards of
-two sizes; attention's come from the cost model's table. Other sizes, widths, densities and kinds of step are then
-predicted. CPU times are the processor's own on one thread, medians, so that a busy machine does not matter much.
-The exchange is `all_to_all_single` over gloo between processes of this machine: latency and speed are fitted to two
+Two speeds of the machine, of dense attention and of linear layers with all the rest, are fitted to dense steps. What
+sparse attention and planning take against dense attention is the cost model's, so steps that make plans and that reuse
+them are predicted. CPU times are the processor's own on one thread, medians: a busy machine does not matter much.
+The exchange is `all_to_all_single` over gloo between two processes of this machine: latency and speed are fitted to two
 sizes, two others are predicted, and times are the least of all rounds, slowest rank.
 """
 
@@ -31,7 +31,7 @@ import torch.multiprocessing as multiprocessing
 from diffusers import WanTransformer3DModel
 from e2e_models import Bare
 
-from dit_sparse.bench.report import environment
+from dit_sparse.bench.report import environment, write_report
 from dit_sparse.estimate import Machine, Mesh, ModelShape, Run, estimate
 from dit_sparse.estimate.predict import step_parts
 from dit_sparse.estimate.request import build_run
@@ -59,6 +59,15 @@ MEASURED = (
     ("flux.1-dev", 6, 64, {"size": "2048x2048"}, (0.076, 0.082, 0.066)),
 )
 """On one H200, from the table "A whole model" of docs/benchmarks.md; fused norms for Wan only."""
+
+TWO_GPUS = (
+    (Mesh(1, 1), (0.9729, 0.6049, 0.4512)),
+    (Mesh(2, 1), (0.5259, 0.3440, 0.2640)),
+    (Mesh(1, 2), (0.5560, 0.4825, 0.3691)),
+)
+"""Seconds of the same kinds of step of Wan 14B on H100s, 4 layers, blocks of 128, one branch: bench_parallel.py --model
+wan-14b --layers 4 --meshes 1x1 2x1 1x2 --steps 10 --rounds 1, two NVIDIA H100 80GB, torch 2.11.0+cu130, triton 3.6.0,
+fa3-fwd 0.0.3, commit 61ba564. The dense step of 1x2 and an exchange by itself gave coefficients."""
 
 FITTED = (("wan2.1-14b", 128), ("wan2.1-1.3b", 64))
 """The rows of `MEASURED` whose dense steps gave the H200's coefficients."""
@@ -98,59 +107,59 @@ class Small:
         return (self.frames - 1) // 2 + 1, self.height, self.width
 
 
-FIT = (Small(4, 1024, 7, 32, 32), Small(4, 1024, 7, 64, 64))
-CHECK = (Small(4, 1024, 7, 48, 64), Small(8, 1024, 7, 48, 48), Small(4, 4096, 7, 64, 64))
+SMALL = (Small(4, 1024, 7, 48, 64), Small(8, 1024, 7, 48, 48), Small(4, 4096, 7, 64, 64))
+DENSITIES = (0.5, 0.25)
+Measured = dict[tuple[Small, float], dict[str, float]]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("scaling.json"))
-    parser.add_argument("--tables", action="store_true", help="print the tables and measure nothing")
+    parser.add_argument("--tables", type=Path, metavar="PAGE", help="renew the tables of a page; measure nothing")
     options = parser.parse_args()
-    if options.tables:
-        print("\n".join([*prediction_rows(), "", *gpu_rows()]))
+    if options.tables is not None:
+        renew_tables(options.tables)
         return
     torch.set_num_threads(1)
-    machine = fit_machine(options.rounds)
-    report = {
-        "environment": environment(torch.device("cpu")),
-        "machine": {"linear": machine.linear, "stream": machine.stream["fused"]},
-        "forwards": [row for small in CHECK for row in forward_rows(small, machine, options.rounds)],
-        "exchange": exchange_rows(options.rounds),
-        "gpu": [
-            dict(zip(("model", "block", "kind", "predicted", "measured"), row, strict=True)) for row in gpu_steps()
-        ],
-    }
-    options.out.write_text(json.dumps(report, indent=1) + "\n")
-    for row in (*report["forwards"], *report["exchange"], *report["gpu"]):
+    measured = {(small, density): measure(small, density, options.rounds) for small in SMALL for density in DENSITIES}
+    report = {"environment": environment(torch.device("cpu")), **forwards(measured)}
+    # Written twice: what is measured with patience outlives an exchange that fails.
+    write_report(report, options.out)
+    report["exchange"] = exchange_rows(options.rounds)
+    write_report(report, options.out)
+    for row in (*report["forwards"], *report["exchange"]):
         print(f"{row['predicted'] / row['measured']:.2f}", row)
 
 
-def fit_machine(rounds: int) -> Machine:
-    """This CPU, from dense forwards of two sizes: least squares of two coefficients."""
-    machine = Machine("fitted here", "cpu", "gather", 4, 1.0, {"fused": 1.0, "plain": 1.0}, 2e10, 1, 1.0, 1.0, 0.0)
-    equations, seconds = [], []
-    for small in FIT:
-        run = _run(small, machine, 0.25)
-        parts = step_parts(run, Mesh(1, 1), "dense")
-        equations.append([parts["linear"], parts["passes"]])
-        seconds.append(measure(small, 0.25, rounds)["dense"] - parts["attention"])
-    # In relative terms, so that the small size counts as much.
-    weights = 1 / np.array(seconds)
-    (inverse, stream), *_ = np.linalg.lstsq(np.array(equations) * weights[:, None], np.ones(len(FIT)), rcond=None)
-    return replace(machine, linear=1 / inverse, stream={"fused": stream, "plain": stream})
-
-
-def forward_rows(small: Small, machine: Machine, rounds: int) -> Iterator[dict[str, Any]]:
-    """Seconds of every kind of step at two densities, predicted and measured."""
-    for density in (0.5, 0.25):
-        measured = measure(small, density, rounds)
+def forwards(measured: Measured) -> dict[str, Any]:
+    """The fitted speeds, and every step's seconds, predicted and measured."""
+    speeds = fit_speeds(measured)
+    rows = []
+    for (small, density), seconds in measured.items():
+        size = {"heads": small.heads, "feed_forward": small.feed_forward, "tokens": _run(small, density).tokens}
         for kind in _KINDS:
-            run = _run(small, machine, density)
-            predicted = sum(step_parts(run, Mesh(1, 1), kind).values())  # type: ignore[arg-type]
-            size = {"heads": small.heads, "feed_forward": small.feed_forward, "tokens": run.tokens}
-            yield size | {"density": density, "kind": kind, "predicted": predicted, "measured": measured[kind]}
+            predicted = float(np.dot(work(small, density, kind), 1 / np.array(speeds)))
+            found = {"density": density, "kind": kind, "predicted": predicted, "measured": seconds[kind]}
+            rows.append(size | found | {"fitted": kind == "dense"})
+    return {"speeds": dict(zip(("attention", "linear"), speeds, strict=True)), "forwards": rows}
+
+
+def work(small: Small, density: float, kind: str) -> tuple[float, float]:
+    """Operations of dense attention that attention and planning take as long as, and those of linear layers."""
+    run = _run(small, density)
+    parts = step_parts(run, Mesh(1, 1), kind)  # type: ignore[arg-type]
+    return (parts["attention"] + parts["planning"]) * run.machine.attention.flops, parts["linear"]
+
+
+def fit_speeds(measured: Measured) -> tuple[float, float]:
+    """Operations a second of attention and of linear layers, by least squares of dense steps in relative terms."""
+    steps = [(work(small, density, "dense"), seconds["dense"]) for (small, density), seconds in measured.items()]
+    equations = np.array([np.array(own) / seconds for own, seconds in steps])
+    attention, linear = map(float, np.linalg.lstsq(equations, np.ones(len(steps)), rcond=None)[0])
+    if min(attention, linear) <= 0:
+        raise SystemExit("the times are too noisy for two speeds to be fitted; run it again")
+    return 1 / attention, 1 / linear
 
 
 def measure(small: Small, density: float, rounds: int) -> dict[str, float]:
@@ -180,28 +189,26 @@ def _schedule(density: float) -> Schedule:
     return Schedule(AdaSpa(density=density, block=64), warmup=_WARMUP, refresh=(), never_slower=False)
 
 
-def _run(small: Small, machine: Machine, density: float) -> Run:
+def _run(small: Small, density: float) -> Run:
+    machine = Machine("fitted here", "cpu", "gather", 4, 1.0, {"fused": 0.0, "plain": 0.0}, 2e10, 1, 1.0, 1.0, 0.0, 0.0)
     return Run(small.shape(), small.frames, small.height, small.width, _STEPS, _schedule(density), machine)
 
 
-def exchange_rows(rounds: int) -> list[dict[str, Any]]:
-    """Seconds of exchanges between two and between four processes, predicted and measured."""
-    rows = []
-    for ranks in (2, 4):
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            port = server.getsockname()[1]
-        queue = multiprocessing.get_context("spawn").SimpleQueue()
-        multiprocessing.spawn(_exchange, (ranks, port, rounds, queue), nprocs=ranks)
-        seconds = dict(zip(_EXCHANGES, queue.get(), strict=True))
-        low, high = _EXCHANGES[0], _EXCHANGES[-1]
-        slope = (seconds[high] - seconds[low]) / (high - low)
-        latency = max(0.0, seconds[low] - slope * low)
-        for size in _EXCHANGES[1:-1]:
-            found = {"predicted": latency + slope * size, "measured": seconds[size]}
-            rows.append(
-                {"ranks": ranks, "bytes_to_each": size, "latency": latency, "speed": (ranks - 1) / slope} | found
-            )
-    return rows
+def exchange_rows(rounds: int, ranks: int = 2) -> list[dict[str, Any]]:
+    """Seconds of exchanges between processes, predicted and measured."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    queue = multiprocessing.get_context("spawn").SimpleQueue()
+    multiprocessing.spawn(_exchange, (ranks, port, rounds, queue), nprocs=ranks)
+    seconds = dict(zip(_EXCHANGES, queue.get(), strict=True))
+    low, high = _EXCHANGES[0], _EXCHANGES[-1]
+    slope = (seconds[high] - seconds[low]) / (high - low)
+    latency = max(0.0, seconds[low] - slope * low)
+    link = {"ranks": ranks, "latency": latency, "speed": (ranks - 1) / slope}
+    return [
+        link | {"bytes_to_each": size, "predicted": latency + slope * size, "measured": seconds[size]}
+        for size in _EXCHANGES[1:-1]
+    ]
 
 
 def _exchange(rank: int, ranks: int, port: int, rounds: int, results: Any) -> None:
@@ -226,6 +233,43 @@ def _exchange(rank: int, ranks: int, port: int, rounds: int, results: Any) -> No
     dist.destroy_process_group()
 
 
+def renew_tables(page: Path) -> None:
+    """Put the tables as they are now in the place of those with the same heading in `page`."""
+    lines = page.read_text("utf-8").splitlines()
+    report = json.loads(page.with_name("scaling.json").read_text("utf-8"))
+    for table in (prediction_rows(), gpu_rows(), two_gpu_rows(), forward_table(report), exchange_table(report)):
+        start = lines.index(table[0])
+        end = next((at for at in range(start, len(lines)) if not lines[at].startswith("|")), len(lines))
+        lines[start:end] = table
+    page.write_text("\n".join(lines) + "\n")
+
+
+def forward_table(report: dict[str, Any]) -> list[str]:
+    """The table of predicted over measured steps on a CPU."""
+    lines = ["| heads, feed-forward, tokens | density | dense | search | cached |", "|---|---|---|---|---|"]
+    rows = report["forwards"]
+    for start in range(0, len(rows), len(_KINDS)):
+        first = rows[start]
+        cells = [
+            f"{row['predicted']:.2f} / {row['measured']:.2f} = {row['predicted'] / row['measured']:.2f}"
+            + (" (fitted)" if row["fitted"] else "")
+            for row in rows[start : start + len(_KINDS)]
+        ]
+        size = f"{first['heads']}, {first['feed_forward']}, {first['tokens']:,}"
+        lines.append(f"| {size} | {first['density']} | {' | '.join(cells)} |")
+    return lines
+
+
+def exchange_table(report: dict[str, Any]) -> list[str]:
+    """The table of predicted over measured exchanges between processes."""
+    lines = ["| processes | to each other one | predicted, ms | measured, ms | ratio |", "|---|---|---|---|---|"]
+    for row in report["exchange"]:
+        predicted, measured = 1e3 * row["predicted"], 1e3 * row["measured"]
+        size = f"{row['bytes_to_each'] // 2**20} MiB"
+        lines.append(f"| {row['ranks']} | {size} | {predicted:.2f} | {measured:.2f} | {predicted / measured:.2f} |")
+    return lines
+
+
 def gpu_steps() -> Iterator[tuple[str, int, str, float, float]]:
     """Model, block, kind of step, seconds predicted and measured on one H200."""
     for model, layers, block, options, measured in MEASURED:
@@ -234,6 +278,19 @@ def gpu_steps() -> Iterator[tuple[str, int, str, float, float]]:
         for kind, seconds in zip(_KINDS, measured, strict=True):
             parts = step_parts(run, Mesh(1, 1), kind)  # type: ignore[arg-type]
             yield model, block, kind, sum(parts.values()) * layers / run.shape.layers, seconds
+
+
+def two_gpu_rows() -> list[str]:
+    """The table of predicted over measured steps on one and two H100s."""
+    run = build_run("wan2.1-14b", method="adaspa", density=0.2, block=128, device="h100", guided=False)
+    lines = ["| mesh | dense | search | cached |", "|---|---|---|---|"]
+    for mesh, measured in TWO_GPUS:
+        cells = []
+        for kind, seconds in zip(_KINDS, measured, strict=True):
+            predicted = sum(step_parts(run, mesh, kind).values()) * 4 / run.shape.layers  # type: ignore[arg-type]
+            cells.append(f"{predicted:.3f} / {seconds:.3f} = {predicted / seconds:.2f}")
+        lines.append(f"| {mesh} | {' | '.join(cells)} |")
+    return lines
 
 
 def gpu_rows() -> list[str]:

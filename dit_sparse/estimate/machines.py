@@ -29,6 +29,7 @@ class Machine:
         node: devices of one host.
         link, network: bytes a second that a device sends to those of its host, and to those of others.
         latency: seconds of one exchange, whatever its size.
+        merge: seconds a byte of a device's share of the hidden state, for each part of a ring that is merged into it.
     """
 
     source: str
@@ -42,6 +43,7 @@ class Machine:
     link: float
     network: float
     latency: float
+    merge: float
 
     @property
     def attention(self) -> DeviceCosts:

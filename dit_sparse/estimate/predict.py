@@ -197,9 +197,9 @@ def step_parts(run: Run, mesh: Mesh, kind: Kind) -> dict[str, float]:
 
         attention  B L h/R (4 H N^2 D / flops) x [1, or the cost model's ratio for the layers that are sparse]
         planning   B L h/R (4 H N^2 D / flops) x plan, in steps that make plans
-        linear     B L (2 products N d^2 + 2 (2 + 2 / N) C d N ...) / (P linear)
-        passes     B L stream 2 N d / P
-        exchange   B L (4 N d / P (U - 1) / U + 2 N d / P (R - 1)) itemsize / speed
+        linear     B L (2 products N d^2 + 4 C d (N + d)) / (P linear), C tokens of cross-attention
+        passes     B L stream S / P, S the bytes of the hidden state
+        exchange   B L (4 S / (P U) to each of U - 1 devices + 2 S / P to each of R - 1 + merge R S / P if R > 1)
     """
     shape, machine = run.shape, run.machine
     calls = run.branches * shape.layers
@@ -272,7 +272,8 @@ def _exchange(hidden_bytes: float, mesh: Mesh, machine: Machine) -> float:
     ulysses = _send(4 * share / mesh.ulysses, mesh.ulysses, 1, machine)
     # A ring's neighbours are as far apart as one group of heads is wide.
     ring = _send(2 * share, mesh.ring, mesh.ulysses, machine)
-    return ulysses + ring + machine.latency * (2 * (mesh.ulysses > 1) + (mesh.ring > 1))
+    merged = machine.merge * share * mesh.ring if mesh.ring > 1 else 0.0
+    return ulysses + ring + merged + machine.latency * (2 * (mesh.ulysses > 1) + (mesh.ring > 1))
 
 
 def _send(each: float, ranks: int, apart: int, machine: Machine) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 import socket
 import warnings
@@ -17,7 +16,7 @@ from dit_sparse.cluster import ActorPool, WorkerLost, connect, portable
 from dit_sparse.generate.listener import Listener
 from dit_sparse.generate.render import Failed, Rendered, Renderer, partial_name
 from dit_sparse.generate.request import Clip, Request, Settings
-from dit_sparse.generate.video import partial_path, remove_partials
+from dit_sparse.generate.video import partial_path, remove_own_partials
 
 __all__ = ["RayExecutor"]
 
@@ -52,7 +51,7 @@ class RayExecutor:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._pool.close()
         self._disconnect()
-        remove_partials(self._folder, owner=os.getpid())
+        remove_own_partials(self._folder)
 
     def defaults(self) -> dict[str, Any]:
         """See `Executor.defaults`."""

@@ -17,6 +17,7 @@ __all__ = [
     "partial_path",
     "place",
     "remove",
+    "remove_own_partials",
     "remove_partials",
     "to_uint8",
     "write_partial",
@@ -123,8 +124,8 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def remove_partials(folder: Path, names: Sequence[str] = (), owner: int | None = None) -> None:
-    """Remove what processes that no longer run, and the process `owner`, left unfinished in `folder`.
+def remove_partials(folder: Path, names: Sequence[str] = ()) -> None:
+    """Remove what processes that no longer run left unfinished in `folder`.
 
     Args:
         names: stems of the only files that are meant, where processes on other machines write others here.
@@ -132,8 +133,14 @@ def remove_partials(folder: Path, names: Sequence[str] = (), owner: int | None =
     for path in folder.glob(f"{_PREFIX}*"):
         pid = path.name[len(_PREFIX) :].partition("-")[0]
         meant = not names or path.stem.endswith(tuple(f"-{name}" for name in names))
-        if meant and (not pid.isdigit() or int(pid) == owner or not _alive(int(pid))):
+        if meant and not (pid.isdigit() and _alive(int(pid))):
             remove(path)
+
+
+def remove_own_partials(folder: Path) -> None:
+    """Remove what this process, or workers that write for it, left unfinished in `folder`."""
+    for path in folder.glob(f"{_PREFIX}{os.getpid()}-*"):
+        remove(path)
 
 
 def _write_mp4(frames: np.ndarray, path: Path, fps: int) -> None:

@@ -74,7 +74,6 @@ def _lines():
     return [json.loads(line) for line in Path("out", MANIFEST).read_text("utf-8").splitlines()]
 
 
-@pytest.mark.timeout(300)
 def test_a_killed_worker_and_a_bad_prompt(request_for):
     request = request_for(*PROMPTS[:10], "bad", *PROMPTS[10:])
     with on_ray.RayExecutor(request, workers=3) as executor:
