@@ -53,8 +53,9 @@ class Drawing:
     shapes: list[_Line | _Text] = field(default_factory=list)
 
     def line(self, points: Sequence[Point], colour: str = INK, width: float = 1, *, dashed: bool = False) -> None:
-        """A line through `points`."""
-        self.shapes.append(_Line(tuple(points), colour, width, dashed))
+        """A line through `points`; fewer than two make none."""
+        if len(points) > 1:
+            self.shapes.append(_Line(tuple(points), colour, width, dashed))
 
     def box(self, corner: Point, other: Point, colour: str) -> None:
         """The outline of a rectangle."""

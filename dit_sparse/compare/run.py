@@ -186,7 +186,7 @@ class _Runner:
             rendering = self.stage.render(case.schedule, clip.prompt, seed, trace=job.request.trace)
             frames = to_uint8(rendering.frames)
             dense = dense or _Dense(frames, rendering.seconds, _digest(frames), _file(job, DENSE, clip, "reference"))
-            line = _line(job, case, clip, seed, rendering, dense) | _fidelity(job, frames, dense.frames, self.stage)
+            line = _line(job, case, clip, seed, rendering, dense) | _fidelity(job, frames, dense.frames)
         # A method can fail in any way, and what the others give is still wanted.
         except Exception as error:  # noqa: BLE001
             self._broken.add(case.label)
@@ -264,11 +264,11 @@ def _line(job: Job, case: Case, clip: Clip, seed: int, rendering: Rendering, den
     }
 
 
-def _fidelity(job: Job, frames: np.ndarray, dense: np.ndarray, stage: Stage) -> dict[str, Any]:
+def _fidelity(job: Job, frames: np.ndarray, dense: np.ndarray) -> dict[str, Any]:
     """The figures of every convention; both videos as 8-bit frames, so that a resumed run measures the same."""
     import torch
 
-    a, b = (torch.from_numpy(x).to(stage.pipe.device) for x in (frames, dense))
+    a, b = (torch.from_numpy(x).to(job.settings["device"]) for x in (frames, dense))
     found = {c.name: compare(a, b, convention=c, lpips=job.lpips).to_dict() for c in job.conventions}
     first = found[job.conventions[0].name]
     shared = ("identical", "identical_frames", "frames")

@@ -129,6 +129,9 @@ def test_places_are_those_of_the_figures(tmp_path: Path) -> None:
 def test_what_cannot_be_drawn_is_left_out(tmp_path: Path) -> None:
     record = crowded() | {"runs": [run_of("dense", 1.0, None, 1.0, "dense")]}
     assert draw_pareto(record, tmp_path) == []
+    record["runs"].append(run_of("random blocks 0.5", 0.5, 12.0, 1.3, "floor"))
+    assert len(draw_pareto(record, tmp_path)) == 2
+    assert "random blocks" in (tmp_path / "pareto.svg").read_text()
     record["runs"].append(run_of("adaspa <&> 0.5", 0.5, 30.0, 1.2))
     draw_pareto(record, tmp_path)
     assert "adaspa &lt;&amp;&gt;" in (tmp_path / "pareto.svg").read_text()
