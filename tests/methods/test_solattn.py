@@ -39,7 +39,7 @@ def deviations(q: Tensor, k: Tensor, blocks: list[Block], i: int) -> list[float]
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
-@pytest.mark.parametrize("tau", [-0.5, 0.4, 1.0])
+@pytest.mark.parametrize("tau", [-0.5, 0.4])
 def test_equals_the_literal_threshold(grid: TokenGrid, tau: float) -> None:
     tensors = random_qkv(grid)
     plan = SolAttention(tau, block=4).plan(*tensors, Site(grid), None)
