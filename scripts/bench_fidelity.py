@@ -340,6 +340,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
         except ValueError as error:
             raise SystemExit(str(error)) from None
         return
+    bench = open_bench(options)
+    methods = [find_method(name)() for name in options.methods]
+    methods += [] if options.seer is None else [SeerAttention(weights=str(options.seer))]
+    cases = method_cases(methods, options.densities)
+    if "paro" in options.methods:
+        cases += plan_cases(options.densities, options.out.with_name(f"{options.out.name}.plans"))
+    floors = floor_cases(options.densities) if options.floors else []
+    bench.videos([*cases, *options.also, *floors], options.prompts)
+    if "adaspa" in options.methods if options.searches is None else options.searches:
+        bench.searches(options.prompts)
+    print_report(bench.report, console)
+    if bench.report["failed"]:
+        raise SystemExit(1)
+
+
+def open_bench(options: argparse.Namespace) -> Bench:
+    """The demo model and the report that `options` name."""
     frames, height, width = options.size
     settings = {
         "steps": options.steps,
@@ -364,19 +381,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "width": width,
         "num_inference_steps": options.steps,
     }
-    methods = [find_method(name)() for name in options.methods]
-    methods += [] if options.seer is None else [SeerAttention(weights=str(options.seer))]
-    cases = method_cases(methods, options.densities)
-    if "paro" in options.methods:
-        cases += plan_cases(options.densities, options.out.with_name(f"{options.out.name}.plans"))
-    bench = Bench(pipe, call, report, options.out)
-    floors = floor_cases(options.densities) if options.floors else []
-    bench.videos([*cases, *options.also, *floors], options.prompts)
-    if "adaspa" in options.methods if options.searches is None else options.searches:
-        bench.searches(options.prompts)
-    print_report(report, console)
-    if report["failed"]:
-        raise SystemExit(1)
+    return Bench(pipe, call, report, options.out)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,10 @@ MAY_IMPORT = {
     },
     "compare": {"methods", "schedule", "pipelines", "bench", "eval", "generate"},
     "vbench": {"eval", "generate"},
-    "calibrate": {"types", "block_mask", "masks", "reorder", "methods", "pipelines", "generate"},
+    "calibrate": {
+        *("types", "block_mask", "kernels", "masks", "reorder", "methods", "schedule", "attention", "pipelines"),
+        *("eval", "generate", "compare"),
+    },
     "report": {"schedule", "generate", "bench", "compare"},
     "analyze": {
         *("types", "block_mask", "masks", "methods", "schedule", "pipelines", "bench", "generate", "calibrate"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from types import TracebackType
@@ -9,12 +10,17 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
+from dit_sparse.calibrate.quality import for_error, for_psnr
 from dit_sparse.calibrate.run import Calibration, Listener, calibrate
 from dit_sparse.generate import Request, models
+from dit_sparse.generate.report import loading
 from dit_sparse.generate.run import check_folder
+from dit_sparse.methods import find_method
 from dit_sparse.methods.plan_file import PlanFile
 from dit_sparse.pipelines import check
+from dit_sparse.schedule import Schedule
 from dit_sparse.types import Method
 
 
@@ -65,10 +71,59 @@ def calibrate_with_progress(
         )
 
 
+def wants_quality(method: str, error: float | None, psnr: float | None) -> bool:
+    """Whether densities are asked for by quality, and not a plan file.
+
+    Raises:
+        ValueError: both qualities, or another method than `paro` without one.
+    """
+    if error is not None and psnr is not None:
+        raise ValueError("give --error or --psnr, not both")
+    if error is None and psnr is None and method != "paro":
+        raise ValueError(f"method must be paro to make a plan file, got {method!r}: give --error or --psnr with it")
+    return error is not None or psnr is not None
+
+
+def calibrate_quality(
+    request: Request,
+    path: Path,
+    method: str,
+    error: float | None,
+    psnr: float | None,
+    warmup: float,
+    console: Console,
+) -> Table:
+    """Write the config of `method` that has the quality asked for to `path`; what was measured, as a table.
+
+    Raises:
+        ValueError, OSError: as `prepare`, `for_error` and `for_psnr`.
+    """
+    schedule = Schedule(find_method(method)(), warmup=warmup)
+    with loading(console, request.model):
+        pipe, arguments = prepare(request, schedule.method)
+    steps = int(arguments["num_inference_steps"])
+    with ProgressListener(console, steps * len(request.prompts) if psnr is None else None) as listener:
+        calls = {"seed": request.seed, "listener": listener, **arguments}
+        if error is not None:
+            found = for_error(pipe, request.prompts, schedule, error, **calls)
+        else:
+            assert psnr is not None
+            found = for_psnr(pipe, request.prompts, schedule, psnr, **calls)
+    path.write_text(json.dumps(found.schedule.to_config(), indent=2) + "\n", encoding="utf-8")
+    table = Table(title="Relative error by layer" if psnr is None else "PSNR by prompt, dB", title_justify="left")
+    table.add_column("density", justify="right")
+    form = ".3f" if psnr is None else ".2f"
+    for number in range(len(next(iter(found.measured.values())))):
+        table.add_column(str(number if psnr is None else number + 1), justify="right")
+    for density, values in sorted(found.measured.items()):
+        table.add_row(f"{density:g}", *(format(value, form) for value in values))
+    return table
+
+
 class ProgressListener(Listener):
     """Shows a calibration of `total` steps on `console`: a bar where it is a terminal, else a line a run."""
 
-    def __init__(self, console: Console, total: int) -> None:
+    def __init__(self, console: Console, total: int | None) -> None:
         self._console = console
         self._progress = Progress(
             TextColumn("{task.description}"),

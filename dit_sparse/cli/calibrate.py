@@ -16,12 +16,21 @@ def calibrate(
     prompts: Annotated[Path | None, opt.option("Text file, UTF-8, one prompt a line; one or two are enough.")] = None,
     prompt: opt.Prompt = None,
     model: opt.Model = None,
+    method: Annotated[str, opt.option("paro, or with --error or --psnr a method that takes a density.")] = "paro",
+    error: Annotated[
+        float | None, opt.option("Largest relative error of a layer's attention; each gets the density it needs.")
+    ] = None,
+    psnr: Annotated[float | None, opt.option("Least PSNR in dB of every prompt's video against dense.")] = None,
+    warmup: Annotated[float, opt.option("With --error or --psnr: share of the steps that run dense.")] = 0.0,
     density: Annotated[float, opt.option("Share of query-key pairs computed.")] = 0.3,
     threshold: Annotated[
         str, opt.option("head: each head gets the density; global: one threshold for all heads.")
     ] = "head",
     shared_from: Annotated[float, opt.option("Share of the run from which one mask serves all steps.")] = 0.5,
-    out: Annotated[Path, opt.option("The plan file.", opt.OUTPUT)] = Path("plan.safetensors"),
+    out: Annotated[
+        Path | None,
+        opt.option("The plan file, or the config.", opt.OUTPUT, default="plan.safetensors, or METHOD.json"),
+    ] = None,
     scratch: Annotated[Path | None, opt.option("Folder for large files meanwhile.", opt.OUTPUT)] = None,
     height: opt.Height = None,
     width: opt.Width = None,
@@ -45,9 +54,12 @@ def calibrate(
     device: opt.Device = "auto",
     offload: opt.Offload = "none",
 ) -> None:
-    """Choose token orders and masks once, for `generate --method paro --plan-file`.
+    """Choose token orders and masks once, for `generate --method paro --plan-file`, or densities for a wanted quality.
 
     The model runs dense over the prompts twice. The plan serves this model and size, and any prompt and steps.
+
+    With --error or --psnr it writes a config for `generate --config` instead: the least densities of a method, of each
+    layer or of all, with which the error is small enough or the video near enough to the dense one.
     """
     console = Console(stderr=True)
     with user_errors():
@@ -56,9 +68,12 @@ def calibrate(
         from dit_sparse.generate import Request, report
         from dit_sparse.methods import Paro
 
+        wants_quality = command.wants_quality(method, error, psnr)
+        if out is None:
+            out = Path(f"{method}.json" if wants_quality else "plan.safetensors")
         given: dict[str, Any] = {"sigma": sigma, "epsilon": epsilon, "alpha": alpha, "sample_blocks": sample_blocks}
-        method = Paro(density, block, **{name: value for name, value in given.items() if value is not None})
-        calibration = Calibration(method, threshold, shared_from, seed)  # type: ignore[arg-type]
+        paro = Paro(density, block, **{name: value for name, value in given.items() if value is not None})
+        calibration = Calibration(paro, threshold, shared_from, seed)  # type: ignore[arg-type]
         request = Request(
             prompts=tuple(opt.collect_prompts([] if prompts is None else [str(prompts)], prompt)),
             config={},
@@ -76,6 +91,11 @@ def calibrate(
             offload=offload,
         )
         with report.warnings_as_lines(console):
+            if wants_quality:
+                table = command.calibrate_quality(request, out, method, error, psnr, warmup, console)
+                report.output_console().print(table)
+                report.output_console().print(f"config: {out}", markup=False, highlight=False, soft_wrap=True)
+                return
             with report.loading(console, model):
                 pipe, arguments = command.prepare(request, calibration.method)
             file = command.calibrate_with_progress(pipe, request, out, calibration, arguments, scratch, console)

@@ -50,7 +50,7 @@ class LeastError(AnyGrid):
     tile: tuple[int, int, int] = field(default=(2, 4, 8), metadata={"help": "tokens of a tile; one tile is one block"})
     rows: int = field(default=8, metadata={"help": "queries of every block that a search attends with"})
     early: float = field(
-        default=8.0, metadata={"help": "density of the first fifth of the steps over that of the others"}
+        default=4.0, metadata={"help": "density of the first fifth of the steps over that of the others"}
     )
 
     name: ClassVar[str] = "lea"
@@ -74,7 +74,7 @@ class LeastError(AnyGrid):
             check_block("tile", side)
         check_count("rows", self.rows)
         if isinstance(self.early, bool) or not isinstance(self.early, (int, float)) or not 1 <= self.early < 1e6:
-            raise ValueError(f"early must be at least 1 and below a million, got {self.early!r}: 8 is the default")
+            raise ValueError(f"early must be at least 1 and below a million, got {self.early!r}: 4 is the default")
 
     def shared_order(self, grid: TokenGrid, device: torch.device) -> TokenOrder:
         """The order by tiles."""
@@ -101,11 +101,19 @@ class LeastError(AnyGrid):
             return AttentionPlan(order, order, BlockMask.full(order.offsets, order.offsets))
         if not site.in_order:
             q, k, v = (order.permute(x) for x in (q, k, v))
-        branches = 2 if site.branch == "cond_uncond" and q.shape[0] % 2 == 0 else 1
-        errors = output_errors(q, k, v, order, order, rows=self.rows)
+        errors = self.errors(q, k, v, order)
         # Both branches of a sample have one plan also where they come in one batch.
+        branches = 2 if site.branch == "cond_uncond" and q.shape[0] % 2 == 0 else 1
         errors = errors.unflatten(0, (branches, -1)).sum(0)
         errors = errors if site.heads is None else site.heads.gather(errors)
-        kept = best_blocks(errors, density, order.offsets, site.grid)
+        kept = self.choose(errors, density, order, site.grid)
         kept = kept if site.heads is None else site.heads.own(kept)
         return AttentionPlan.from_kept(order, kept.repeat(branches, 1, 1, 1), remainder=self.own_remainder)
+
+    def errors(self, q: Tensor, k: Tensor, v: Tensor, order: TokenOrder) -> Tensor:
+        """`[B, H, M, M]` float32: what leaving each block to its mean costs, of tokens in the order's positions."""
+        return output_errors(q, k, v, order, order, rows=self.rows)
+
+    def choose(self, errors: Tensor, density: float, order: TokenOrder, grid: TokenGrid) -> Tensor:
+        """`[B, H, M, M]` bool: the blocks that are kept at `density`, all heads together."""
+        return best_blocks(errors, density, order.offsets, grid)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from dit_sparse.calibrate.quality import DENSITIES
 from tests.cli.command import SMALL, exit_code, prompts_file
 
 
@@ -32,11 +33,29 @@ def test_calibrates_inspects_and_generates_from_the_plan(model, capsys):
     assert sorted(p.name for p in Path().iterdir()) == ["out", "plan.png", "plan.safetensors", "prompts.txt"]
 
 
+def test_calibrates_for_a_quality_and_generates_from_the_config(model, capsys):
+    command = ["calibrate", "--prompt", "a red ball", "--model", model, *SMALL, "--method", "lea"]
+    assert exit_code(*command, "--error", "0.9") == 0
+    output = capsys.readouterr().out
+    assert "Relative error by layer" in output
+    assert "config: lea.json" in output
+    config = json.loads(Path("lea.json").read_text())
+    assert (config["method"], config["warmup"]) == ("lea", 0)
+    assert set(config["layer_densities"]) <= {*DENSITIES, 1.0}
+    run = ["generate", "--prompt", "a ball", "--model", model, *SMALL, "--config", "lea.json", "--out", "out"]
+    assert exit_code(*run, "--no-strict") == 0
+    assert exit_code(*command, "--psnr", "1", "--out", "other.json") == 0
+    assert json.loads(Path("other.json").read_text())["density"] == DENSITIES[0]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["calibrate"], "no prompts"),
         (["calibrate", "--prompt", "a", "--density", "2"], "density must be above 0"),
+        (["calibrate", "--prompt", "a", "--error", "0.5", "--psnr", "30"], "not both"),
+        (["calibrate", "--prompt", "a", "--method", "lea"], "method must be paro"),
+        (["calibrate", "--prompt", "a", "--method", "adaspa", "--error", "7"], "error must be above 0"),
         (["calibrate", "--prompt", "a", "--threshold", "x"], "threshold must be head or global"),
         (["calibrate", "--prompt", "a", "--shared-from", "2"], "shared_from must be from 0 to 1"),
         (["calibrate", "--prompt", "a", "--height", "33"], "height must be a multiple of"),
