@@ -93,6 +93,8 @@ def generate(
             takes_method = method is None and config is None
             start = preset.schedule if preset is not None and takes_method else None
             schedule = build_schedule(method, config, options, own, start)
+            if parallel is not None and ray is not None:
+                raise ValueError("--parallel shares each video and --ray the prompts among processes: give one of them")
             request = Request(
                 prompts=tuple(prompts),
                 config=schedule.to_config(),

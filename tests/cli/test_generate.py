@@ -128,6 +128,10 @@ def _damaged(model: str, path: str, data: bytes) -> str:
 
 
 BAD_OPTIONS = [
+    (["--parallel", "2"], "--parallel must be such as ulysses=2"),
+    (["--parallel", "ring=1"], "--parallel must name at least 2 ranks"),
+    (["--parallel", "ulysses=2", "--ray", "local"], "give one of them"),
+    (["--parallel", "ulysses=2", "--offload", "model"], "--offload must be none with --parallel"),
     (["--method", "adasp"], "adaspa"),
     (["--density", "0"], "density must be above 0"),
     (["--density", "-0.5"], "density must be above 0"),

@@ -80,8 +80,8 @@ def test_ranks_make_what_one_process_makes(ranks: Ranks, folder: Path, tmp_path)
     results = ranks.run(cases.generate, parallel)
     assert results == [{"made": 2, "failed": 0}, None, None, None]
     got, want = pixels(tmp_path / "four"), pixels(tmp_path / "alone")
-    assert got.keys() == want.keys()
-    assert max(np.abs(got[name] - want[name]).max() for name in got) <= 1, "more than rounding differs"
+    assert {name for name in got if ".dense/" not in name} == want.keys()
+    assert max(np.abs(got[name] - want[name]).max() for name in want) <= 1, "more than rounding differs"
     for line, other in zip(lines_of(tmp_path / "four"), lines_of(tmp_path / "alone"), strict=True):
         assert line["parallel"] == "ulysses=2,ring=2"
         assert line["key"] == other["key"]

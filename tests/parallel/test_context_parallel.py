@@ -33,6 +33,12 @@ from tests.pipelines.families import FAMILIES, METHODS
 STATIC = Neighborhood(density=0.5, tile=(1, 4, 4))
 DYNAMIC = XAttention(density=0.5, block=16)
 CACHED = AdaSpa(density=0.5, block=16)
+COMPARING = [
+    LServe(block=16),
+    ProxyAttention(block=16),
+    Oracle(block=16, density=0.3),
+    AdaSpa(density=0.5, block=16, recall=0.1),
+]
 FOUR = ("wan", "cogvideox", "hunyuan_video", "flux")
 TOLERANCE = 1e-5
 """Of the largest latent, in float32: sums of products run in another order."""
@@ -74,7 +80,7 @@ def test_every_mesh(ranks: Ranks, method: Any, ulysses: int, ring: int) -> None:
     check(ranks.run(render, "wan", method, ulysses, ring), alone("wan", method))
 
 
-@pytest.mark.parametrize("method", [LServe(block=16), ProxyAttention(block=16), Oracle(block=16, density=0.3)])
+@pytest.mark.parametrize("method", COMPARING, ids=lambda m: m.name)
 @pytest.mark.parametrize(("ulysses", "ring"), [(2, 1), (2, 2)])
 def test_methods_that_compare_heads_see_all_of_them(ranks: Ranks, method: Any, ulysses: int, ring: int) -> None:
     check(ranks.run(render, "wan", method, ulysses, ring), alone("wan", method))
