@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dit_sparse.generate.video import is_partial, remove_partials, to_uint8, write_video
+from dit_sparse.generate.video import is_partial, remove_own_partials, remove_partials, to_uint8, write_video
 
 
 def _frames(height=48, width=64, count=7):
@@ -81,6 +81,15 @@ def test_removes_only_what_dead_processes_left(tmp_path):
     (tmp_path / "d.mp4").write_text("whole")
     remove_partials(tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {f".partial-{os.getpid()}-c.mp4", "d.mp4"}
+
+
+def test_removes_only_its_own_when_a_run_ends(tmp_path):
+    """Its workers' too, wherever they run; other processes on other machines cannot be asked whether they live."""
+    for name in (f"{os.getpid()}-a.mp4", f"{os.getpid()}-0a1b2c3d-b.mp4", "999999999-c.mp4", f"1{os.getpid()}-d.mp4"):
+        (tmp_path / f".partial-{name}").write_text("half")
+    remove_own_partials(tmp_path)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {".partial-999999999-c.mp4", f".partial-1{os.getpid()}-d.mp4"}
 
 
 def test_refuses_what_are_no_frames(tmp_path):
