@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from dit_sparse.generate.call import call_seeded, render_frames, sparsified
 
 if TYPE_CHECKING:
     from dit_sparse.schedule import Schedule
@@ -48,43 +49,23 @@ class Stage:
         """Render `prompt`; a schedule of `None` is plain diffusers, which leaves no trace."""
         from dit_sparse.pipelines import record_trace
 
-        with self._sparse(schedule):
+        with sparsified(self.pipe, schedule):
             traced = trace and schedule is not None
             with record_trace(self.pipe) if traced else contextlib.nullcontext() as recorder:
-                start = time.perf_counter()
-                output = self.call(prompt, seed, output_type="np")
-                seconds = time.perf_counter() - start
+                frames, seconds = render_frames(self.pipe, self.arguments | {"prompt": prompt}, seed)
             statistics = {} if schedule is None else _statistics(self.pipe)
             found = None if recorder is None else recorder.to_dict()
-        frames = output.frames[0] if hasattr(output, "frames") else output.images
-        return Rendering(np.asarray(frames, dtype=np.float32), seconds, statistics, found)
+        return Rendering(frames.astype(np.float32, copy=False), seconds, statistics, found)
 
     def warm_up(self, schedule: Schedule | None, prompt: str, steps: int) -> None:
         """Run the first steps of `schedule`, untimed, so that no timing pays for compilation and first allocations."""
         last = 0 if schedule is None else schedule.warmup_steps(steps) + 2
-        with self._sparse(schedule):
+        with sparsified(self.pipe, schedule):
             self.call(prompt, 0, output_type="np", callback_on_step_end=interrupt_after(last))
 
     def call(self, prompt: str, seed: int, **options: Any) -> Any:
         """What the pipeline returns for `prompt`."""
-        import torch
-
-        # A generator on the CPU draws the same noise whatever the device.
-        generator = torch.Generator("cpu").manual_seed(seed)
-        return self.pipe(**(self.arguments | options | {"prompt": prompt, "generator": generator}))
-
-    @contextlib.contextmanager
-    def _sparse(self, schedule: Schedule | None) -> Iterator[None]:
-        from dit_sparse.pipelines import sparsify, unsparsify
-
-        if schedule is None:
-            yield
-            return
-        sparsify(self.pipe, schedule)
-        try:
-            yield
-        finally:
-            unsparsify(self.pipe)
+        return call_seeded(self.pipe, self.arguments | options | {"prompt": prompt}, seed)
 
 
 def interrupt_after(last: int) -> Callable[..., dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from dit_sparse.compare.render import Rendering, Stage
 from dit_sparse.eval.fidelity import Convention, compare
 from dit_sparse.eval.frames import read_clip
 from dit_sparse.generate import models
+from dit_sparse.generate.call import free_memory
 from dit_sparse.generate.request import Clip, Request, clips, slug
 from dit_sparse.generate.run import check_folder
 from dit_sparse.generate.video import check_writer, extension, remove_partials, to_uint8, write_video
@@ -192,7 +192,7 @@ class _Runner:
             self._broken.add(case.label)
             job.record.fail(case.label, clip.prompt, clip.seed, error)
             self.listener.failed(clip, case, error)
-            _free_memory()
+            free_memory()
             return None
         if rendering.trace is not None:
             line["trace"] = f"videos/{Path(line['video']).stem}.trace.json"
@@ -333,11 +333,3 @@ def _refuse_prompts_alike(prompts: Sequence[str]) -> None:
 
 def _digest(frames: np.ndarray) -> str:
     return hashlib.sha256(frames.tobytes()).hexdigest()
-
-
-def _free_memory() -> None:
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import platform
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property
@@ -18,13 +16,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 
 from dit_sparse.generate import models
+from dit_sparse.generate.call import free_memory, render_frames, sparsified
 from dit_sparse.generate.listener import Listener
 from dit_sparse.generate.request import Clip, Request, Settings
 from dit_sparse.generate.video import extension, partial_path, to_uint8, write_partial
 
 if TYPE_CHECKING:
     from dit_sparse.pipelines import Trace
-    from dit_sparse.schedule import Schedule
 
 __all__ = ["Executor", "Failed", "LocalExecutor", "Rendered", "Renderer"]
 
@@ -117,7 +115,7 @@ class Renderer:
             made = _make(self, settings, clip, listener)
         # A model can fail on one prompt in any way, and the other prompts are still wanted.
         except Exception as error:  # noqa: BLE001
-            _free_memory()
+            free_memory()
             return Failed(clip, error.with_traceback(None))
         return Drawn(clip, made)
 
@@ -170,7 +168,7 @@ class Drawn:
 
 
 def _make(renderer: Renderer, settings: Settings, clip: Clip, listener: Listener) -> _Made:
-    with _sparse(renderer.pipe, renderer.schedule):
+    with sparsified(renderer.pipe, renderer.schedule):
         with _tracing(renderer) as recorder:
             frames, seconds = _render(renderer, settings, clip, "sparse", listener)
         line = _line(renderer, settings, clip, seconds)
@@ -207,21 +205,10 @@ def _tracing(renderer: Renderer) -> AbstractContextManager[Trace | None]:
 def _warm_up(renderer: Renderer, settings: Settings, clip: Clip, listener: Listener) -> None:
     """One step each, sparse and dense, so that neither timing pays for compilation and first allocations."""
     settings = replace(settings, steps=1)
-    with _sparse(renderer.pipe, replace(renderer.schedule, warmup=0.0)):
+    with sparsified(renderer.pipe, replace(renderer.schedule, warmup=0.0)):
         _render(renderer, settings, clip, "warm-up", listener)
     with _dense(renderer):
         _render(renderer, settings, clip, "warm-up", listener)
-
-
-@contextmanager
-def _sparse(pipe: Any, schedule: Schedule) -> Iterator[None]:
-    from dit_sparse.pipelines import sparsify, unsparsify
-
-    sparsify(pipe, schedule)
-    try:
-        yield
-    finally:
-        unsparsify(pipe)
 
 
 def _dense(renderer: Renderer) -> AbstractContextManager[None]:
@@ -229,33 +216,22 @@ def _dense(renderer: Renderer) -> AbstractContextManager[None]:
     from dit_sparse.methods import Dense
     from dit_sparse.schedule import Schedule
 
-    return nullcontext() if renderer.request.parallel is None else _sparse(renderer.pipe, Schedule(Dense()))
+    return nullcontext() if renderer.request.parallel is None else sparsified(renderer.pipe, Schedule(Dense()))
 
 
 def _render(
     renderer: Renderer, settings: Settings, clip: Clip, what: str, listener: Listener
 ) -> tuple[np.ndarray, float]:
     """Frames `[T, H, W, 3]` float in [0, 1] of `clip`, and the wall time in seconds, decoding included."""
-    import torch
-
     listener.rendering(clip, what, settings.steps)
-    # A generator on the CPU draws the same noise whatever the device.
-    arguments = _arguments(renderer.pipe, settings, clip) | {
-        "generator": torch.Generator("cpu").manual_seed(clip.seed),
-        "callback_on_step_end": _step_callback(listener),
-    }
-    start = time.perf_counter()
-    output = renderer.pipe(**arguments)
-    seconds = time.perf_counter() - start
-    frames = output.frames[0] if hasattr(output, "frames") else output.images
-    return np.asarray(frames), seconds
+    arguments = _arguments(renderer.pipe, settings, clip) | {"callback_on_step_end": _step_callback(listener)}
+    return render_frames(renderer.pipe, arguments, clip.seed)
 
 
 def _arguments(pipe: Any, settings: Settings, clip: Clip) -> dict[str, Any]:
     values = {name: getattr(settings, name) for name in ("height", "width", "frames", "steps", "guidance")}
     texts = {"prompt": clip.prompt, "negative_prompt": settings.negative_prompt}
-    arguments = models.call_arguments(pipe, values) | {"output_type": "np"}
-    return arguments | {name: text for name, text in texts.items() if text is not None}
+    return models.call_arguments(pipe, values) | {name: text for name, text in texts.items() if text is not None}
 
 
 def _step_callback(listener: Listener) -> Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]:
@@ -320,11 +296,3 @@ def _comparison(frames: np.ndarray, dense: np.ndarray, seconds: float, dense_sec
 def _versions() -> dict[str, str]:
     packages = ("dit-sparse", "torch", "diffusers", "transformers")
     return {"python": platform.python_version()} | {name: version(name) for name in packages}
-
-
-def _free_memory() -> None:
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -121,7 +121,7 @@ def test_summary_and_csv_tell_the_same(finished: Path) -> None:
 
 def test_what_is_there_is_not_done_again(request_of: Request, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
-    monkeypatch.setattr(Stage, "call", never)
+    monkeypatch.setattr(Stage, "render", never)
     job = compare_into(request_of, finished)
     assert job.stage is None
     assert run(job) == 0

@@ -91,6 +91,7 @@ def test_what_is_there_is_not_done_again(quick: Path, monkeypatch: pytest.Monkey
         raise AssertionError("a video was rendered again")
 
     monkeypatch.setattr(Stage, "call", never)
+    monkeypatch.setattr(Stage, "render", never)
     main([*SMALL, "--out", str(quick)])
     assert quick.read_bytes() == before
 
