@@ -99,11 +99,6 @@ class ContextParallel:
         self._costs: dict[Key, list[Tensor]] = {}
         self._densities: dict[Key, Tensor] = {}
 
-    @property
-    def shard(self) -> HeadShard | None:
-        """The heads of the call under way, in the Ulysses group."""
-        return self._shard
-
     def begin_run(self) -> None:
         """Forget what an earlier run found out."""
         for known in (self._assignments, self._costs, self._densities):

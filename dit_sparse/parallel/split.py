@@ -53,10 +53,6 @@ class SequenceSplit:
         ordered = [text, video] if self.grid.text_first else [video, text]
         return [run for run in ordered if run[0] < run[1]]
 
-    def tokens(self, part: int, parts: int = 1) -> int:
-        """Tokens that ranks `part` to `part + parts` hold."""
-        return sum(end - start for start, end in self.runs(part, parts))
-
 
 def _bounds(start: int, tokens: int, parts: int) -> tuple[int, ...]:
     each, more = divmod(tokens, parts)
