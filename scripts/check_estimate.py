@@ -39,6 +39,7 @@ from dit_sparse.methods import AdaSpa
 from dit_sparse.pipelines.sparsify import sparsify, unsparsify
 from dit_sparse.schedule import Schedule
 
+ROOT = Path(__file__).resolve().parents[1]
 _TEXT = 64
 _STEPS, _WARMUP = 5, 0.4
 """Two dense steps, one that makes plans and two that reuse them."""
@@ -59,15 +60,6 @@ MEASURED = (
     ("flux.1-dev", 6, 64, {"size": "2048x2048"}, (0.076, 0.082, 0.066)),
 )
 """On one H200, from the table "A whole model" of docs/benchmarks.md; fused norms for Wan only."""
-
-TWO_GPUS = (
-    (Mesh(1, 1), (0.9729, 0.6049, 0.4512)),
-    (Mesh(2, 1), (0.5259, 0.3440, 0.2640)),
-    (Mesh(1, 2), (0.5560, 0.4825, 0.3691)),
-)
-"""Seconds of the same kinds of step of Wan 14B on H100s, 4 layers, blocks of 128, one branch: bench_parallel.py --model
-wan-14b --layers 4 --meshes 1x1 2x1 1x2 --steps 10 --rounds 1, two NVIDIA H100 80GB, torch 2.11.0+cu130, triton 3.6.0,
-fa3-fwd 0.0.3, commit 61ba564. The dense step of 1x2 and an exchange by itself gave coefficients."""
 
 FITTED = (("wan2.1-14b", 128), ("wan2.1-1.3b", 64))
 """The rows of `MEASURED` whose dense steps gave the H200's coefficients."""
@@ -280,16 +272,25 @@ def gpu_steps() -> Iterator[tuple[str, int, str, float, float]]:
             yield model, block, kind, sum(parts.values()) * layers / run.shape.layers, seconds
 
 
+def two_gpu_steps() -> Iterator[tuple[Mesh, str, float, float]]:
+    """Mesh, kind of step, seconds predicted and measured on one and two H100s, as docs/parallel.json has them."""
+    report = json.loads((ROOT / "docs" / "parallel.json").read_text("utf-8"))
+    run = build_run("wan2.1-14b", method="adaspa", density=0.2, block=128, device="h100", guided=False)
+    for entry in report["meshes"]:
+        mesh = Mesh(entry["ulysses"], entry["ring"])
+        for kind in _KINDS:
+            predicted = sum(step_parts(run, mesh, kind).values()) * report["layers"] / run.shape.layers  # type: ignore[arg-type]
+            yield mesh, kind, predicted, entry["methods"]["adaspa"]["kinds"][kind]["seconds"]
+
+
 def two_gpu_rows() -> list[str]:
     """The table of predicted over measured steps on one and two H100s."""
-    run = build_run("wan2.1-14b", method="adaspa", density=0.2, block=128, device="h100", guided=False)
     lines = ["| mesh | dense | search | cached |", "|---|---|---|---|"]
-    for mesh, measured in TWO_GPUS:
-        cells = []
-        for kind, seconds in zip(_KINDS, measured, strict=True):
-            predicted = sum(step_parts(run, mesh, kind).values()) * 4 / run.shape.layers  # type: ignore[arg-type]
-            cells.append(f"{predicted:.3f} / {seconds:.3f} = {predicted / seconds:.2f}")
-        lines.append(f"| {mesh} | {' | '.join(cells)} |")
+    steps = list(two_gpu_steps())
+    for start in range(0, len(steps), len(_KINDS)):
+        row = steps[start : start + len(_KINDS)]
+        cells = [f"{predicted:.3f} / {seconds:.3f} = {predicted / seconds:.2f}" for _, _, predicted, seconds in row]
+        lines.append(f"| {row[0][0]} | {' | '.join(cells)} |")
     return lines
 
 
