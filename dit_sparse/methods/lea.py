@@ -90,7 +90,7 @@ class LeastError(AnyGrid):
         return [high] * first + [low] * others
 
     def density_at(self, site: Site) -> float:
-        """Density of the call at `site`; 1 where early steps need everything."""
+        """Density of the call at `site`."""
         return self.step_densities(site.num_steps)[min(site.step, site.num_steps - 1)]
 
     def plan(self, q: Tensor, k: Tensor, v: Tensor, site: Site, previous: Previous | None) -> AttentionPlan:
