@@ -31,7 +31,7 @@ class LeastError(AnyGrid):
     What is not kept leaves the remainder "value". A search attends with `rows` queries of every block, densely, and
     tells for every key block by how much the output would move without it. One threshold on that error a query-key
     pair serves all rows and heads of a layer, so that rows and heads that need more blocks get them. Guidance branches
-    share the plan of the first: their attention is alike, and errors that are alike cancel in the guidance.
+    share the plan of the first, which saves every other search.
 
     Early steps decide what the video shows, so the first fifth of the steps, which is the default warm-up of other
     methods, has `early` times the density of the rest, and no step need be dense: `Schedule(LeastError(), warmup=0)`.
@@ -90,7 +90,7 @@ class LeastError(AnyGrid):
         return [high] * first + [low] * others
 
     def density_at(self, site: Site) -> float:
-        """Density of the call at `site`; 1 where early steps need everything."""
+        """Density of the call at `site`."""
         return self.step_densities(site.num_steps)[min(site.step, site.num_steps - 1)]
 
     def plan(self, q: Tensor, k: Tensor, v: Tensor, site: Site, previous: Previous | None) -> AttentionPlan:

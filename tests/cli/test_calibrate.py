@@ -44,8 +44,9 @@ def test_calibrates_for_a_quality_and_generates_from_the_config(model, capsys):
     assert set(config["layer_densities"]) <= {*DENSITIES, 1.0}
     run = ["generate", "--prompt", "a ball", "--model", model, *SMALL, "--config", "lea.json", "--out", "out"]
     assert exit_code(*run, "--no-strict") == 0
-    assert exit_code(*command, "--psnr", "1", "--out", "other.json") == 0
-    assert json.loads(Path("other.json").read_text())["density"] == DENSITIES[0]
+    capsys.readouterr()
+    assert exit_code(*command, "--psnr", "99") == 2
+    assert "psnr must be one that density 0.7 reaches, got 99" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
