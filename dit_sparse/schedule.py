@@ -60,10 +60,6 @@ class Schedule:
             error; otherwise the statistics count it.
         never_slower: whether a layer for which the cost model predicts no gain runs dense; the statistics say so.
 
-        strict: whether a call that was to be sparse and would run dense for a reason that is not in this schedule is an
-            error; otherwise the statistics count it.
-        never_slower: whether a layer for which the cost model predicts no gain runs dense; the statistics say so.
-
     Source: HEART (arXiv 2605.14513) for `drift`, iCATS for `noise_densities`.
 
     Raises:
