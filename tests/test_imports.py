@@ -38,7 +38,7 @@ MAY_IMPORT = {
         *("types", "methods", "schedule", "presets", "pipelines", "demo", "eval", "cluster", "parallel", "lost_ranks"),
     },
     "compare": {"methods", "schedule", "pipelines", "bench", "eval", "generate"},
-    "vbench": {"eval", "generate"},
+    "vbench": {"eval", "generate", "cluster"},
     "calibrate": {
         *("types", "block_mask", "kernels", "masks", "reorder", "methods", "schedule", "attention", "pipelines"),
         *("eval", "generate", "compare"),

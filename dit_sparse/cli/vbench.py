@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -210,6 +211,8 @@ def score(
     allow_partial: AllowPartial = False,
     no_static_filter: NoStaticFilter = False,
     vbench_python: Python = None,
+    ray: opt.Ray = None,
+    ray_workers: opt.RayWorkers = None,
 ) -> None:
     """Score videos with VBench in its own environment; the same command again goes on where it stopped."""
     from dit_sparse.vbench.report import ConsoleListener
@@ -219,7 +222,9 @@ def score(
         from dit_sparse.vbench import score
         from dit_sparse.vbench.scoring import parse_devices
 
-        devices = parse_devices(device)
+        if ray is None and ray_workers is not None:
+            raise ValueError("--ray-workers needs --ray auto, local or HOST:PORT")
+        devices = parse_devices(device) if ray is None else ()
         if shards is not None and shards < 1:
             raise ValueError(f"--shards must be at least 1, got {shards}")
         found = _survey(
@@ -234,8 +239,14 @@ def score(
             allow_partial=allow_partial,
             cache=out / "videos",
         )
-        with ConsoleListener(console) as listener:
-            outcome = score(found, out, devices=devices, shards=shards or len(devices), listener=listener)
+        with ExitStack() as stack:
+            options: dict[str, Any] = {"devices": devices, "shards": shards or len(devices)}
+            if ray is not None:
+                from dit_sparse.vbench.on_ray import RayRunner
+
+                runner = stack.enter_context(RayRunner(ray, device=device, workers=ray_workers))
+                options = {"runner": runner, "shards": shards or runner.workers}
+            outcome = score(found, out, listener=stack.enter_context(ConsoleListener(console)), **options)
     for line in outcome.failures:
         print_error(line)
     sys.stdout.write(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import subprocess
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from dit_sparse.vbench.prompts import SAMPLES
 from dit_sparse.vbench.results import DimensionPlan, read_result, result_file, result_key, write_plan
 from dit_sparse.vbench.weights import weights_hash
 
-__all__ = ["Listener", "Outcome", "parse_devices", "score"]
+__all__ = ["Listener", "Outcome", "Runner", "Told", "parse_devices", "score"]
 
 
 class Listener:
@@ -67,6 +69,7 @@ def score(
     shards: int = 1,
     listener: Listener | None = None,
     run: Callable[..., JobReport] = run_job,
+    runner: Runner | None = None,
 ) -> Outcome:
     """Score the videos of `found` into the folder `out`; a result that is there is not made again.
 
@@ -74,6 +77,7 @@ def score(
         devices: where jobs run, one at a time on each.
         shards: processes that a dimension's videos are divided among.
         run: runs a job, as `run_job` does.
+        runner: runs the jobs of a stage, on other machines for example, instead of `run` on `devices`.
 
     Raises:
         ValueError: the survey found what keeps VBench from running, or videos that are not complete.
@@ -85,7 +89,7 @@ def score(
         more = f" (and {len(lines) - 1} more; `dit-sparse vbench check` names all)" if len(lines) > 1 else ""
         raise ValueError(f"{lines[0]}{more}")
     out.mkdir(parents=True, exist_ok=True)
-    stage = _Stage(found, out, tuple(devices), shards, listener or Listener(), run)
+    stage = _Stage(found, out, shards, listener or Listener(), runner or _OnDevices(tuple(devices), run))
     plans = [_plan(found, dimension, out, found.usable(dimension)) for dimension in found.dimensions]
     if found.filters:
         judged = _plan(found, FILTER, out, found.usable(FILTER))
@@ -97,14 +101,50 @@ def score(
     return stage.outcome
 
 
+Told = Callable[[ScoreJob, str, str | None], None]
+Runner = Callable[[Sequence[ScoreJob], Told], Generator[JobReport, None, None]]
+"""Runs jobs and gives their reports as they get ready; tells of each video's job, name, and error, if it has one."""
+
+
+@dataclass(frozen=True)
+class _OnDevices:
+    """Runs jobs in processes of this machine, one at a time on each device."""
+
+    devices: tuple[str, ...]
+    run: Callable[..., JobReport]
+
+    def __call__(self, jobs: Sequence[ScoreJob], told: Told) -> Generator[JobReport, None, None]:
+        free: queue.SimpleQueue[str] = queue.SimpleQueue()
+        for device in self.devices:
+            free.put(device)
+        processes: list[subprocess.Popen[str]] = []
+
+        def on_a_device(job: ScoreJob) -> JobReport:
+            device = free.get()
+            try:
+                return self.run(replace(job, device=device), told=partial(told, job), started=processes.append)
+            finally:
+                free.put(device)
+
+        with ThreadPoolExecutor(len(self.devices)) as pool:
+            futures = [pool.submit(on_a_device, job) for job in jobs]
+            try:
+                for future in as_completed(futures):
+                    yield future.result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                for process in processes:
+                    process.kill()
+                raise
+
+
 @dataclass
 class _Stage:
     found: Survey
     out: Path
-    devices: tuple[str, ...]
     shards: int
     listener: Listener
-    run: Callable[..., JobReport]
+    runner: Runner
     outcome: Outcome = field(default_factory=Outcome)
 
     def do(self, plans: Iterable[DimensionPlan]) -> None:
@@ -119,40 +159,15 @@ class _Stage:
             jobs += _jobs(self.found, plan, self.out, todo, self.shards)
         self.outcome.done += done
         self.listener.started(sum(len(job.items) for job in jobs), done)
-        self._run(jobs)
+        with contextlib.closing(self.runner(jobs, self._told)) as reports:
+            for report in reports:
+                self._note(report)
 
-    def _run(self, jobs: list[ScoreJob]) -> None:
-        free: queue.SimpleQueue[str] = queue.SimpleQueue()
-        for device in self.devices:
-            free.put(device)
-        processes: list[subprocess.Popen[str]] = []
-
-        def on_a_device(job: ScoreJob) -> JobReport:
-            device = free.get()
-            try:
-                return self.run(replace(job, device=device), told=self._teller(job), started=processes.append)
-            finally:
-                free.put(device)
-
-        with ThreadPoolExecutor(len(self.devices)) as pool:
-            futures = [pool.submit(on_a_device, job) for job in jobs]
-            try:
-                for future in as_completed(futures):
-                    self._note(future.result())
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                for process in processes:
-                    process.kill()
-                raise
-
-    def _teller(self, job: ScoreJob) -> Callable[[str, str | None], None]:
-        def told(name: str, error: str | None) -> None:
-            if error is None:
-                self.listener.scored(job.dimension, name)
-            else:
-                self.listener.failed(job.dimension, name, error)
-
-        return told
+    def _told(self, job: ScoreJob, name: str, error: str | None) -> None:
+        if error is None:
+            self.listener.scored(job.dimension, name)
+        else:
+            self.listener.failed(job.dimension, name, error)
 
     def _note(self, report: JobReport) -> None:
         name = report.job.dimension

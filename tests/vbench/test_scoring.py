@@ -326,3 +326,42 @@ def test_an_interruption_ends_the_processes(own, tmp_path, weights):
     assert len(_names(weights)) < 6
     assert score(found, tmp_path / "scores").failures == []
     assert read_scores(tmp_path / "scores").dimensions[0].videos == 6
+
+
+@pytest.mark.usefixtures("ray_cluster")
+def test_jobs_on_ray_give_the_same_results(own, tmp_path, weights):
+    from dit_sparse.vbench.on_ray import RayRunner
+
+    class Names(Listener):
+        def __init__(self):
+            self.names = []
+
+        def scored(self, dimension, name):
+            self.names.append((dimension, name))
+
+    found = own(*(f"at 0.{number}.mp4" for number in range(1, 6)), dimensions=("aesthetic_quality", "color"))
+    listener = Names()
+    with RayRunner("auto", device="cpu", workers=2) as runner:
+        outcome = score(found, tmp_path / "scores", shards=runner.workers, runner=runner, listener=listener)
+        again = score(found, tmp_path / "scores", shards=runner.workers, runner=runner)
+    assert (outcome.made, outcome.failures, again.made, again.done) == (10, [], 0, 10)
+    assert len(set(listener.names)) == len(listener.names) == len(_names(weights)) == 10
+    score(found, tmp_path / "here")
+    for row, want in zip(
+        read_scores(tmp_path / "scores").dimensions, read_scores(tmp_path / "here").dimensions, strict=True
+    ):
+        assert (row.dimension, row.score, row.videos) == (want.dimension, want.score, 5)
+
+
+def test_a_worker_does_not_score_again_what_a_lost_one_has(own, tmp_path, weights):
+    from dit_sparse.vbench.on_ray import _Worker
+
+    jobs, found = [], own("at 0.25.mp4", "at 0.5.mp4")
+    with pytest.raises(NotImplementedError):
+        score(found, tmp_path / "scores", run=lambda job, **_: jobs.append(job) or _refuse())
+    (job,) = jobs
+    assert _Worker("cpu").run(replace(job, items=job.items[:1])).scored == ("at 0.25",)
+    report = _Worker("cpu").run(job)
+    assert (report.scored, report.error, report.job) == (("at 0.25", "at 0.5"), None, job)
+    assert _Worker("cpu").run(job).scored == report.scored
+    assert [name.rpartition("ty ")[2] for name in _names(weights)] == ["at 0.25.mp4", "at 0.5.mp4"]
