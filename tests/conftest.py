@@ -34,9 +34,9 @@ def ray_cluster() -> Iterator[None]:
         ray.shutdown()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ranks() -> Iterator[Ranks]:
-    """Four processes that are ranks of torch.distributed; started once, because that takes long."""
+    """Four processes that are ranks of torch.distributed; started once a file, because they take time when idle too."""
     from tests.parallel.ranks import Ranks
 
     started = Ranks(4)

@@ -81,7 +81,7 @@ class ProxyAttention(AnyGrid):
         heads = q.shape[1] if site.heads is None else site.heads.total
         count = min(self.groups, heads)
         groups = torch.arange(heads, device=q.device) * count // heads
-        sizes = groups.bincount(minlength=count)
+        sizes = (groups[:, None] == torch.arange(count, device=q.device)).sum(0)
         groups = groups if site.heads is None else site.heads.own(groups[None])[0]
         proxy_q, proxy_k = (_group_means(x, groups, sizes, site.heads) for x in (q, k))
         scores = peak_logits(proxy_q, proxy_k, order, order, stride=self.row_stride).index_select(1, groups)

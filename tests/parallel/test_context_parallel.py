@@ -28,7 +28,7 @@ from dit_sparse.lost_ranks import RankLostError
 from tests.parallel import cases
 from tests.parallel.cases import Rendered, render
 from tests.parallel.ranks import Ranks
-from tests.pipelines.families import FAMILIES, METHODS
+from tests.pipelines.families import FAMILIES, KINDS
 
 STATIC = Neighborhood(density=0.5, tile=(1, 4, 4))
 DYNAMIC = XAttention(density=0.5, block=16)
@@ -86,8 +86,8 @@ def test_methods_that_compare_heads_see_all_of_them(ranks: Ranks, method: Any, u
     check(ranks.run(render, "wan", method, ulysses, ring), alone("wan", method))
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
-def test_every_method_plans_for_its_own_heads(ranks: Ranks, method: Any) -> None:
+@pytest.mark.parametrize("method", KINDS, ids=lambda m: m.name)
+def test_every_kind_of_method_plans_for_its_own_heads(ranks: Ranks, method: Any) -> None:
     check(ranks.run(render, "wan", method, 2, 1, steps=2), alone("wan", method, steps=2))
 
 

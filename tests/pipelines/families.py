@@ -78,6 +78,11 @@ METHODS = [
     Lvsa(share=0.34, first=0, block=16),
 ]
 
+_KINDS = (Neighborhood, AdaSpa, Paro, SparseVideoGen, SparseVideoGen2, XAttention, PbsAttention, LeastError, Pisa, Lvsa)
+KINDS = [method for method in METHODS if isinstance(method, _KINDS)]
+"""One method of each way to deal with plans: static, by row sums, with orders by head, uneven blocks, new ones at every
+step, key orders of their own, one plan for both branches, remainders, densities that follow from the grid."""
+
 
 @dataclass(frozen=True)
 class Family:

@@ -23,7 +23,7 @@ from dit_sparse import Neighborhood, Schedule, sparsify, statistics, unsparsify
 from dit_sparse.pipelines import NotSparseError, session_of
 from dit_sparse.pipelines.families import adapter_for
 from tests.pipelines.composed import ALL_DENSE, HALF, is_close
-from tests.pipelines.families import FAMILIES, METHODS, Family
+from tests.pipelines.families import FAMILIES, KINDS, METHODS, Family
 from tests.pipelines.tiny_families import widened
 
 STRANGER = "by a pipeline whose scheduler is not followed, so its attention is dense; sparsify that pipeline"
@@ -119,7 +119,7 @@ def test_two_pipelines_in_turn_and_interleaved(family) -> None:
 
 
 def test_pipelines_in_threads(family) -> None:
-    pipes = [sparsify(family.make(), method) for method in METHODS]
+    pipes = [sparsify(family.make(), method) for method in KINDS]
     wants = [family.run(pipe) for pipe in pipes]
     with ThreadPoolExecutor(len(pipes)) as threads:
         gots = list(threads.map(family.run, pipes))
@@ -257,7 +257,7 @@ def test_flux_under_a_controlnet() -> None:
     assert torch.equal(flux.run(sparsify(make(), ALL_DENSE), control_image=image), want)
     every_key = Schedule(Neighborhood(density=1, tile=(1, 4, 4)), warmup=0)
     assert is_close(flux.run(sparsify(make(), every_key), control_image=image), want)
-    for method in METHODS:
+    for method in KINDS:
         pipe = sparsify(make(), method)
         assert not is_close(flux.run(pipe, control_image=image), want)
         assert set(statistics(pipe).dense_calls) == {"warm-up"}

@@ -20,7 +20,7 @@ from torch import Tensor
 from dit_sparse import Neighborhood, Schedule, sparsify, statistics, unsparsify
 from dit_sparse.pipelines.families import adapter_for
 from tests.pipelines.composed import ALL_DENSE, EVERY_BLOCK, HALF, composed, count_calls, is_close
-from tests.pipelines.families import FAMILIES, METHODS, Family
+from tests.pipelines.families import FAMILIES, KINDS, METHODS, Family
 
 STEPS = 6
 
@@ -166,8 +166,8 @@ def test_faster_cache(name: str, options: dict[str, Any]) -> None:
     for first in (True, False):
         assert torch.equal(run(family, composed(family, enable, ALL_DENSE, compose_first=first)), want)
         assert is_close(run(family, composed(family, enable, EVERY_BLOCK, compose_first=first)), want)
-        for method in METHODS:
+        for method in KINDS:
             pipe = composed(family, enable, method, compose_first=first)
             assert torch.isfinite(run(family, pipe)).all()
             assert set(statistics(pipe).dense_calls) <= {"warm-up", "search"}
-            assert 0.3 < statistics(pipe).sparse_density < 0.7
+            assert 0.2 < statistics(pipe).sparse_density < 0.7

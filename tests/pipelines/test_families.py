@@ -30,7 +30,7 @@ from dit_sparse.pipelines import engine as engine_module
 from dit_sparse.pipelines import observe, session_of, token_grid
 from dit_sparse.pipelines.families import FAMILIES as ADAPTERS
 from dit_sparse.pipelines.families import adapter_for
-from tests.pipelines.families import METHODS, Family
+from tests.pipelines.families import KINDS, METHODS, Family
 
 pytestmark = pytest.mark.guard
 
@@ -120,8 +120,11 @@ def test_density_one_is_dense_up_to_rounding(pipe, family, method) -> None:
     assert (got - want).abs().max() <= 1e-4 * want.abs().max()
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(
+    ("method", "batch"),
+    [*((method, 1) for method in METHODS), *((method, 2) for method in KINDS)],
+    ids=lambda value: getattr(value, "name", str(value)),
+)
 def test_sparse_equals_dense_attention_under_the_plans_own_mask(pipe, family, method, batch, monkeypatch) -> None:
     """The same run with every sparse call replaced by float64 attention under the plan's token mask."""
     method = Schedule(method, remainder="none")
@@ -165,7 +168,7 @@ def test_a_shared_order_taken_once_a_forward_changes_nothing(pipe, family, monke
 def test_unsparsify_is_bit_identical(pipe, family) -> None:
     want = family.run(pipe)
     processors = dict(pipe.transformer.attn_processors)
-    for method in METHODS:
+    for method in KINDS:
         assert not torch.equal(family.run(sparsify(pipe, method)), want)
     unsparsify(pipe)
     assert torch.equal(family.run(pipe), want)

@@ -13,7 +13,7 @@ from dit_sparse.pipelines import engine as engine_module
 from dit_sparse.pipelines import session_of
 from dit_sparse.pipelines.layout import Group, Layout
 from dit_sparse.pipelines.session import Session
-from tests.pipelines.families import FAMILIES, METHODS
+from tests.pipelines.families import FAMILIES, KINDS, METHODS
 
 HUNYUAN = next(family for family in FAMILIES if family.name == "hunyuan_video")
 SHORT, LONG = "a red ball", "a big blue square moving left on black"
@@ -25,7 +25,7 @@ def pipe() -> Any:
     return HUNYUAN.make()
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+@pytest.mark.parametrize("method", KINDS, ids=lambda m: m.name)
 def test_more_padding_changes_nothing(pipe, method) -> None:
     sparsify(pipe, method)
     want = HUNYUAN.run(pipe, max_sequence_length=4)
@@ -34,7 +34,7 @@ def test_more_padding_changes_nothing(pipe, method) -> None:
         assert (got - want).abs().max() <= 1e-4 * want.abs().max()
 
 
-@pytest.mark.parametrize("method", [Dense(), *METHODS], ids=lambda m: m.name)
+@pytest.mark.parametrize("method", [Dense(), *KINDS], ids=lambda m: m.name)
 def test_a_batch_of_unlike_lengths_equals_its_prompts_alone(pipe, method) -> None:
     sparsify(pipe, method)
     together = HUNYUAN.run(pipe, [SHORT, LONG], latents=LATENTS)

@@ -31,7 +31,7 @@ def test_medians_over_prompts_recall_and_the_default() -> None:
     ]
     more = [
         video("random blocks 0.25", 12.0, method="random", density=0.25),
-        video("sparge (default)", None, method="sparge"),
+        video("sparge (default)", None, method="sparge") | {"sparse_density": 0.9},
     ]
     found = quality.collect([report(*videos, *more)], recall(("adaspa", 0.25, 0.7), ("adaspa", 0.5, 0.9)))
     figures = found["methods"]["adaspa"]
@@ -40,7 +40,7 @@ def test_medians_over_prompts_recall_and_the_default() -> None:
     assert (figures["0.25"]["prompts"], figures["0.25"]["recall"], figures["0.25"]["recall_worst"]) == (3, 0.7, 0.35)
     assert found["defaults"]["adaspa"]["psnr"]["median"] == 31.0
     assert found["defaults"]["sparge"]["psnr"]["median"] == float("inf")
-    assert quality.ranked(found) == ["adaspa", "random blocks"]
+    assert quality.ranked(found) == ["adaspa", "random blocks", "sparge"]
     table = quality.quality_table(found).splitlines()
     assert table[2].startswith("| `adaspa` |  | 31.0 (30.0 to 34.0) |  | ")
     assert table[3].startswith("| random blocks |  | 12.0 (12.0 to 12.0) |")
