@@ -8,7 +8,7 @@
 The model runs dense, and some of its attention calls are kept with their row LSE. Every method plans for each of them,
 as if it were its first plan after the warm-up, and the mass of the kept blocks is summed exactly: the share of the
 attention weights that they hold. Methods that can go by a threshold of their own are measured so too; those that take
-no density are left out. The figure says nothing about speed.
+no density are left out, and so is `lea`, whose density differs from step to step. The figure says nothing about speed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from dit_sparse.eval.attention import mass_recall
 from dit_sparse.eval.floors import RandomBlocks
 from dit_sparse.methods import METHODS, parse_method
 from dit_sparse.methods.parameters import accepts_density, with_density, without_density
-from dit_sparse.pipelines import observe
+from dit_sparse.pipelines import observe_values
 from dit_sparse.types import Method, Previous
 
 PROMPT = "A big red ball moving left on a gray background."
@@ -42,11 +42,12 @@ RANDOM = "random blocks"
 
 @dataclass(frozen=True)
 class Call:
-    """One dense attention call of the demo model; `q, k` `[B, H, N, D]`, `lse` `[B, H, N]`."""
+    """One dense attention call of the demo model; `q, k, v` `[B, H, N, D]`, `lse` `[B, H, N]`."""
 
     site: Site
     q: Tensor
     k: Tensor
+    v: Tensor
     lse: Tensor
 
 
@@ -67,12 +68,12 @@ def capture(steps: int, shares: Sequence[float], layers: int) -> list[Call]:
     pipe.set_progress_bar_config(disable=True)
     at, calls = {round(share * steps) for share in shares}, []
 
-    def watch(site: Site, q: Tensor, k: Tensor, lse: Tensor) -> None:
+    def watch(site: Site, q: Tensor, k: Tensor, v: Tensor, lse: Tensor) -> None:
         if site.step in at and site.branch == "cond" and site.layer % layers == layers // 2:
-            calls.append(Call(site, q.clone(), k.clone(), lse.clone()))
+            calls.append(Call(site, q.clone(), k.clone(), v.clone(), lse.clone()))
 
     arguments = {**demo_defaults, "num_inference_steps": steps}
-    with torch.no_grad(), observe(pipe, watch):
+    with torch.no_grad(), observe_values(pipe, watch):
         pipe(PROMPT, generator=torch.Generator().manual_seed(0), output_type="latent", **arguments)
     return calls
 
@@ -81,8 +82,7 @@ def measure(label: str, method: Method, density: float | None, calls: Sequence[C
     """One row: `method` plans for every call."""
     found, densities = [], []
     for call in calls:
-        # Values choose no block but by error; keys stand in for them where a method looks.
-        plan = method.plan(call.q, call.k, call.k, call.site, Previous(lse=call.lse))
+        plan = method.plan(call.q, call.k, call.v, call.site, Previous(lse=call.lse))
         found.append(mass_recall(plan, call.q, call.k, call.lse))
         densities.append(plan.density.mean())
     recalls = torch.cat([part.flatten() for part in found])
@@ -99,6 +99,8 @@ def methods_for(texts: Sequence[str], seer: str | None) -> dict[str, Method]:
     made = {}
     for text in texts:
         method = parse_method(text)
+        if hasattr(method, "density_at"):
+            continue
         if isinstance(method, SeerAttention):
             if seer is None:
                 continue

@@ -17,7 +17,7 @@ from dit_sparse.methods.any_grid import AnyGrid
 from dit_sparse.methods.description import Description
 from dit_sparse.methods.parameters import EVERY_STEP, check_block, check_budget, check_count, check_share
 from dit_sparse.reorder import curve_once
-from dit_sparse.types import AttentionPlan, Previous, Scope, Site, TokenGrid, TokenOrder
+from dit_sparse.types import AttentionPlan, Previous, Remainder, Scope, Site, TokenGrid, TokenOrder
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,14 @@ class Blade(AnyGrid):
     The controls are `top_p` and its bounds; the density that it comes to is in the statistics. With `density` every
     query block keeps equally many key blocks instead, so that it is met.
 
-    Differs from the paper: the mask alone, used without training; its global branch, attention to means of 30 tokens
-    merged by the row LSE, and its step distillation are left out; at most a quarter is kept instead of 17% (Wan) or 10%
-    (CogVideoX), because the model is not trained for less; samples are at equal distances instead of random; the block
-    that crosses `top_p` is kept.
+    With `global_branch` every query also attends to the mean of each block that its block does not keep, with the log
+    of the block's size added to the score: the remainder "mean".
+
+    Differs from the paper: used without training, and without its step distillation; the global branch there is
+    attention to the means of all runs of 30 tokens in a kernel of its own, merged by the row LSE, which counts the kept
+    tokens twice, and here it is part of the same softmax, over whole blocks; it is off unless asked for. At most a
+    quarter is kept instead of 17% (Wan) or 10% (CogVideoX), because the model is not trained for less; samples are at
+    equal distances instead of random; the block that crosses `top_p` is kept.
 
     Raises:
         ValueError: a share outside (0, 1], a `min_kept` above `max_kept`, or a block or number of samples below 1.
@@ -48,6 +52,7 @@ class Blade(AnyGrid):
     )
     block: int = field(default=128, metadata={"help": "tokens a block"})
     samples: int = field(default=32, metadata={"help": "tokens of a block that attention is computed among"})
+    global_branch: bool = field(default=False, metadata={"help": "whether means of the other blocks are attended too"})
 
     name: ClassVar[str] = "blade"
     version: ClassVar[int] = 1
@@ -56,7 +61,8 @@ class Blade(AnyGrid):
         order="space-filling curve",
         score="largest attention weight among 32 tokens a block",
         selection="top-p of a row within bounds, or equally many a row by density; text kept",
-        differs="no global branch, no distillation; at most a quarter kept; samples at equal distances",
+        differs="no distillation; the global branch, if asked for, over means of whole blocks that are not kept; at most "
+        "a quarter kept; samples at equal distances",
     )
     control: ClassVar[str] = "top_p"
     scope: ClassVar[Scope] = "call"
@@ -72,6 +78,11 @@ class Blade(AnyGrid):
         check_block("block", self.block)
         check_count("samples", self.samples)
 
+    @property
+    def own_remainder(self) -> Remainder:
+        """What stands in for the blocks that are not kept."""
+        return "mean" if self.global_branch else "none"
+
     def shared_order(self, grid: TokenGrid, device: torch.device) -> TokenOrder:
         """The order along the curve."""
         return curve_once(grid, self.block, device)
@@ -83,8 +94,10 @@ class Blade(AnyGrid):
             q, k = order.permute(q), order.permute(k)
         scores = sampled_peaks(q, k, order, order, self.samples)
         if self.density is not None:
-            return AttentionPlan.from_kept(order, select_density(scores, self.density, order, order, grid))
+            kept = select_density(scores, self.density, order, order, grid)
+            return AttentionPlan.from_kept(order, kept, remainder=self.own_remainder)
         video_blocks = -(-grid.video_len // self.block)
         least, most = (max(1, int(share * video_blocks)) for share in (self.min_kept, self.max_kept))
         kept = top_p(without_text(scores, grid, order.offsets), self.top_p, least, most)
-        return AttentionPlan.from_kept(order, keep_text(kept, grid, order.offsets, order.offsets))
+        kept = keep_text(kept, grid, order.offsets, order.offsets)
+        return AttentionPlan.from_kept(order, kept, remainder=self.own_remainder)

@@ -12,8 +12,8 @@ from tests.methods.literal import random_qkv
 
 
 def call_on(grid: TokenGrid) -> Call:
-    q, k, _ = random_qkv(grid, batch=1)
-    return Call(Site(grid), q, k, (q @ k.transpose(-1, -2) / 4).logsumexp(-1))
+    q, k, v = random_qkv(grid, batch=1)
+    return Call(Site(grid), q, k, v, (q @ k.transpose(-1, -2) / 4).logsumexp(-1))
 
 
 def test_the_oracle_is_above_all_and_random_blocks_below() -> None:

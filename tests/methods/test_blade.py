@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
-from dit_sparse import Blade, Site, TokenGrid
+from dit_sparse import Blade, Schedule, Site, TokenGrid, sparse_attention
 from dit_sparse.reorder import curve_order
 from tests.methods.layouts import DEMO, GRIDS, blocks_of, check_text_and_rows, cut, inputs, smooth_inputs, tokens_of
 from tests.methods.test_no_wait import NoWaiting
@@ -88,3 +91,26 @@ def test_the_second_plan_on_a_grid_reads_nothing_back() -> None:
 def test_bad_parameters(options: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Blade(**options)  # type: ignore[arg-type]
+
+
+def test_the_global_branch_is_attention_to_the_means_of_the_other_blocks() -> None:
+    grid = TokenGrid(3, 4, 6, text_len=3)
+    q, k, v = (0.2 * x for x in inputs(grid))  # small, so that no block's keys lie too far apart for a mean
+    method = Blade(min_kept=0.2, max_kept=0.4, block=6, samples=3, global_branch=True)
+    assert Schedule(method).planned_remainder == "mean"
+    assert Schedule(replace(method, global_branch=False)).planned_remainder == "none"
+    plan = method.plan(q, k, v, Site(grid), None)
+    got = sparse_attention(q, k, v, plan)
+    kept, blocks = plan.token_mask(), blocks_of(plan, grid)
+    for b, h, token in itertools.product(range(q.shape[0]), range(q.shape[1]), range(0, grid.num_tokens, 5)):
+        query, weight, total = q[b, h, token].double(), 0.0, torch.zeros(v.shape[-1], dtype=torch.float64)
+        for block in blocks:
+            tokens = list(block.tokens)
+            keys, values = k[b, h, tokens].double(), v[b, h, tokens].double()
+            if kept[b, h, token, tokens].all():
+                shares = (keys @ query * q.shape[-1] ** -0.5).exp()
+            else:
+                keys, values = keys.mean(0, True), values.mean(0, True)
+                shares = (keys @ query * q.shape[-1] ** -0.5).exp() * len(tokens)
+            weight, total = weight + shares.sum(), total + shares @ values
+        torch.testing.assert_close(got[b, h, token].double(), total / weight, rtol=1e-5, atol=1e-6)
