@@ -61,8 +61,8 @@ class Blade(AnyGrid):
         order="space-filling curve",
         score="largest attention weight among 32 tokens a block",
         selection="top-p of a row within bounds, or equally many a row by density; text kept",
-        differs="no distillation; the global branch, if asked for, over means of whole blocks that are not kept; at most "
-        "a quarter kept; samples at equal distances",
+        differs="no distillation; the global branch, if asked for, over means of whole blocks that are not kept; at "
+        "most a quarter kept; samples at equal distances",
     )
     control: ClassVar[str] = "top_p"
     scope: ClassVar[Scope] = "call"

@@ -21,10 +21,15 @@ def sampled(tokens: list[int], samples: int) -> list[int]:
     return [tokens[place] for place in sorted(places)]
 
 
+def literal_blocks(grid: TokenGrid) -> list[tuple[list[int], bool]]:
+    """Blocks of 6 tokens along the curve, each with whether it is text."""
+    video = [t - grid.video_start for t in curve_order(grid, 6).index[0, 0].tolist()]
+    return blocks_of(grid, cut([t for t in video if 0 <= t < grid.video_len], 6), 6)
+
+
 def literal_mask(q: Tensor, k: Tensor, grid: TokenGrid, p: float, least: int, most: int) -> Tensor:
     """`[N, N]` of one head with blocks of 6 tokens and 3 samples."""
-    video = [t - grid.video_start for t in curve_order(grid, 6).index[0, 0].tolist()]
-    blocks = blocks_of(grid, cut([t for t in video if 0 <= t < grid.video_len], 6), 6)
+    blocks = literal_blocks(grid)
     chosen_keys = [(j, token) for j, (tokens, _) in enumerate(blocks) for token in sampled(tokens, 3)]
     kept = []
     for queries, _ in blocks:
@@ -101,11 +106,10 @@ def test_the_global_branch_is_attention_to_the_means_of_the_other_blocks() -> No
     assert Schedule(replace(method, global_branch=False)).planned_remainder == "none"
     plan = method.plan(q, k, v, Site(grid), None)
     got = sparse_attention(q, k, v, plan)
-    kept, blocks = plan.token_mask(), blocks_of(plan, grid)
+    kept, blocks = plan.token_mask(), literal_blocks(grid)
     for b, h, token in itertools.product(range(q.shape[0]), range(q.shape[1]), range(0, grid.num_tokens, 5)):
         query, weight, total = q[b, h, token].double(), 0.0, torch.zeros(v.shape[-1], dtype=torch.float64)
-        for block in blocks:
-            tokens = list(block.tokens)
+        for tokens, _ in blocks:
             keys, values = k[b, h, tokens].double(), v[b, h, tokens].double()
             if kept[b, h, token, tokens].all():
                 shares = (keys @ query * q.shape[-1] ** -0.5).exp()
