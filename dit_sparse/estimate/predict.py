@@ -10,9 +10,8 @@ from typing import Any, Literal
 from dit_sparse.cost import Call, predict
 from dit_sparse.estimate.machines import Machine
 from dit_sparse.estimate.shapes import ModelShape
-from dit_sparse.methods.parameters import takes_density
+from dit_sparse.methods.parameters import block_of, takes_density
 from dit_sparse.schedule import Schedule
-from dit_sparse.types import Method
 
 __all__ = ["Estimate", "Mesh", "Run", "estimate", "meshes"]
 
@@ -257,11 +256,11 @@ def _ratio(run: Run) -> float:
         heads=shape.heads,
         dim=shape.dim,
         density=run.share,
-        block=_block_of(method),
+        block=block_of(method),
         backend=machine.backend,
         method=method.name,
         plans=0.0,
-        remainder="none" if run.schedule.remainder == "method" else run.schedule.remainder,
+        remainder=run.schedule.planned_remainder,
     )
     return predict(call, machine.attention)
 
@@ -289,7 +288,7 @@ def _memory(run: Run, mesh: Mesh) -> dict[str, float]:
     batch = 1 if shape.cross else run.branches
     plans = 0.0
     if method.scope == "call" and run.share < 1:
-        rows = run.tokens / _block_of(method)
+        rows = run.tokens / block_of(method)
         heads = shape.heads / mesh.size
         lse = 4 * heads * run.tokens if method.uses_lse else 0.0
         plans = run.branches * shape.layers * (heads * rows**2 / 8 + lse)
@@ -299,9 +298,3 @@ def _memory(run: Run, mesh: Mesh) -> dict[str, float]:
         "activations": _ACTIVATIONS * batch * hidden_bytes / mesh.size,
         "plans": plans,
     }
-
-
-def _block_of(method: Method) -> float:
-    """Tokens a block, as the method's parameters say."""
-    tile = getattr(method, "tile", None)
-    return getattr(method, "block", None) or (math.prod(tile) if tile else 64)

@@ -78,6 +78,15 @@ def density_at(method: Method, site: Site) -> float | None:
     return float(method.density if varying is None else varying(site))  # type: ignore[attr-defined]
 
 
+def block_of(method: Method) -> float:
+    """Tokens a query block of `method`, as its parameters say; 64 where they do not."""
+    for name in ("block", "block_q", "q_tokens"):
+        if isinstance(size := getattr(method, name, None), int):
+            return size
+    tile = getattr(method, "tile", None)
+    return math.prod(tile) if tile else 64
+
+
 def accepts_density(method: Method) -> bool:
     """Whether `with_density` gives a method that its density controls; it may have none to begin with."""
     has_one = any(f.name == "density" for f in _fields(type(method)))

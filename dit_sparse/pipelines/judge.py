@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from dataclasses import replace
 from typing import Any
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from dit_sparse.cost import Call, DeviceCosts, costs_of, predict
 from dit_sparse.kernels import BACKENDS
-from dit_sparse.methods.parameters import density_at
+from dit_sparse.methods.parameters import block_of, density_at
 from dit_sparse.schedule import Decision, Schedule
 from dit_sparse.types import AttentionPlan, Method, Remainder, Site
 
@@ -84,7 +83,7 @@ class Judge:
         return not self._schedule.never_slower or method.name == "dense"
 
     def _before_planning(self, site: Site, q: Tensor, density: float) -> float:
-        block = _block_of(self._method(site))
+        block = block_of(self._method(site))
         return self._predict(site, q, density=density, block=block, remainder=self._schedule.planned_remainder)
 
     def _predict(self, site: Site, q: Tensor, **work: Any) -> float:
@@ -171,15 +170,6 @@ def _backend(name: str, device: torch.device, remainder: Remainder) -> str:
 def _stated(method: Method, site: Site) -> float | None:
     """The density that `method` will keep to at `site`, if it says so; that of a static plan is read off it."""
     return density_at(method, site) if method.scope in ("sample", "call") else None
-
-
-def _block_of(method: Method) -> float:
-    """Tokens a block of `method`, as its parameters say."""
-    for name in ("block", "block_q", "q_tokens"):
-        if isinstance(size := getattr(method, name, None), int):
-            return size
-    tile = getattr(method, "tile", None)
-    return math.prod(tile) if tile else 64
 
 
 def _visited(plan: AttentionPlan) -> tuple[float, float]:

@@ -138,6 +138,14 @@ def test_density_scales_attention_alone():
     assert dense["attention"] == step_parts(_run(), Mesh(1, 1), "dense")["attention"], "where sparse does not pay"
 
 
+def test_a_remainder_of_the_methods_own_is_counted():
+    own = _run(method="pisa", block=64)
+    without = replace(own, schedule=replace(own.schedule, remainder="none"))
+    asked = replace(own, schedule=replace(own.schedule, remainder="value"))
+    seconds = [step_parts(run, Mesh(1, 1), "cached")["attention"] for run in (without, own, asked)]
+    assert seconds[0] < seconds[1] == seconds[2]
+
+
 def test_devices_share_the_work_and_pay_for_the_exchange():
     run = _run()
     one, eight = step_parts(run, Mesh(1, 1), "dense"), step_parts(run, Mesh(8, 1), "dense")
