@@ -20,7 +20,7 @@ from rich.console import Console
 from torch import Tensor
 
 from dit_sparse import AdaSpa, LeastError, Schedule
-from dit_sparse.kernels import block_mass, dense_attention, output_errors, remainder_errors
+from dit_sparse.kernels import Probes, block_mass, dense_attention, output_errors, remainder_errors
 from dit_sparse.masks import best_blocks, select_density
 from dit_sparse.types import Method, Scope, TokenGrid, TokenOrder
 
@@ -34,7 +34,7 @@ class ByMass(LeastError):
 
     name: ClassVar[str] = "lea by mass"
 
-    def errors(self, q: Tensor, k: Tensor, v: Tensor, order: TokenOrder) -> Tensor:
+    def errors(self, q: Tensor, k: Tensor, v: Tensor, order: TokenOrder, probes: Probes) -> Tensor:
         lse = dense_attention(q, k, v, return_lse=True)[1]
         return block_mass(q, k, lse, order.offsets, order.offsets, scale=q.shape[-1] ** -0.5)
 
@@ -45,7 +45,7 @@ class ByMeanQuery(LeastError):
 
     name: ClassVar[str] = "lea by mean query"
 
-    def errors(self, q: Tensor, k: Tensor, v: Tensor, order: TokenOrder) -> Tensor:
+    def errors(self, q: Tensor, k: Tensor, v: Tensor, order: TokenOrder, probes: Probes) -> Tensor:
         sizes = order.block_sizes[..., None].float()
         return remainder_errors(q, k, v, order, order).exp() * sizes
 
@@ -56,7 +56,7 @@ class ByEveryQuery(LeastError):
 
     name: ClassVar[str] = "lea by every query"
 
-    def errors(self, q: Tensor, k: Tensor, v: Tensor, order: TokenOrder) -> Tensor:
+    def errors(self, q: Tensor, k: Tensor, v: Tensor, order: TokenOrder, probes: Probes) -> Tensor:
         return output_errors(q, k, v, order, order, rows=order.geometry.largest)
 
 

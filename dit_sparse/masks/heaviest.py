@@ -101,6 +101,30 @@ def best_blocks(mass: Tensor, density: float, offsets: Tensor, grid: TokenGrid) 
     return torch.zeros_like(within).scatter_(-1, ranked, within).view_as(forced) | forced
 
 
+def blocks_within(errors: Tensor, most: Tensor, offsets: Tensor, grid: TokenGrid) -> Tensor:
+    """The fewest blocks, of all heads together, without which the errors of the others add up to at most `most`.
+
+    Blocks of the largest error a query-key pair come first, as in `best_blocks`; where blocks are uneven, fewer pairs
+    may be left out than could be, by less than a block. How many are kept stays on the device.
+
+    Args:
+        errors: `[B, H, M, M]` float32, what each block adds to the error if it is not kept; none negative.
+        most: `[B]` of each sample.
+        offsets: `[1, 1, M+1]` int32 bounds of the blocks.
+        grid: the layout of the sequence.
+
+    Returns:
+        `[B, H, M, M]` bool.
+    """
+    forced = forced_blocks(errors, offsets, grid)
+    worth = (errors / block_areas(offsets).to(errors.dtype).clamp(min=1)).masked_fill(forced, -1).flatten(1)
+    least_first = worth.argsort(dim=-1, stable=True)
+    # Summed from the smallest on, so that none is lost among larger ones.
+    left = errors.masked_fill(forced, 0).flatten(1).double().gather(-1, least_first).cumsum(-1)
+    needed = ~(left <= most[:, None])  # what is no number is kept
+    return torch.zeros_like(needed).scatter_(-1, least_first, needed).view_as(forced) | forced
+
+
 def blocks_above(mass: Tensor, threshold: float, offsets: Tensor, grid: TokenGrid) -> Tensor:
     """The blocks of at least `threshold` mass, `[1, H, M, M]` bool; arguments as in `heaviest_blocks`."""
     return (mass >= threshold) | forced_blocks(mass, offsets, grid)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -128,6 +129,70 @@ def test_the_density_is_that_of_the_step() -> None:
         assert float(plan.density.mean()) == pytest.approx(method.step_densities(20)[step], rel=0.02)
 
 
+def left_over(method: LeastError, q: Tensor, k: Tensor, v: Tensor, site: Site) -> tuple[float, Tensor]:
+    """Root of the summed squared errors of the blocks that a plan does not keep, over the output's norm, and the mask.
+
+    Every query is looked at, so that nothing but rounding is between this and what the search sees.
+    """
+    plan = method.plan(q, k, v, site, None)
+    order, kept = plan.q_order, plan.block_mask.kept_blocks
+    q, k, v = (order.permute(x).double() for x in (q, k, v))
+    bounds = order.offsets[0, 0].tolist()
+    blocks = [list(range(a, b)) for a, b in itertools.pairwise(bounds)]
+    total = 0.0
+    for b, h, i, j in (~kept).nonzero().tolist():
+        total += error(q[b, h], k[b, h], v[b, h], blocks[i], blocks[i], blocks[j])
+    dense = F.scaled_dot_product_attention(q, k, v)
+    return (total / float(dense.square().sum())) ** 0.5, kept
+
+
+@pytest.mark.parametrize("grid", [TokenGrid(2, 4, 6), TokenGrid(2, 4, 6, text_len=3)], ids=str)
+@pytest.mark.parametrize("bound", [0.02, 0.1, 0.2])
+def test_what_an_error_leaves_out_is_within_it_and_one_block_more_is_not(grid: TokenGrid, bound: float) -> None:
+    q, k, v = inputs(grid, batch=1, scale=0.7)
+    method = LeastError(tile=TILE, rows=6, error=bound)
+    late = Site(grid, step=9, num_steps=10)
+    left, kept = left_over(method, q, k, v, late)
+    assert left <= bound * (1 + 1e-5)
+    assert 0.1 < float(kept.double().mean()) < 1
+    # The least error among the blocks kept would not have fitted in.
+    order = method.shared_order(grid, q.device)
+    given = [order.permute(x).double() for x in (q, k, v)]
+    dense = F.scaled_dot_product_attention(*given).square().sum()
+    bounds = order.offsets[0, 0].tolist()
+    blocks = [list(range(a, b)) for a, b in itertools.pairwise(bounds)]
+    text = [grid.text_len > 0 and start >= grid.text_start for start in bounds[:-1]]
+    own = torch.tensor(
+        [[[error(*(x[0, h] for x in given), i, i, j) for j in blocks] for i in blocks] for h in range(2)]
+    )  # fmt: skip
+    sure = torch.zeros_like(own, dtype=torch.bool).scatter_(-1, own.argmax(-1, keepdim=True), True)
+    sure |= torch.tensor(text) | torch.tensor(text)[:, None]
+    least = float(own[kept[0] & ~sure].min())
+    assert left**2 + least / float(dense) > bound**2
+
+
+def test_early_steps_may_err_less() -> None:
+    q, k, v = smooth_inputs(DEMO)
+    method = LeastError(error=0.1)
+    sites = [Site(DEMO, step=step, num_steps=20) for step in (0, 3, 4, 19)]
+    assert [method.threshold_at(site) for site in sites] == [0.05, 0.05, 0.1, 0.1]
+    early, late = (float(method.plan(q, k, v, site, None).density.mean()) for site in (sites[0], sites[3]))
+    assert early > 1.2 * late
+    assert not method.takes_density
+    assert LeastError().threshold_at(sites[0]) is None
+
+
+def test_branches_in_one_batch_share_an_error() -> None:
+    grid = TokenGrid(2, 4, 6)
+    q, k, v = inputs(grid, batch=4, scale=0.7)
+    method = LeastError(error=0.1, tile=TILE, rows=6)
+    mask = method.plan(q, k, v, Site(grid, branch="cond_uncond"), None).token_mask()
+    assert torch.equal(mask[:2], mask[2:])
+    # The same branch twice has twice the errors and twice the output.
+    twice = method.plan(*(x[:2].repeat(2, 1, 1, 1) for x in (q, k, v)), Site(grid, branch="cond_uncond"), None)
+    assert torch.equal(twice.token_mask()[:2], method.plan(*(x[:2] for x in (q, k, v)), Site(grid), None).token_mask())
+
+
 def test_it_errs_less_than_the_blocks_of_largest_mass_with_the_same_remainder() -> None:
     """Tiles of equal tokens lose nothing by their mean, however much attention they get."""
     q, k, v = smooth_inputs(DEMO)
@@ -153,6 +218,8 @@ def test_the_second_plan_on_a_grid_reads_nothing_back() -> None:
     with NoWaiting():
         got = method.plan(q, k, v, Site(grid), None)
     assert torch.equal(got.token_mask(), want.token_mask())
+    with NoWaiting():
+        replace(method, error=0.1).plan(q, k, v, Site(grid), None)
 
 
 @pytest.mark.parametrize(
@@ -164,6 +231,9 @@ def test_the_second_plan_on_a_grid_reads_nothing_back() -> None:
         ({"early": 0.5}, "early"),
         ({"early": float("nan")}, "early"),
         ({"early": True}, "early"),
+        ({"error": 0}, "error"),
+        ({"error": 1.5}, "error"),
+        ({"error": float("nan")}, "error"),
     ],
 )
 def test_bad_parameters(options: dict[str, float], message: str) -> None:
