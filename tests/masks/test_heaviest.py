@@ -123,7 +123,7 @@ def test_what_is_left_out_errs_by_at_most_as_much(grid: TokenGrid, share: float)
     order = raster_order(grid, 8)
     errors = torch.cat(masses(grid, 3))  # three samples
     most = share * torch.tensor([1.0, 1.0, 0.5]) * errors.sum((-1, -2, -3))
-    kept = blocks_within(errors, most, order.offsets, grid)
+    kept = blocks_within(errors, most, order.offsets, order.offsets, grid)
     sizes = order.block_sizes[0, 0]
     text = torch.tensor(text_rows(grid))
     best = torch.zeros_like(kept).scatter_(-1, errors.argmax(-1, keepdim=True), True)
@@ -144,4 +144,5 @@ def test_what_is_no_number_is_kept() -> None:
     grid = TokenGrid(1, 8, 8)
     (errors,) = masses(grid, 1)
     errors[0, 1, 2, 3] = torch.nan
-    assert blocks_within(errors, torch.tensor([1e9]), raster_order(grid, 8).offsets, grid)[0, 1, 2, 3]
+    offsets = raster_order(grid, 8).offsets
+    assert blocks_within(errors, torch.tensor([1e9]), offsets, offsets, grid)[0, 1, 2, 3]
