@@ -24,7 +24,6 @@ LARGEST_SPREAD = 2.0
 """Of `m_Ij`; above it a block leaves no remainder for a query block. The scores then vary by 2 around their mean."""
 
 _CHUNK_SCORES = 1 << 19
-_ALIGNED = 8
 
 
 @dataclass(frozen=True)
@@ -76,15 +75,9 @@ def remainder_terms(
         return RemainderTerms(keys.mean, keys.v_mean, bias, None)
     weights = _softmax((queries.mean * scale) @ keys.mean.transpose(-1, -2) + bias)
     products = keys.products.flatten(3)
-    slopes = (_aligned_rows(weights * scale, products.dtype) @ products).unflatten(-1, keys.products.shape[3:])
+    weights = torch.nn.functional.pad(weights * scale, (0, products.shape[2] - weights.shape[-1]))
+    slopes = (weights.to(products.dtype) @ products).unflatten(-1, keys.products.shape[3:])
     return RemainderTerms(keys.mean, keys.v_mean, bias, slopes)
-
-
-def _aligned_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x` in `dtype`, with rows that begin at multiples of 16 bytes: else the fast kernels of cuBLAS cannot read it."""
-    columns = x.shape[-1]
-    rows = x.new_empty(*x.shape[:-1], -(-columns // _ALIGNED) * _ALIGNED, dtype=dtype)[..., :columns]
-    return rows.copy_(x)
 
 
 def _softmax(scores: Tensor) -> Tensor:
