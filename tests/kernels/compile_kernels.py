@@ -26,7 +26,7 @@ ROW_STRIDES += [f"{name}_{dim}" for name in ("mk", "mv", "slope", "x", "m", "vm"
 ROW_STRIDES += ["slope_sd", "x_sn", "p_sd"]
 DATA = ("q", "k", "v", "out", "x", "mean_k", "mean_v", "slopes", "products", "means")
 FLOATS = ("lse", "bias", "mean", "square", "v_mean", "middle", "norms", "overlaps", "errors", "sums")
-LISTS = ("counts", "indices", "partial_counts", "partial_indices", "bits", "q_offsets", "k_offsets", "offsets", "pace")
+LISTS = ("counts", "indices", "partial_counts", "partial_indices", "bits", "q_offsets", "k_offsets", "offsets", "taken")
 
 
 def signature(kernel, constants: dict, special: dict[str, str], data: str) -> dict[str, str]:
@@ -101,7 +101,7 @@ def hopper(job: dict):
     constants = dict(
         GROUPS=job["groups"], D=job["dim"], BLOCK_N=128, K_TILES=1, PAIR=job["pair"], Q_TILES=1,
         STAGES_K=job["stages"][0], STAGES_V=job["stages"][1], Q_IN_REGISTERS=job["early"] or job["dim"] == 64,
-        PARTIAL=job["partial"], RETURN_LSE=True, PACE=job["pace"], EARLY=job["early"], FLAT=layout(128, job["dim"]),
+        PARTIAL=job["partial"], RETURN_LSE=True, EARLY=job["early"], FLAT=layout(128, job["dim"]),
         MEANS=job["remainder"] != "none", SLOPES=job["remainder"] == "value", PRODUCER_REGISTERS=24,
         CONSUMER_REGISTERS=240,
     )  # fmt: skip
