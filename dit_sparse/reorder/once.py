@@ -40,16 +40,14 @@ def raster_once(grid: TokenGrid, block: int, device: torch.device) -> TokenOrder
 
 
 @_once
-def tiles_once(
-    grid: TokenGrid, tile: tuple[int, int, int], device: torch.device, whole_first: bool = False
-) -> TokenOrder:
+def tiles_once(grid: TokenGrid, tile: tuple[int, int, int], device: torch.device, even: bool = False) -> TokenOrder:
     """`tile_order`, always the same object."""
-    return tile_order(grid, tile, device=device, whole_first=whole_first)
+    return tile_order(grid, tile, device=device, even=even)
 
 
 @_once
 def merged_tiles_once(grid: TokenGrid, tile: tuple[int, int, int], count: int, device: torch.device) -> TokenOrder:
-    """`tiles_once`, whole tiles first, with `count` tiles a block; always the same object."""
+    """`tiles_once`, even, with `count` tiles a block; always the same object."""
     return merge_blocks(tiles_once(grid, tile, device, True), grid, count)
 
 

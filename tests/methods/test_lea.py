@@ -19,13 +19,15 @@ TILE = (1, 2, 3)
 
 
 def tiles(grid: TokenGrid) -> list[list[int]]:
-    """Raster numbers of the tokens of each tile, whole tiles first."""
+    """Raster numbers of the tokens of each block: whole tiles, then the tokens of the others, six by six."""
     starts = itertools.product(*(range(0, length, side) for length, side in zip(grid.shape, TILE, strict=True)))
     found = []
     for f, top, left in starts:
         rows, columns = range(top, min(top + 2, grid.height)), range(left, min(left + 3, grid.width))
         found.append([(f * grid.height + y) * grid.width + x for y in rows for x in columns])
-    return sorted(found, key=lambda tile: len(tile) < 6)
+    whole = [tile for tile in found if len(tile) == 6]
+    others = [token for tile in found if len(tile) < 6 for token in tile]
+    return whole + [others[first : first + 6] for first in range(0, len(others), 6)]
 
 
 def error(q: Tensor, k: Tensor, v: Tensor, queries: list[int], looked_at: list[int], keys: list[int]) -> float:

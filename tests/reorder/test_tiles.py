@@ -41,12 +41,15 @@ def test_one_tile_is_one_block_in_raster_order(grid, tile):
 
 @settings(deadline=None)
 @given(st.builds(TokenGrid, sides, sides, sides), tiles)
-def test_whole_tiles_come_first(grid, tile):
-    order = tile_order(grid, tile, whole_first=True)
+def test_even_blocks_are_whole_tiles_and_then_the_tokens_of_the_others(grid, tile):
+    order = tile_order(grid, tile, even=True)
     bounds = order.offsets[0, 0].tolist()
     blocks = [order.index[0, 0, a:b].tolist() for a, b in itertools.pairwise(bounds)]
     volume = tile[0] * tile[1] * tile[2]
-    assert blocks == sorted(tiles_by_loops(grid, tile), key=lambda block: len(block) < volume)
+    tiles = tiles_by_loops(grid, tile)
+    whole = [block for block in tiles if len(block) == volume]
+    others = [token for block in tiles if len(block) < volume for token in block]
+    assert blocks == whole + [others[first : first + volume] for first in range(0, len(others), volume)]
 
 
 def test_border_tiles_are_smaller_and_text_comes_in_blocks_of_the_tiles_volume():
