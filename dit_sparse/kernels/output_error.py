@@ -19,7 +19,8 @@ from torch import Tensor
 
 from dit_sparse.kernels.block_layout import BlockLayout
 from dit_sparse.kernels.dense import dense_attention
-from dit_sparse.kernels.remainder import remainder_terms
+from dit_sparse.kernels.moments import block_moments
+from dit_sparse.kernels.remainder import LARGEST_SPREAD, remainder_terms, score_spread
 from dit_sparse.kernels.score_tiles import ScoreBackend, use_triton
 from dit_sparse.kernels.triton_launch import interpreted, on_device_of, padded, rows_of
 from dit_sparse.types import TokenOrder
@@ -93,13 +94,12 @@ def output_errors(
     sampled = q.index_select(2, _positions(q_order, rows))
     probes = _Probes(sampled, *dense_attention(sampled, k, v, scale=scale, return_lse=True))
     q_layout, k_layout = (BlockLayout.of_head(order, 0, 0) for order in (q_order, kv_order))
+    if use_triton(backend, q, k, v):
+        spread = score_spread(block_moments(q, q_layout, centred=False), block_moments(k, k_layout), scale)
+        return _by_triton(probes, spread, k, v, q_order, kv_order, rows, scale)
     nothing = torch.zeros(1, dtype=torch.bool, device=q.device)
     terms = remainder_terms(q, k, v, q_layout, k_layout, nothing, scale, "mean")
-    means = _Means(terms.keys, terms.values, terms.bias)
-    if use_triton(backend, q, k, v):
-        errors = _by_triton(probes, means, k, v, kv_order, rows, scale)
-    else:
-        errors = _by_chunks(probes, means, k, v, k_layout, rows, scale)
+    errors = _by_chunks(probes, _Means(terms.keys, terms.values, terms.bias), k, v, k_layout, rows, scale)
     return errors.unflatten(2, (-1, rows)).mean(3) * q_order.block_sizes[..., None]
 
 
@@ -177,30 +177,43 @@ def _by_chunks(
 
 
 def _by_triton(
-    probes: _Probes, means: _Means, k: Tensor, v: Tensor, order: TokenOrder, rows: int, scale: float
+    probes: _Probes,
+    spread: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_order: TokenOrder,
+    kv_order: TokenOrder,
+    rows: int,
+    scale: float,
 ) -> Tensor:
-    """As `_by_chunks`, by the kernel; nothing waits for the device."""
+    """`[B, H, Mq, Mk]` by the kernel; nothing waits for the device."""
     import triton
 
     from dit_sparse.kernels.output_error_kernel import output_error_kernel
 
-    k, v, offsets = rows_of(k), rows_of(v), order.offsets.contiguous()
-    q, out = probes.q.contiguous(), probes.out.contiguous()
-    lse, bias, values = probes.lse.float().contiguous(), means.bias.contiguous(), means.values.contiguous()
-    batch, heads, count, dim = q.shape
-    blocks, v_dim = order.num_blocks, v.shape[-1]
-    found = torch.empty(batch, heads, count, blocks, dtype=torch.float32, device=k.device)
-    small = k.dtype == torch.float32 or interpreted()
-    block_m = 32 if small else 64
-    # Two tiles of 64 keys of 256 channels would not fit in the shared memory of every GPU.
-    block_n = min(32 if small or max(dim, v_dim) > 128 else 64, padded(order.geometry.largest))
+    k, v = rows_of(k), rows_of(v)
+    q, out, lse = (x.contiguous() for x in probes)
+    batch, heads, _, dim = q.shape
+    q_blocks, blocks, v_dim = q_order.num_blocks, kv_order.num_blocks, v.shape[-1]
+    launch = _launch(k.dtype, max(dim, v_dim), kv_order.geometry.largest)
+    slots = 1 << (rows - 1).bit_length()
+    parts = max(1, slots // launch["BLOCK_M"])
+    found = torch.empty(batch, heads, q_blocks * parts, blocks, dtype=torch.float32, device=k.device)
+    tiles = triton.cdiv(q_blocks * slots, launch["BLOCK_M"])
     with on_device_of(k):
-        output_error_kernel[triton.cdiv(count, block_m) * triton.cdiv(blocks, _SPAN), heads, batch](
-            q, out, lse, k, v, values, bias, found, offsets,
+        output_error_kernel[tiles * triton.cdiv(blocks, _SPAN), heads, batch](
+            q, out, lse, k, v, spread, found, q_order.offsets.contiguous(), kv_order.offsets.contiguous(),
             *q.stride()[:3], *out.stride()[:3], *lse.stride()[:2], *k.stride()[:3], *v.stride()[:3],
-            *values.stride()[:3], *bias.stride()[:3], *found.stride()[:3],
-            count, blocks, scale, rows,
-            D=dim, DV=v_dim, BLOCK_D=padded(dim), BLOCK_DV=padded(v_dim), BLOCK_M=block_m, BLOCK_N=block_n,
-            SPAN=_SPAN, UPCAST=interpreted(), num_warps=4, num_stages=2,
+            *spread.stride()[:3], *found.stride()[:3], q_blocks, blocks, rows, scale, LARGEST_SPREAD,
+            SLOTS=slots, D=dim, DV=v_dim, BLOCK_D=padded(dim), BLOCK_DV=padded(v_dim), SPAN=_SPAN,
+            SINGLE=kv_order.geometry.largest <= launch["BLOCK_N"], UPCAST=interpreted(), **launch,
         )  # fmt: skip
-    return found
+    return found if parts == 1 else found.unflatten(2, (q_blocks, parts)).sum(3)
+
+
+def _launch(dtype: torch.dtype, dim: int, largest: int) -> dict[str, int]:
+    """Tiles that fit in the shared memory of every GPU."""
+    if dtype == torch.float32 or interpreted():
+        return {"BLOCK_M": 32, "BLOCK_N": min(32, padded(largest)), "num_warps": 4, "num_stages": 2}
+    block_n = min(64 if dim <= 128 else 32, padded(largest))
+    return {"BLOCK_M": 64, "BLOCK_N": block_n, "num_warps": 4, "num_stages": 2}
