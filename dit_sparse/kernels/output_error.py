@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dit_sparse.kernels.block_layout import BlockLayout
 from dit_sparse.kernels.dense import dense_attention
+from dit_sparse.kernels.hopper_search import hopper_takes, search_on_hopper
 from dit_sparse.kernels.moments import block_moments
 from dit_sparse.kernels.remainder import LARGEST_SPREAD, remainder_terms, score_spread
 from dit_sparse.kernels.score_tiles import ScoreBackend, use_triton
@@ -96,6 +97,9 @@ def output_errors(
     q_layout, k_layout = (BlockLayout.of_head(order, 0, 0) for order in (q_order, kv_order))
     if use_triton(backend, q, k, v):
         spread = score_spread(block_moments(q, q_layout, centred=False), block_moments(k, k_layout), scale)
+        if backend == "auto" and hopper_takes(k, v, kv_order):
+            own = (x.contiguous() for x in probes)
+            return search_on_hopper(*own, k, v, spread, LARGEST_SPREAD, q_order, kv_order, rows, scale)
         return _by_triton(probes, spread, k, v, q_order, kv_order, rows, scale)
     nothing = torch.zeros(1, dtype=torch.bool, device=q.device)
     terms = remainder_terms(q, k, v, q_layout, k_layout, nothing, scale, "mean")
