@@ -173,11 +173,18 @@ class AttentionPlan:
 
     @classmethod
     def from_kept(
-        cls, order: TokenOrder, kept: Tensor, *, remainder: Remainder = "none", **mask_options: Any
+        cls,
+        order: TokenOrder,
+        kept: Tensor,
+        *,
+        kv_order: TokenOrder | None = None,
+        remainder: Remainder = "none",
+        **mask_options: Any,
     ) -> AttentionPlan:
-        """Plan with one `order` for queries and keys, keeping the blocks `kept` `[B|1, H|1, Mq, Mk]` (bool)."""
-        mask = BlockMask.from_bool(kept, order.offsets, order.offsets, **mask_options)
-        return cls(order, order, mask, remainder)
+        """Plan that keeps the blocks `kept` `[B|1, H|1, Mq, Mk]` (bool); one `order` serves both without `kv_order`."""
+        kv_order = order if kv_order is None else kv_order
+        mask = BlockMask.from_bool(kept, order.offsets, kv_order.offsets, **mask_options)
+        return cls(order, kv_order, mask, remainder)
 
     def with_remainder(self, remainder: Remainder) -> AttentionPlan:
         """This plan with another remainder."""

@@ -20,9 +20,10 @@ from rich.console import Console
 from torch import Tensor
 
 from dit_sparse import AdaSpa, LeastError, Schedule
-from dit_sparse.kernels import block_mass, dense_attention, output_errors, remainder_errors
+from dit_sparse.kernels import Probes, block_mass, dense_attention, output_errors, remainder_errors
 from dit_sparse.masks import best_blocks, select_density
-from dit_sparse.types import Method, Scope, TokenGrid, TokenOrder
+from dit_sparse.methods.lea import Orders
+from dit_sparse.types import Method, Scope, TokenGrid
 
 DENSITIES = (0.125, 0.0625)
 EVERY_DENSITY = (0.25, *DENSITIES)
@@ -34,9 +35,9 @@ class ByMass(LeastError):
 
     name: ClassVar[str] = "lea by mass"
 
-    def errors(self, q: Tensor, k: Tensor, v: Tensor, order: TokenOrder) -> Tensor:
+    def errors(self, q: Tensor, k: Tensor, v: Tensor, orders: Orders, probes: Probes) -> Tensor:
         lse = dense_attention(q, k, v, return_lse=True)[1]
-        return block_mass(q, k, lse, order.offsets, order.offsets, scale=q.shape[-1] ** -0.5)
+        return block_mass(q, k, lse, orders[0].offsets, orders[1].offsets, scale=q.shape[-1] ** -0.5)
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,8 @@ class ByMeanQuery(LeastError):
 
     name: ClassVar[str] = "lea by mean query"
 
-    def errors(self, q: Tensor, k: Tensor, v: Tensor, order: TokenOrder) -> Tensor:
-        sizes = order.block_sizes[..., None].float()
-        return remainder_errors(q, k, v, order, order).exp() * sizes
+    def errors(self, q: Tensor, k: Tensor, v: Tensor, orders: Orders, probes: Probes) -> Tensor:
+        return remainder_errors(q, k, v, *orders).exp() * orders[0].block_sizes[..., None].float()
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ class ByEveryQuery(LeastError):
 
     name: ClassVar[str] = "lea by every query"
 
-    def errors(self, q: Tensor, k: Tensor, v: Tensor, order: TokenOrder) -> Tensor:
-        return output_errors(q, k, v, order, order, rows=order.geometry.largest)
+    def errors(self, q: Tensor, k: Tensor, v: Tensor, orders: Orders, probes: Probes) -> Tensor:
+        return output_errors(q, k, v, *orders, rows=orders[0].geometry.largest)
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,9 @@ class ByHead(LeastError):
 
     name: ClassVar[str] = "lea by head"
 
-    def choose(self, errors: Tensor, density: float, order: TokenOrder, grid: TokenGrid) -> Tensor:
+    def choose(self, errors: Tensor, density: float, orders: Orders, grid: TokenGrid) -> Tensor:
         heads = errors.flatten(0, 1)[:, None]
-        return best_blocks(heads, density, order.offsets, grid).view_as(errors)
+        return best_blocks(heads, density, orders[0].offsets, orders[1].offsets, grid).view_as(errors)
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,8 @@ class ByRow(LeastError):
 
     name: ClassVar[str] = "lea by row"
 
-    def choose(self, errors: Tensor, density: float, order: TokenOrder, grid: TokenGrid) -> Tensor:
-        return select_density(errors, density, order, order, grid)
+    def choose(self, errors: Tensor, density: float, orders: Orders, grid: TokenGrid) -> Tensor:
+        return select_density(errors, density, *orders, grid)
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,9 @@ def cases() -> list[Case]:
             case("chosen by true attention mass", ByMass(density)),
             case("by SVG-EAR's bound from the mean query", ByMeanQuery(density)),
             case("by the error on every query", ByEveryQuery(density)),
-            case("4 queries a block", LeastError(density, rows=4)),
+            case("8 queries a block", LeastError(density, rows=8)),
+            case("one tile a query block", LeastError(density, query_tiles=1, rows=8)),
+            case("four tiles a query block", LeastError(density, query_tiles=4)),
             case("one budget a head", ByHead(density)),
             case("one budget a row", ByRow(density)),
             case("remainder `none`", LeastError(density), remainder="none"),
@@ -112,7 +114,7 @@ def cases() -> list[Case]:
             case("`early` 8", LeastError(density, early=8)),
             case("a plan for each branch", ByBranch(density)),
             case("tiles of 1x8x8", LeastError(density, tile=(1, 8, 8))),
-            case("tiles of 2x8x4", LeastError(density, tile=(2, 8, 4))),
+            case("tiles of 2x4x8", LeastError(density, tile=(2, 4, 8))),
             case("AdaSpa with remainder `value`", AdaSpa(density), remainder="value"),
         ]
     return found

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from dit_sparse.calibrate.quality import for_error, for_psnr
+from dit_sparse.calibrate.quality import Reached, for_error, for_psnr
 from dit_sparse.calibrate.run import Calibration, Listener, calibrate
 from dit_sparse.generate import Request, models
 from dit_sparse.generate.report import loading
@@ -110,13 +110,25 @@ def calibrate_quality(
             assert psnr is not None
             found = for_psnr(pipe, request.prompts, schedule, psnr, **calls)
     path.write_text(json.dumps(found.schedule.to_config(), indent=2) + "\n", encoding="utf-8")
-    table = Table(title="Relative error by layer" if psnr is None else "PSNR by prompt, dB", title_justify="left")
-    table.add_column("density", justify="right")
-    form = ".3f" if psnr is None else ".2f"
+    return quality_table(found)
+
+
+def quality_table(found: Reached) -> Table:
+    """What was measured: a row for all that was tried, and a column for each layer or prompt."""
+    by_layer = bool(found.kept)
+    title = "Relative error by layer, and density" if by_layer else "PSNR by prompt, dB"
+    table = Table(title=title, title_justify="left")
+    table.add_column(found.varied, justify="right")
     for number in range(len(next(iter(found.measured.values())))):
-        table.add_column(str(number if psnr is None else number + 1), justify="right")
-    for density, values in sorted(found.measured.items()):
-        table.add_row(f"{density:g}", *(format(value, form) for value in values))
+        table.add_column(str(number if by_layer else number + 1), justify="right")
+    for tried, values in sorted(found.measured.items()):
+        cells = [f"{value:.2f}" for value in values]
+        if by_layer:
+            cells = [f"{value:.3f} {kept:.2f}" for value, kept in zip(values, found.kept[tried], strict=True)]
+        table.add_row(f"{tried:g}", *cells)
+    if found.varied == "threshold" and (chosen := found.schedule.layer_thresholds) is not None:
+        dense = found.schedule.dense_layers
+        table.add_row("chosen", *("dense" if n in dense else f"{value:.4f}" for n, value in enumerate(chosen)))
     return table
 
 

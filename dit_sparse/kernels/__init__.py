@@ -21,7 +21,7 @@ from dit_sparse.kernels.hopper_backend import HopperBackend
 from dit_sparse.kernels.keep_best import keep_best
 from dit_sparse.kernels.modulate import add_gated, layer_norm
 from dit_sparse.kernels.norm_rope import norm_rope
-from dit_sparse.kernels.output_error import output_errors, scattered_rows
+from dit_sparse.kernels.output_error import Probes, attend_rows, output_errors, scattered_rows
 from dit_sparse.kernels.permute import permute, restore
 from dit_sparse.kernels.pooled import pooled_blocks
 from dit_sparse.kernels.reference import ReferenceBackend
@@ -32,8 +32,10 @@ __all__ = [
     "BACKENDS",
     "Backend",
     "BackendUnavailableError",
+    "Probes",
     "add_gated",
     "antidiagonal_scores",
+    "attend_rows",
     "block_mass",
     "check_remainder",
     "dense_attention",

@@ -43,18 +43,19 @@ def best_within(
         ValueError: an unknown backend, or mass that the one asked for does not take.
         BackendUnavailableError: the backend cannot run here.
     """
-    if mass.shape[-1] > _LARGEST_ROW and backend == "triton":
-        raise ValueError(f"mass must have at most {_LARGEST_ROW} key blocks, got {mass.shape[-1]}; use 'torch'")
-    few = mass[..., :1]  # channels are no limit here
-    if mass.dtype == torch.float32 and mass.shape[-1] <= _LARGEST_ROW and use_triton(backend, few):
+    takes = mass.dtype == torch.float32 and mass.shape[-1] <= _LARGEST_ROW
+    if backend == "triton" and not takes:
+        raise ValueError(
+            f"mass must be float32 with at most {_LARGEST_ROW} key blocks, got {mass.dtype} with {mass.shape[-1]}; "
+            "use 'torch'"
+        )
+    # Channels are no limit here.
+    if use_triton("torch" if backend == "auto" and not takes else backend, mass[..., :1]):
         return _by_triton(mass, budget, q_text, k_text, q_sizes, k_sizes)
-    use_triton("torch" if backend == "auto" else backend, few)
     return _by_sort(mass, budget, q_text, k_text, q_sizes, k_sizes)
 
 
-def _by_sort(
-    mass: Tensor, budget: float, q_text: Tensor, k_text: Tensor, q_sizes: Tensor, k_sizes: Tensor
-) -> Tensor:
+def _by_sort(mass: Tensor, budget: float, q_text: Tensor, k_text: Tensor, q_sizes: Tensor, k_sizes: Tensor) -> Tensor:
     area = q_sizes[:, None].long() * k_sizes
     forced = torch.zeros_like(mass, dtype=torch.bool).scatter_(-1, mass.argmax(-1, keepdim=True), True)
     forced = forced | q_text[:, None] | k_text
@@ -67,9 +68,7 @@ def _by_sort(
     return torch.zeros_like(within).scatter_(-1, ranked, within).view_as(forced) | forced
 
 
-def _by_triton(
-    mass: Tensor, budget: float, q_text: Tensor, k_text: Tensor, q_sizes: Tensor, k_sizes: Tensor
-) -> Tensor:
+def _by_triton(mass: Tensor, budget: float, q_text: Tensor, k_text: Tensor, q_sizes: Tensor, k_sizes: Tensor) -> Tensor:
     import triton
 
     from dit_sparse.kernels.best_within_kernels import count_kernel, keep_kernel, keys_kernel, ties_kernel

@@ -2,8 +2,8 @@
 
 A radix search over the bits of float32, which rise with floats that are not negative: each pass counts the pairs above
 16 thresholds, and so settles 4 bits of the largest threshold that spends too much. Blocks above it are kept, and of
-those that equal it the first that are still paid for. Tensors are `[B, H, Mq, Mk]` contiguous; counts are int64, so that
-their order does not matter. Imported by their launcher when that first runs.
+those that equal it the first that are still paid for. Tensors are `[B, H, Mq, Mk]` contiguous; counts are int64, so the
+order of adding does not matter. Imported by their launcher when that first runs.
 """
 
 from __future__ import annotations

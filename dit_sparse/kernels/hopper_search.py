@@ -47,9 +47,7 @@ def hopper_takes(k: Tensor, v: Tensor, kv_order: TokenOrder) -> bool:
 
 
 def search_on_hopper(
-    q: Tensor,
-    out: Tensor,
-    lse: Tensor,
+    probes: tuple[Tensor, Tensor, Tensor],
     k: Tensor,
     v: Tensor,
     spread: Tensor,
@@ -62,7 +60,7 @@ def search_on_hopper(
     """Squared errors `[B, H, Mq, Mk]` float32, for what `hopper_takes`; nothing waits for the device.
 
     Args:
-        q, out, lse: `[B, H, Mq * rows, D]` and `[B, H, Mq * rows]` float32, contiguous: the probes and their attention.
+        probes: some queries of each block, `[B, H, Mq * rows, D]`, with their output and row sums; contiguous.
         k, v: `[B, H, N, D]` in the order's positions.
         spread: `[B, H, Mq, Mk]` float32, of the scores of a block.
         largest_spread: above it a block leaves no remainder.
@@ -72,6 +70,7 @@ def search_on_hopper(
     """
     from dit_sparse.kernels.hopper_search_kernels import search_kernel
 
+    q, out, lse = probes
     batch, heads, _, dim = q.shape
     q_blocks, blocks = q_order.num_blocks, kv_order.num_blocks
     slots = 1 << (rows - 1).bit_length()

@@ -14,6 +14,7 @@ from dit_sparse.kernels.triton_launch import broadcast_strides, interpreted, on_
 __all__ = ["Moments", "block_moments"]
 
 _LARGEST_TILE = 128  # value channels that one program holds products of
+_ALIGNED = 8  # blocks; cuBLAS takes its fast kernels for these
 _CHUNK_ELEMENTS = 1 << 16
 
 
@@ -24,7 +25,8 @@ class Moments(NamedTuple):
         mean: `[B, H, M, D]` of the tokens `x`.
         square: `[B, H, M, D]` mean square in each channel, of `x - mean` (the variance) or of `x` itself.
         v_mean: `[B, H, M, DV]` of the tokens `v`; `None` without.
-        products: `[B, H, M, D, DV]` mean of `(x - mean)^T v`, in the dtype of `x`; `None` where not wanted.
+        products: `[B, H, M', D, DV]` mean of `(x - mean)^T v`, in the dtype of `x`; `None` where not wanted. On a GPU
+            `M'` is the multiple of 8 from `M` on, zeros past `M`: a sum over blocks of another length is slow there.
     """
 
     mean: Tensor
@@ -96,7 +98,10 @@ def moments_by_triton(
     blocks, v_dim = offsets.shape[-1] - 1, values.shape[-1]
     mean, square = (torch.empty(batch, heads, blocks, dim, dtype=torch.float32, device=x.device) for _ in range(2))
     v_mean = mean if v is None else torch.empty(batch, heads, blocks, v_dim, dtype=torch.float32, device=x.device)
-    found = x.new_empty(batch, heads, blocks, dim, v_dim) if products else mean[..., None]
+    found = mean[..., None]
+    if products:
+        found = x.new_empty(batch, heads, -(-blocks // _ALIGNED) * _ALIGNED, dim, v_dim)
+        found[:, :, blocks:].zero_()
     block_dv = min(_LARGEST_TILE, padded(v_dim))
     parts = 1 if v is None else triton.cdiv(v_dim, block_dv)
     block_n, num_warps = _tile(layout.blocks.largest, x.dtype, max(dim, v_dim), products)

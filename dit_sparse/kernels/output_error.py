@@ -26,14 +26,14 @@ from dit_sparse.kernels.score_tiles import ScoreBackend, use_triton
 from dit_sparse.kernels.triton_launch import interpreted, on_device_of, padded, rows_of
 from dit_sparse.types import TokenOrder
 
-__all__ = ["output_errors", "scattered_rows"]
+__all__ = ["Probes", "attend_rows", "output_errors", "scattered_rows"]
 
 _CHUNK_SCORES = 1 << 20
 _CHUNK_SCORES_GPU = 1 << 26
 _SPAN = 32  # key blocks that one program goes through
 
 
-class _Probes(NamedTuple):
+class Probes(NamedTuple):
     """The queries that are looked at, with what their attention is.
 
     Args:
@@ -45,6 +45,11 @@ class _Probes(NamedTuple):
     out: Tensor
     lse: Tensor
 
+    def squares(self, order: TokenOrder) -> Tensor:
+        """`[B, H, M]` squared output summed over the queries of each block, as far as those looked at stand for it."""
+        squares = self.out.square().sum(-1, dtype=torch.promote_types(self.out.dtype, torch.float32))
+        return squares.unflatten(2, (order.num_blocks, -1)).mean(3) * order.block_sizes
+
 
 class _Means(NamedTuple):
     """`keys` `[B, H, Mk, D]`, `values` `[B, H, Mk, DV]`, and `bias` `[B, H, Mq, Mk]`, log of their sizes or -inf."""
@@ -52,6 +57,13 @@ class _Means(NamedTuple):
     keys: Tensor
     values: Tensor
     bias: Tensor
+
+
+@torch.no_grad()
+def attend_rows(q: Tensor, k: Tensor, v: Tensor, q_order: TokenOrder, rows: int, scale: float | None = None) -> Probes:
+    """Dense attention of `rows` queries of each block; arguments as in `output_errors`, which takes the result."""
+    sampled = q.index_select(2, _positions(q_order, rows))
+    return Probes(sampled, *dense_attention(sampled, k, v, scale=scale, return_lse=True))
 
 
 @torch.no_grad()
@@ -65,6 +77,7 @@ def output_errors(
     rows: int = 8,
     scale: float | None = None,
     backend: ScoreBackend = "auto",
+    probes: Probes | None = None,
 ) -> Tensor:
     """Squared error of the output that leaving each key block to its mean makes, from a few queries a block.
 
@@ -78,6 +91,7 @@ def output_errors(
         scale: of the scores; `D ** -0.5` by default.
         backend: "triton" is one fused kernel for NVIDIA GPUs, "torch" runs anywhere; "auto" takes the former for CUDA
             tensors of up to 256 channels in float32, float16 or bfloat16.
+        probes: what `attend_rows` gave for the same arguments, if it has been called already.
 
     Returns:
         `[B, H, Mq, Mk]` float32 (float64 for float64), summed over the queries of the block as far as those looked at
@@ -92,15 +106,14 @@ def output_errors(
     if k.shape != v.shape[:3] + k.shape[3:] or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
         raise ValueError(f"q, k, v must agree in [B, H, N, D], got {[tuple(x.shape) for x in (q, k, v)]}")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    sampled = q.index_select(2, _positions(q_order, rows))
-    probes = _Probes(sampled, *dense_attention(sampled, k, v, scale=scale, return_lse=True))
+    probes = attend_rows(q, k, v, q_order, rows, scale) if probes is None else probes
     q_layout, k_layout = (BlockLayout.of_head(order, 0, 0) for order in (q_order, kv_order))
     if use_triton(backend, q, k, v):
+        given = (probes.q.contiguous(), probes.out.contiguous(), probes.lse.contiguous())
         spread = score_spread(block_moments(q, q_layout, centred=False), block_moments(k, k_layout), scale)
         if backend == "auto" and hopper_takes(k, v, kv_order):
-            own = (x.contiguous() for x in probes)
-            return search_on_hopper(*own, k, v, spread, LARGEST_SPREAD, q_order, kv_order, rows, scale)
-        return _by_triton(probes, spread, k, v, q_order, kv_order, rows, scale)
+            return search_on_hopper(given, k, v, spread, LARGEST_SPREAD, q_order, kv_order, rows, scale)
+        return _by_triton(given, k, v, spread, q_order, kv_order, rows, scale)
     nothing = torch.zeros(1, dtype=torch.bool, device=q.device)
     terms = remainder_terms(q, k, v, q_layout, k_layout, nothing, scale, "mean")
     errors = _by_chunks(probes, _Means(terms.keys, terms.values, terms.bias), k, v, k_layout, rows, scale)
@@ -149,7 +162,7 @@ def _positions(order: TokenOrder, rows: int) -> Tensor:
 
 
 def _by_chunks(
-    probes: _Probes, means: _Means, k: Tensor, v: Tensor, layout: BlockLayout, rows: int, scale: float
+    probes: Probes, means: _Means, k: Tensor, v: Tensor, layout: BlockLayout, rows: int, scale: float
 ) -> Tensor:
     """`[B, H, R, Mk]` in plain torch, a few rows of scores at a time."""
     compute = torch.float64 if k.dtype == torch.float64 else torch.float32
@@ -181,22 +194,21 @@ def _by_chunks(
 
 
 def _by_triton(
-    probes: _Probes,
-    spread: Tensor,
+    probes: tuple[Tensor, Tensor, Tensor],
     k: Tensor,
     v: Tensor,
+    spread: Tensor,
     q_order: TokenOrder,
     kv_order: TokenOrder,
     rows: int,
     scale: float,
 ) -> Tensor:
-    """`[B, H, Mq, Mk]` by the kernel; nothing waits for the device."""
+    """As `search_on_hopper`, by the portable kernel."""
     import triton
 
     from dit_sparse.kernels.output_error_kernel import output_error_kernel
 
-    k, v = rows_of(k), rows_of(v)
-    q, out, lse = (x.contiguous() for x in probes)
+    (q, out, lse), k, v = probes, rows_of(k), rows_of(v)
     batch, heads, _, dim = q.shape
     q_blocks, blocks, v_dim = q_order.num_blocks, kv_order.num_blocks, v.shape[-1]
     launch = _launch(k.dtype, max(dim, v_dim), kv_order.geometry.largest)

@@ -75,7 +75,8 @@ def remainder_terms(
         return RemainderTerms(keys.mean, keys.v_mean, bias, None)
     weights = _softmax((queries.mean * scale) @ keys.mean.transpose(-1, -2) + bias)
     products = keys.products.flatten(3)
-    slopes = ((weights * scale).to(products.dtype) @ products).unflatten(-1, keys.products.shape[3:])
+    weights = torch.nn.functional.pad(weights * scale, (0, products.shape[2] - weights.shape[-1]))
+    slopes = (weights.to(products.dtype) @ products).unflatten(-1, keys.products.shape[3:])
     return RemainderTerms(keys.mean, keys.v_mean, bias, slopes)
 
 

@@ -3,6 +3,7 @@
 from dit_sparse.masks.heaviest import (
     best_blocks,
     blocks_above,
+    blocks_within,
     heaviest_blocks,
     heaviest_share,
     mass_threshold,
@@ -59,6 +60,7 @@ __all__ = [
     "blocks_a_row",
     "blocks_above",
     "blocks_for_share",
+    "blocks_within",
     "count_tiles",
     "density_to_blocks",
     "fill_budget",

@@ -32,8 +32,8 @@ def heaviest_blocks(mass: Tensor, density: float, offsets: Tensor, grid: TokenGr
 
     Source: PAROAttention (arXiv 2506.16054), section 4.2.
     """
-    forced = forced_blocks(mass, offsets, grid)
-    area = block_areas(offsets).expand_as(mass)
+    forced = forced_blocks(mass, offsets, offsets, grid)
+    area = block_areas(offsets, offsets).expand_as(mass)
     budget = density * grid.num_tokens**2 - (area * forced).sum((-1, -2))
     ranked = mass.masked_fill(forced, -1).flatten(2).argsort(dim=-1, descending=True, stable=True)
     spent = (area * ~forced).flatten(2).gather(-1, ranked).cumsum(-1)
@@ -77,27 +77,54 @@ def spread_ties(scores: Tensor) -> Tensor:
     return (ranks + fraction[:, None] / 2).float()
 
 
-def best_blocks(mass: Tensor, density: float, offsets: Tensor, grid: TokenGrid) -> Tensor:
+def best_blocks(mass: Tensor, density: float, q_offsets: Tensor, k_offsets: Tensor, grid: TokenGrid) -> Tensor:
     """The blocks of largest mass a query-key pair, of all heads together, up to `density` of the pairs of all heads.
 
     No other blocks hold more mass for as many pairs, save for what is left of the budget: less than a block.
 
     Args:
-        mass: `[B, H, M, M]` float32 block masses.
+        mass: `[B, H, Mq, Mk]` float32 block masses.
         density: share of the query-key pairs, text included, as a mean over heads.
-        offsets: `[1, 1, M+1]` int32 bounds of the blocks.
+        q_offsets, k_offsets: `[1, 1, M+1]` int32 bounds of the blocks.
         grid: the layout of the sequence.
 
     Returns:
-        `[B, H, M, M]` bool.
+        `[B, H, Mq, Mk]` bool.
     """
-    sizes, text = offsets.diff(dim=-1)[0, 0], text_blocks(grid, offsets)[0, 0]
-    return best_within(mass, density * mass.shape[1] * grid.num_tokens**2, text, text, sizes, sizes)
+    q_sizes, k_sizes = (offsets.diff(dim=-1)[0, 0] for offsets in (q_offsets, k_offsets))
+    q_text, k_text = (text_blocks(grid, offsets)[0, 0] for offsets in (q_offsets, k_offsets))
+    return best_within(mass, density * mass.shape[1] * grid.num_tokens**2, q_text, k_text, q_sizes, k_sizes)
+
+
+def blocks_within(errors: Tensor, most: Tensor, q_offsets: Tensor, k_offsets: Tensor, grid: TokenGrid) -> Tensor:
+    """The fewest blocks, of all heads together, without which the errors of the others add up to at most `most`.
+
+    Blocks of the largest error a query-key pair come first, as in `best_blocks`; where blocks are uneven, fewer pairs
+    may be left out than could be, by less than a block. How many are kept stays on the device.
+
+    Args:
+        errors: `[B, H, Mq, Mk]` float32, what each block adds to the error if it is not kept; none negative.
+        most: `[B]` of each sample.
+        q_offsets, k_offsets: `[1, 1, M+1]` int32 bounds of the blocks.
+        grid: the layout of the sequence.
+
+    Returns:
+        `[B, H, Mq, Mk]` bool.
+    """
+    forced = forced_blocks(errors, q_offsets, k_offsets, grid)
+    worth = (
+        (errors / block_areas(q_offsets, k_offsets).to(errors.dtype).clamp(min=1)).masked_fill(forced, -1).flatten(1)
+    )
+    least_first = worth.argsort(dim=-1, stable=True)
+    # Summed from the smallest on, so that none is lost among larger ones.
+    left = errors.masked_fill(forced, 0).flatten(1).double().gather(-1, least_first).cumsum(-1)
+    needed = ~(left <= most[:, None])  # what is no number is kept
+    return torch.zeros_like(needed).scatter_(-1, least_first, needed).view_as(forced) | forced
 
 
 def blocks_above(mass: Tensor, threshold: float, offsets: Tensor, grid: TokenGrid) -> Tensor:
     """The blocks of at least `threshold` mass, `[1, H, M, M]` bool; arguments as in `heaviest_blocks`."""
-    return (mass >= threshold) | forced_blocks(mass, offsets, grid)
+    return (mass >= threshold) | forced_blocks(mass, offsets, offsets, grid)
 
 
 def mass_threshold(masses: Callable[[], Iterable[Tensor]], density: float, offsets: Tensor, grid: TokenGrid) -> float:
@@ -114,9 +141,9 @@ def mass_threshold(masses: Callable[[], Iterable[Tensor]], density: float, offse
         it already.
     """
     high, pairs = torch.zeros(_HALF, dtype=torch.float64), 0.0
-    area = block_areas(offsets)
+    area = block_areas(offsets, offsets)
     for mass in masses():
-        free = ~forced_blocks(mass, offsets, grid)
+        free = ~forced_blocks(mass, offsets, offsets, grid)
         pairs += mass.shape[1] * grid.num_tokens**2 * density - float((area * ~free).sum())
         high += _histogram(_bits(mass)[free] >> 16, area.expand_as(mass)[free])
     if pairs < 0:
@@ -127,22 +154,22 @@ def mass_threshold(masses: Callable[[], Iterable[Tensor]], density: float, offse
     low = torch.zeros(_HALF, dtype=torch.float64)
     for mass in masses():
         bits = _bits(mass)
-        inside = ~forced_blocks(mass, offsets, grid) & (bits >> 16 == first)
+        inside = ~forced_blocks(mass, offsets, offsets, grid) & (bits >> 16 == first)
         low += _histogram(bits[inside] & (_HALF - 1), area.expand_as(mass)[inside])
     second, _ = _crossing(low, pairs)
     return float(torch.tensor((first << 16) + second + 1, dtype=torch.int32).view(torch.float32))
 
 
-def forced_blocks(mass: Tensor, offsets: Tensor, grid: TokenGrid) -> Tensor:
-    """Text blocks and the heaviest block of each row, `[1, H, M, M]` bool."""
+def forced_blocks(mass: Tensor, q_offsets: Tensor, k_offsets: Tensor, grid: TokenGrid) -> Tensor:
+    """Text blocks and the heaviest block of each row, `[B, H, Mq, Mk]` bool."""
     best = torch.zeros_like(mass, dtype=torch.bool).scatter_(-1, mass.argmax(-1, keepdim=True), True)
-    return keep_text(best, grid, offsets, offsets)
+    return keep_text(best, grid, q_offsets, k_offsets)
 
 
-def block_areas(offsets: Tensor) -> Tensor:
-    """`[1, 1, M, M]` float64 query-key pairs of each block."""
-    sizes = offsets.diff(dim=-1).double()
-    return sizes[..., :, None] * sizes[..., None, :]
+def block_areas(q_offsets: Tensor, k_offsets: Tensor) -> Tensor:
+    """`[1, 1, Mq, Mk]` float64 query-key pairs of each block."""
+    q_sizes, k_sizes = (offsets.diff(dim=-1).double() for offsets in (q_offsets, k_offsets))
+    return q_sizes[..., :, None] * k_sizes[..., None, :]
 
 
 def with_other_text(blocks: Tensor, old: TokenGrid, new: TokenGrid, block: int, fill: bool | float) -> Tensor:

@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
 
-from dit_sparse.kernels import output_errors
-from dit_sparse.masks import best_blocks
+from dit_sparse.kernels import Probes, attend_rows, output_errors
+from dit_sparse.masks import best_blocks, blocks_within
 from dit_sparse.methods.any_grid import AnyGrid
 from dit_sparse.methods.description import Description
 from dit_sparse.methods.parameters import check_block, check_count, check_share
-from dit_sparse.reorder import tiles_once
+from dit_sparse.reorder import merged_tiles_once, tiles_once
 from dit_sparse.types import AttentionPlan, BlockMask, Previous, Remainder, Scope, Site, TokenGrid, TokenOrder
+
+Orders: TypeAlias = tuple[TokenOrder, TokenOrder]
+"""Of queries and of keys."""
 
 _EARLY_SHARE = 0.2
 _LARGEST_DENSITY = 0.95
@@ -28,8 +31,9 @@ _LARGEST_DENSITY = 0.95
 class LeastError(AnyGrid):
     """The blocks whose error would be largest if their mean stood in for them, of all heads of a layer together.
 
-    What is not kept leaves the remainder "value". A search attends with `rows` queries of every block, densely, and
-    tells for every key block by how much the output would move without it. One threshold on that error a query-key
+    What is not kept leaves the remainder "value". Keys are in blocks of one tile, queries in blocks of `query_tiles`. A
+    search attends with `rows` queries of every query block, densely, and tells for every key block by how much the
+    output would move if its mean stood in for it. One threshold on that error a query-key
     pair serves all rows and heads of a layer, so that rows and heads that need more blocks get them. Guidance branches
     share the plan of the first, which saves every other search.
 
@@ -37,28 +41,41 @@ class LeastError(AnyGrid):
     methods, has `early` times the density of the rest, and no step need be dense: `Schedule(LeastError(), warmup=0)`.
     `density` is the mean over all steps of a run without warm-up.
 
+    With an `error` the density comes out of the data instead: a plan keeps the fewest blocks such that the root of the
+    squared errors of the others, by the search, is at most `error` of the norm of the output, over all heads of the
+    layer. Errors of blocks are summed as if they were independent, and the means as if nothing else stood in for a
+    block, so the error that is left is another; `dit_sparse.calibrate.for_error` measures it and finds the `error` of
+    each layer for a wanted one. The first fifth of the steps has `error / sqrt(early)`.
+
     Differs from the paper: SVG-EAR bounds the error from the mean query of a cluster, where this measures it on real
     queries; chosen row by row there. SVG-EAR clusters tokens, this cuts the video into fixed tiles.
 
     Raises:
-        ValueError: a density outside (0, 1], a side of the tile or rows below 1, or `early` below 1.
+        ValueError: a density or an error outside (0, 1], a side of the tile, `query_tiles` or `rows` below 1, or
+            `early` below 1.
     """
 
     density: float = field(
         default=0.25, metadata={"help": "share of query-key pairs computed, text included, as a mean over the steps"}
     )
-    tile: tuple[int, int, int] = field(default=(2, 4, 8), metadata={"help": "tokens of a tile; one tile is one block"})
-    rows: int = field(default=8, metadata={"help": "queries of every block that a search attends with"})
+    tile: tuple[int, int, int] = field(
+        default=(2, 8, 4), metadata={"help": "tokens of a tile; one tile is a key block"}
+    )
+    query_tiles: int = field(default=2, metadata={"help": "neighbouring tiles to a query block"})
+    rows: int = field(default=16, metadata={"help": "queries of every query block that a search attends with"})
     early: float = field(
         default=4.0, metadata={"help": "density of the first fifth of the steps over that of the others"}
     )
+    error: float | None = field(
+        default=None, metadata={"help": "error that what is not kept may leave, over the output; it wins over density"}
+    )
 
     name: ClassVar[str] = "lea"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
     paper: ClassVar[str] = "ours; choice by error as in SVG-EAR (arXiv 2603.08982)"
     described: ClassVar[Description] = Description(
-        order="3-D tiles, one tile a block",
-        score="error of the output if the block's mean stood in for it, on 8 queries of every block",
+        order="3-D tiles, one a key block, two a query block",
+        score="error of the output if the block's mean stood in for it, on 16 queries of every query block",
         selection="the largest of all heads of a layer, whatever their row, text kept; more in early steps",
         cached="the plan of both guidance branches",
         differs="real queries instead of means, one threshold a layer, fixed tiles instead of clusters",
@@ -67,22 +84,35 @@ class LeastError(AnyGrid):
     uses_lse: ClassVar[bool] = False
     refresh: ClassVar[tuple[float, ...]] = (0.05, 0.1, 0.2, 0.4, 0.7)
     own_remainder: ClassVar[Remainder] = "value"
+    control: ClassVar[str] = "error"
 
     def __post_init__(self) -> None:
         check_share("density", self.density)
         for side in self.tile:
             check_block("tile", side)
+        check_count("query_tiles", self.query_tiles)
         check_count("rows", self.rows)
         if isinstance(self.early, bool) or not isinstance(self.early, (int, float)) or not 1 <= self.early < 1e6:
             raise ValueError(f"early must be at least 1 and below a million, got {self.early!r}: 4 is the default")
+        if self.error is not None:
+            check_share("error", self.error)
+
+    @property
+    def takes_density(self) -> bool:
+        """An error that is given wins over a density."""
+        return self.error is None
 
     def shared_order(self, grid: TokenGrid, device: torch.device) -> TokenOrder:
         """The order by tiles."""
         return tiles_once(grid, self.tile, device)
 
+    def query_order(self, grid: TokenGrid, device: torch.device) -> TokenOrder:
+        """The same order in blocks of `query_tiles` tiles."""
+        return merged_tiles_once(grid, self.tile, self.query_tiles, device)
+
     def step_densities(self, num_steps: int) -> list[float]:
         """Density of each step of a run: `early` times as large in the first fifth, below that of a dense step."""
-        first = min(num_steps - 1, math.ceil(round(_EARLY_SHARE * num_steps, 6)))
+        first = _early_steps(num_steps)
         others = num_steps - first
         low = self.density * num_steps / (self.early * first + others)
         high = min(self.early * low, max(_LARGEST_DENSITY, self.density))
@@ -93,27 +123,41 @@ class LeastError(AnyGrid):
         """Density of the call at `site`."""
         return self.step_densities(site.num_steps)[min(site.step, site.num_steps - 1)]
 
+    def threshold_at(self, site: Site) -> float | None:
+        """Error that the plan of the call at `site` may leave."""
+        is_early = site.step < _early_steps(site.num_steps)
+        return self.error if self.error is None or not is_early else self.error / math.sqrt(self.early)
+
     def plan(self, q: Tensor, k: Tensor, v: Tensor, site: Site, previous: Previous | None) -> AttentionPlan:
         """Plan from one search over `q, k, v` `[B, H, N, D]`, in the order by tiles where `site.in_order` is set."""
-        order = self.shared_order(site.grid, q.device)
-        density = self.density_at(site)
-        if density >= 1:
-            return AttentionPlan(order, order, BlockMask.full(order.offsets, order.offsets))
+        orders = q_order, kv_order = self.query_order(site.grid, q.device), self.shared_order(site.grid, q.device)
+        if self.error is None and self.density_at(site) >= 1:
+            return AttentionPlan(q_order, kv_order, BlockMask.full(q_order.offsets, kv_order.offsets))
         if not site.in_order:
-            q, k, v = (order.permute(x) for x in (q, k, v))
-        errors = self.errors(q, k, v, order)
+            q, k, v = (kv_order.permute(x) for x in (q, k, v))
+        probes = attend_rows(q, k, v, q_order, self.rows)
+        errors = self.errors(q, k, v, orders, probes)
         # Both branches of a sample have one plan also where they come in one batch.
         branches = 2 if site.branch == "cond_uncond" and q.shape[0] % 2 == 0 else 1
         errors = errors.unflatten(0, (branches, -1)).sum(0)
         errors = errors if site.heads is None else site.heads.gather(errors)
-        kept = self.choose(errors, density, order, site.grid)
-        kept = kept if site.heads is None else site.heads.own(kept)
-        return AttentionPlan.from_kept(order, kept.repeat(branches, 1, 1, 1), remainder=self.own_remainder)
+        if (error := self.threshold_at(site)) is None:
+            kept = self.choose(errors, self.density_at(site), orders, site.grid)
+        else:
+            output = probes.squares(q_order).unflatten(0, (branches, -1)).sum((0, 2, 3))
+            output = output if site.heads is None else site.heads.sum(output)
+            kept = blocks_within(errors, error**2 * output, q_order.offsets, kv_order.offsets, site.grid)
+        kept = (kept if site.heads is None else site.heads.own(kept)).repeat(branches, 1, 1, 1)
+        return AttentionPlan.from_kept(q_order, kept, kv_order=kv_order, remainder=self.own_remainder)
 
-    def errors(self, q: Tensor, k: Tensor, v: Tensor, order: TokenOrder) -> Tensor:
-        """`[B, H, M, M]` float32: what leaving each block to its mean costs, of tokens in the order's positions."""
-        return output_errors(q, k, v, order, order, rows=self.rows)
+    def errors(self, q: Tensor, k: Tensor, v: Tensor, orders: Orders, probes: Probes) -> Tensor:
+        """`[B, H, Mq, Mk]` float32: what leaving each block to its mean costs, of tokens in the orders' positions."""
+        return output_errors(q, k, v, *orders, rows=self.rows, probes=probes)
 
-    def choose(self, errors: Tensor, density: float, order: TokenOrder, grid: TokenGrid) -> Tensor:
-        """`[B, H, M, M]` bool: the blocks that are kept at `density`, all heads together."""
-        return best_blocks(errors, density, order.offsets, grid)
+    def choose(self, errors: Tensor, density: float, orders: Orders, grid: TokenGrid) -> Tensor:
+        """`[B, H, Mq, Mk]` bool: the blocks that are kept at `density`, all heads together."""
+        return best_blocks(errors, density, orders[0].offsets, orders[1].offsets, grid)
+
+
+def _early_steps(num_steps: int) -> int:
+    return min(num_steps - 1, math.ceil(round(_EARLY_SHARE * num_steps, 6)))

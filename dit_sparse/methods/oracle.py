@@ -78,5 +78,5 @@ class Oracle(AnyGrid):
             k_blocks=order.geometry,
         )
         mass = mass if site.heads is None else site.heads.gather(mass)
-        kept = best_blocks(mass, self.density, order.offsets, site.grid)
+        kept = best_blocks(mass, self.density, order.offsets, order.offsets, site.grid)
         return AttentionPlan.from_kept(order, kept if site.heads is None else site.heads.own(kept))

@@ -115,6 +115,23 @@ def with_threshold(method: Method, value: float) -> Method:
     return replace(method, **{name: value})  # type: ignore[type-var]
 
 
+def threshold_at(method: Method, site: Site) -> float | None:
+    """The threshold of `method` at `site`; `None` where a density decides, or there is none.
+
+    A method whose threshold varies over a run says it in `threshold_at(site)`.
+    """
+    name = threshold_name(method)
+    if name is None or takes_density(method):
+        return None
+    varying = getattr(method, "threshold_at", None)
+    return float(getattr(method, name) if varying is None else varying(site))
+
+
+def takes_error(method: Method) -> bool:
+    """Whether `method` can choose by a bound on the error of its output: its `control` is its `error`."""
+    return threshold_name(method) == "error"
+
+
 def without_density(method: Method) -> Method | None:
     """`method` by its own threshold; `None` where it needs a density, or takes none."""
     if not accepts_density(method):

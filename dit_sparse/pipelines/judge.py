@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dit_sparse.cost import Call, DeviceCosts, costs_of, predict
 from dit_sparse.kernels import BACKENDS
-from dit_sparse.methods.parameters import block_of, density_at
+from dit_sparse.methods.parameters import block_of, density_at, threshold_at
 from dit_sparse.schedule import Decision, Schedule
 from dit_sparse.types import AttentionPlan, Method, Remainder, Site
 
@@ -25,8 +25,8 @@ class Judge:
     """Knows which layers run dense because sparse attention would not be faster there.
 
     A method that has a density and plans from the data is judged before it plans, by its parameters. Every method is
-    judged by its first plan of each layer, guidance branch and part of a density ramp, and that verdict stands for the
-    part of the run: later plans would have to be made, or read back from the device, to be judged.
+    judged by its first plan of each layer, guidance branch and part of the run with a density or threshold of its own,
+    and that verdict stands for the part: later plans would have to be made, or read back from the device, to be judged.
 
     Args:
         schedule, backend: as of the session.
@@ -58,7 +58,7 @@ class Judge:
         if self._is_free(method):
             return None
         density = _stated(method, site)
-        key = (*key, method, density)
+        key = (*key, method, density, threshold_at(method, site))
         if key not in self._predicted and density is not None:
             self._predicted[key] = self._before_planning(site, q, density)
         return self._refused(key, site, q)
@@ -69,7 +69,7 @@ class Judge:
         if self._is_free(method):
             return None
         density = _stated(method, site)
-        key = (*key, method, density)
+        key = (*key, method, density, threshold_at(method, site))
         if key not in self._planned:
             self._planned.add(key)
             self._predicted[key] = self._predict(site, q, **work_of(plan, site, density))

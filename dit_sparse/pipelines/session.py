@@ -396,7 +396,8 @@ class Session:
     def _check_order(self, plan: AttentionPlan) -> None:
         """A plan of another order than the tokens' would give a wrong picture."""
         order = None if self._forward is None else self._forward.order
-        if plan.q_order is not order or plan.kv_order is not order:
+        # Its blocks may be cut otherwise, for queries as for keys.
+        if order is None or plan.q_order.index is not order.index or plan.kv_order.index is not order.index:
             name = self.schedule.method.name
             raise ValueError(f"plan of {name!r} must use its shared_order for queries and keys, got another order")
 

@@ -6,8 +6,17 @@ from dit_sparse.reorder.clusters import cluster_order, co_clusters, kmeans, spre
 from dit_sparse.reorder.curve import curve_order
 from dit_sparse.reorder.frames import frame_bounds, frame_order
 from dit_sparse.reorder.grid import grid_order, raster_order
+from dit_sparse.reorder.merge import merge_blocks
 from dit_sparse.reorder.morton import morton_order
-from dit_sparse.reorder.once import axes_once, curve_once, frames_once, morton_once, raster_once, tiles_once
+from dit_sparse.reorder.once import (
+    axes_once,
+    curve_once,
+    frames_once,
+    merged_tiles_once,
+    morton_once,
+    raster_once,
+    tiles_once,
+)
 from dit_sparse.reorder.segments import sort_in_segments
 from dit_sparse.reorder.tiles import tile_order
 
@@ -27,6 +36,8 @@ __all__ = [
     "frames_once",
     "grid_order",
     "kmeans",
+    "merge_blocks",
+    "merged_tiles_once",
     "morton_once",
     "morton_order",
     "raster_once",

@@ -12,6 +12,7 @@ from dit_sparse.reorder.axes import axis_order
 from dit_sparse.reorder.curve import curve_order
 from dit_sparse.reorder.frames import frame_order
 from dit_sparse.reorder.grid import raster_order
+from dit_sparse.reorder.merge import merge_blocks
 from dit_sparse.reorder.morton import morton_order
 from dit_sparse.reorder.tiles import tile_order
 from dit_sparse.types import TokenGrid, TokenOrder
@@ -42,6 +43,12 @@ def raster_once(grid: TokenGrid, block: int, device: torch.device) -> TokenOrder
 def tiles_once(grid: TokenGrid, tile: tuple[int, int, int], device: torch.device) -> TokenOrder:
     """`tile_order`, always the same object."""
     return tile_order(grid, tile, device=device)
+
+
+@_once
+def merged_tiles_once(grid: TokenGrid, tile: tuple[int, int, int], count: int, device: torch.device) -> TokenOrder:
+    """`tiles_once` with `count` tiles a block, always the same object."""
+    return merge_blocks(tiles_once(grid, tile, device), grid, count)
 
 
 @_once

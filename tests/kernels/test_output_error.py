@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dit_sparse.kernels import output_errors, scattered_rows
+from dit_sparse.kernels import attend_rows, output_errors, scattered_rows
 from dit_sparse.types import AttentionPlan, TokenOrder
 from tests.kernels import cases
 from tests.kernels.test_block_mass import needs_gpu, needs_interpreter
@@ -91,6 +91,20 @@ def test_with_every_query_it_is_the_change_of_the_output() -> None:
         kept[0, 0, i, j] = False
         out = sparse_attention(q, k, v, AttentionPlan.from_kept(order, kept, remainder="mean"), backend="reference")
         assert float((out - dense).square().sum()) == pytest.approx(float(said[i, j]), rel=0.15)
+
+
+def test_the_size_of_the_output_is_told_by_the_same_rows() -> None:
+    q, k, v = torch.randn(3, 2, 2, 64, 16, generator=cases.generator())
+    order = order_of([0, 16, 32, 48, 64])
+    dense = (q @ k.transpose(-1, -2) / 4).softmax(-1) @ v
+    whole = attend_rows(q, k, v, order, 16)
+    torch.testing.assert_close(whole.squares(order), dense.square().sum(-1).unflatten(2, (4, 16)).sum(-1))
+    uneven = order_of([0, 10, 10, 64])
+    some = attend_rows(q, k, v, uneven, 3)
+    own = dense[:, :, scattered_rows(uneven.offsets, 3)].square().sum(-1).mean(-1)
+    torch.testing.assert_close(some.squares(uneven), own * torch.tensor([10, 0, 54]))
+    found = output_errors(q, k, v, uneven, uneven, rows=3, probes=some)
+    assert torch.equal(found, output_errors(q, k, v, uneven, uneven, rows=3))
 
 
 def test_rows_of_a_tile_are_of_every_row_and_column() -> None:

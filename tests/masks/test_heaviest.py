@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dit_sparse.masks import blocks_above, heaviest_blocks, heaviest_share, mass_threshold
+from dit_sparse.masks import blocks_above, blocks_within, heaviest_blocks, heaviest_share, mass_threshold
 from dit_sparse.reorder import raster_order
 from dit_sparse.types import TokenGrid
 
@@ -115,3 +115,34 @@ def test_a_head_keeps_its_largest_until_they_hold_the_share(share: float) -> Non
                 break
             chosen.add(place)
         assert {(i, j) for i in range(5) for j in range(4) if kept[i, j]} == chosen
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+@pytest.mark.parametrize("share", [0.0, 1e-3, 0.05, 0.4, 1.0])
+def test_what_is_left_out_errs_by_at_most_as_much(grid: TokenGrid, share: float) -> None:
+    order = raster_order(grid, 8)
+    errors = torch.cat(masses(grid, 3))  # three samples
+    most = share * torch.tensor([1.0, 1.0, 0.5]) * errors.sum((-1, -2, -3))
+    kept = blocks_within(errors, most, order.offsets, order.offsets, grid)
+    sizes = order.block_sizes[0, 0]
+    text = torch.tensor(text_rows(grid))
+    best = torch.zeros_like(kept).scatter_(-1, errors.argmax(-1, keepdim=True), True)
+    sure = best | text | text[:, None]
+    assert (kept | sure).equal(kept)
+    for own, limit, found, certain in zip(errors.double(), most.tolist(), kept, sure, strict=True):
+        worth = own / (sizes * sizes[:, None])
+        places = sorted((~certain).nonzero().tolist(), key=lambda place: float(worth[tuple(place)]))
+        left = 0.0
+        for place in places:
+            left += float(own[tuple(place)])
+            assert bool(found[tuple(place)]) == (left > limit * (1 + 1e-6)) or abs(left / limit - 1) < 1e-6
+    assert share < 1 or kept[0].equal(sure[0])
+    assert share > 0 or kept.all()
+
+
+def test_what_is_no_number_is_kept() -> None:
+    grid = TokenGrid(1, 8, 8)
+    (errors,) = masses(grid, 1)
+    errors[0, 1, 2, 3] = torch.nan
+    offsets = raster_order(grid, 8).offsets
+    assert blocks_within(errors, torch.tensor([1e9]), offsets, offsets, grid)[0, 1, 2, 3]

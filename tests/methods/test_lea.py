@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -42,23 +43,33 @@ def error(q: Tensor, k: Tensor, v: Tensor, queries: list[int], looked_at: list[i
     return total * len(queries) / len(looked_at)
 
 
-def literal_masks(q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid, density: float, rows: int) -> list[Tensor]:
+def merged(blocks: list[tuple[list[int], bool]], count: int) -> list[tuple[list[int], bool]]:
+    """Query blocks: `count` neighbouring tiles together, text by itself."""
+    tiles, text = [tokens for tokens, is_text in blocks if not is_text], [block for block in blocks if block[1]]
+    joined = [(list(itertools.chain(*tiles[n : n + count])), False) for n in range(0, len(tiles), count)]
+    return text + joined if blocks[0][1] else joined + text
+
+
+def literal_masks(
+    q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid, density: float, rows: int, query_tiles: int
+) -> list[Tensor]:
     """`[N, N]` of every head of one sample, `q, k, v` `[H, N, D]`: one budget for all of them."""
     q, k, v = q.double(), k.double(), v.double()
-    blocks = blocks_of(grid, tiles(grid), 6)
-    bounds = torch.tensor([0, *itertools.accumulate(len(block) for block, _ in blocks)])
-    order = [token for block, _ in blocks for token in block]
+    k_blocks = blocks_of(grid, tiles(grid), 6)
+    q_blocks = merged(k_blocks, query_tiles)
+    bounds = torch.tensor([0, *itertools.accumulate(len(block) for block, _ in q_blocks)])
+    order = [token for block, _ in q_blocks for token in block]
     taken = scattered_rows(bounds[None, None].int(), rows).tolist()
     looked_at = [[order[place] for place in places] for places in taken]
-    count, heads = range(len(blocks)), range(len(q))
+    heads, many, count = range(len(q)), range(len(q_blocks)), range(len(k_blocks))
     errors = [
-        [[error(q[h], k[h], v[h], blocks[i][0], looked_at[i], keys) for keys, _ in blocks] for i in count]
+        [[error(q[h], k[h], v[h], q_blocks[i][0], looked_at[i], keys) for keys, _ in k_blocks] for i in many]
         for h in heads
     ]
-    kept = [[[errors[h][i][j] == max(errors[h][i]) for j in count] for i in count] for h in heads]
-    areas = [[len(a) * len(b) for b, _ in blocks] for a, _ in blocks]
+    kept = [[[errors[h][i][j] == max(errors[h][i]) for j in count] for i in many] for h in heads]
+    areas = [[len(a) * len(b) for b, _ in k_blocks] for a, _ in q_blocks]
     is_sure = {
-        (h, i, j): kept[h][i][j] or blocks[i][1] or blocks[j][1] for h in heads for i in count for j in count
+        (h, i, j): kept[h][i][j] or q_blocks[i][1] or k_blocks[j][1] for h in heads for i in many for j in count
     }  # fmt: skip
     left = density * len(q) * grid.num_tokens**2 - sum(areas[i][j] for (h, i, j), sure in is_sure.items() if sure)
     others = [place for place, sure in is_sure.items() if not sure]
@@ -67,21 +78,21 @@ def literal_masks(q: Tensor, k: Tensor, v: Tensor, grid: TokenGrid, density: flo
         if left < 0:
             break
         kept[h][i][j] = True
-    return [tokens_of(blocks, blocks, kept[h]) for h in heads]
+    return [tokens_of(q_blocks, k_blocks, kept[h]) for h in heads]
 
 
 @pytest.mark.parametrize("grid", [*GRIDS, TokenGrid(2, 7, 4, text_len=5)], ids=str)
-@pytest.mark.parametrize("in_order", [False, True])
-def test_equals_the_literal_choice(grid: TokenGrid, in_order: bool) -> None:
+@pytest.mark.parametrize(("in_order", "query_tiles"), [(False, 1), (True, 2), (False, 3)])
+def test_equals_the_literal_choice(grid: TokenGrid, in_order: bool, query_tiles: int) -> None:
     q, k, v = inputs(grid)
-    method = LeastError(density=0.45, tile=TILE, rows=3)
+    method = LeastError(density=0.45, tile=TILE, rows=3, query_tiles=query_tiles)
     order = method.shared_order(grid, q.device)
     given = [order.permute(x) for x in (q, k, v)] if in_order else [q, k, v]
     plan = method.plan(*given, Site(grid, in_order=in_order), None)
     assert plan.remainder == "value"
     got = plan.token_mask()
     for b in range(2):
-        assert torch.equal(got[b], torch.stack(literal_masks(q[b], k[b], v[b], grid, 0.45, 3)))
+        assert torch.equal(got[b], torch.stack(literal_masks(q[b], k[b], v[b], grid, 0.45, 3, query_tiles)))
     check_text_and_rows(plan, grid)
 
 
@@ -128,6 +139,70 @@ def test_the_density_is_that_of_the_step() -> None:
         assert float(plan.density.mean()) == pytest.approx(method.step_densities(20)[step], rel=0.02)
 
 
+def left_over(method: LeastError, q: Tensor, k: Tensor, v: Tensor, site: Site) -> tuple[float, Tensor]:
+    """Root of the summed squared errors of the blocks that a plan does not keep, over the output's norm, and the mask.
+
+    Every query is looked at, so that nothing but rounding is between this and what the search sees.
+    """
+    plan = method.plan(q, k, v, site, None)
+    order, kept = plan.q_order, plan.block_mask.kept_blocks
+    q, k, v = (order.permute(x).double() for x in (q, k, v))
+    bounds = order.offsets[0, 0].tolist()
+    blocks = [list(range(a, b)) for a, b in itertools.pairwise(bounds)]
+    total = 0.0
+    for b, h, i, j in (~kept).nonzero().tolist():
+        total += error(q[b, h], k[b, h], v[b, h], blocks[i], blocks[i], blocks[j])
+    dense = F.scaled_dot_product_attention(q, k, v)
+    return (total / float(dense.square().sum())) ** 0.5, kept
+
+
+@pytest.mark.parametrize("grid", [TokenGrid(2, 4, 6), TokenGrid(2, 4, 6, text_len=3)], ids=str)
+@pytest.mark.parametrize("bound", [0.02, 0.1, 0.2])
+def test_what_an_error_leaves_out_is_within_it_and_one_block_more_is_not(grid: TokenGrid, bound: float) -> None:
+    q, k, v = inputs(grid, batch=1, scale=0.7)
+    method = LeastError(tile=TILE, query_tiles=1, rows=6, error=bound)
+    late = Site(grid, step=9, num_steps=10)
+    left, kept = left_over(method, q, k, v, late)
+    assert left <= bound * (1 + 1e-5)
+    assert 0.1 < float(kept.double().mean()) < 1
+    # The least error among the blocks kept would not have fitted in.
+    order = method.shared_order(grid, q.device)
+    given = [order.permute(x).double() for x in (q, k, v)]
+    dense = F.scaled_dot_product_attention(*given).square().sum()
+    bounds = order.offsets[0, 0].tolist()
+    blocks = [list(range(a, b)) for a, b in itertools.pairwise(bounds)]
+    text = [grid.text_len > 0 and start >= grid.text_start for start in bounds[:-1]]
+    own = torch.tensor(
+        [[[error(*(x[0, h] for x in given), i, i, j) for j in blocks] for i in blocks] for h in range(2)]
+    )  # fmt: skip
+    sure = torch.zeros_like(own, dtype=torch.bool).scatter_(-1, own.argmax(-1, keepdim=True), True)
+    sure |= torch.tensor(text) | torch.tensor(text)[:, None]
+    least = float(own[kept[0] & ~sure].min())
+    assert left**2 + least / float(dense) > bound**2
+
+
+def test_early_steps_may_err_less() -> None:
+    q, k, v = smooth_inputs(DEMO)
+    method = LeastError(error=0.1)
+    sites = [Site(DEMO, step=step, num_steps=20) for step in (0, 3, 4, 19)]
+    assert [method.threshold_at(site) for site in sites] == [0.05, 0.05, 0.1, 0.1]
+    early, late = (float(method.plan(q, k, v, site, None).density.mean()) for site in (sites[0], sites[3]))
+    assert early > 1.2 * late
+    assert not method.takes_density
+    assert LeastError().threshold_at(sites[0]) is None
+
+
+def test_branches_in_one_batch_share_an_error() -> None:
+    grid = TokenGrid(2, 4, 6)
+    q, k, v = inputs(grid, batch=4, scale=0.7)
+    method = LeastError(error=0.1, tile=TILE, query_tiles=1, rows=6)
+    mask = method.plan(q, k, v, Site(grid, branch="cond_uncond"), None).token_mask()
+    assert torch.equal(mask[:2], mask[2:])
+    # The same branch twice has twice the errors and twice the output.
+    twice = method.plan(*(x[:2].repeat(2, 1, 1, 1) for x in (q, k, v)), Site(grid, branch="cond_uncond"), None)
+    assert torch.equal(twice.token_mask()[:2], method.plan(*(x[:2] for x in (q, k, v)), Site(grid), None).token_mask())
+
+
 def test_it_errs_less_than_the_blocks_of_largest_mass_with_the_same_remainder() -> None:
     """Tiles of equal tokens lose nothing by their mean, however much attention they get."""
     q, k, v = smooth_inputs(DEMO)
@@ -139,7 +214,7 @@ def test_it_errs_less_than_the_blocks_of_largest_mass_with_the_same_remainder() 
     k, v = order.restore(k), order.restore(v)
     dense = F.scaled_dot_product_attention(q, k, v)
     found = []
-    for plan in (m.plan(q, k, v, Site(DEMO), None) for m in (method, Oracle(0.125, tile=(2, 4, 8)))):
+    for plan in (m.plan(q, k, v, Site(DEMO), None) for m in (method, Oracle(0.125, tile=(2, 8, 4)))):
         out = sparse_attention(q, k, v, plan.with_remainder("value"))
         found.append(float((out - dense).norm() / dense.norm()))
     assert found[0] < 0.7 * found[1], found
@@ -153,6 +228,8 @@ def test_the_second_plan_on_a_grid_reads_nothing_back() -> None:
     with NoWaiting():
         got = method.plan(q, k, v, Site(grid), None)
     assert torch.equal(got.token_mask(), want.token_mask())
+    with NoWaiting():
+        replace(method, error=0.1).plan(q, k, v, Site(grid), None)
 
 
 @pytest.mark.parametrize(
@@ -161,9 +238,13 @@ def test_the_second_plan_on_a_grid_reads_nothing_back() -> None:
         ({"density": 0}, "density"),
         ({"tile": (0, 1, 1)}, "tile"),
         ({"rows": 0}, "rows"),
+        ({"query_tiles": 0}, "query_tiles"),
         ({"early": 0.5}, "early"),
         ({"early": float("nan")}, "early"),
         ({"early": True}, "early"),
+        ({"error": 0}, "error"),
+        ({"error": 1.5}, "error"),
+        ({"error": float("nan")}, "error"),
     ],
 )
 def test_bad_parameters(options: dict[str, float], message: str) -> None:
