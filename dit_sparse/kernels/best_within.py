@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dit_sparse.kernels.score_tiles import ScoreBackend, use_triton
-from dit_sparse.kernels.triton_launch import on_device_of, padded
+from dit_sparse.kernels.triton_launch import interpreted, on_device_of, padded
 
 __all__ = ["best_within"]
 
@@ -87,10 +87,10 @@ def _by_triton(mass: Tensor, budget: float, q_text: Tensor, k_text: Tensor, q_si
         keys_kernel[(batch * rows,)](mass, *text, *sizes, keys, free, q_blocks, k_blocks, BLOCK=block, **warps)
         budgets = budget - free.sum(-1).double()
         given = (keys, *sizes, counts, budgets)
-        several = max(1, _ELEMENTS // k_blocks)
+        several, tile = max(1, _ELEMENTS // k_blocks), 16 if interpreted() else 512
         for number in range(_PASSES):
             count_kernel[triton.cdiv(rows, several), batch](
-                *given, rows, q_blocks, k_blocks, PASS=number, PASSES=_PASSES, ROWS=several, BLOCK=512, num_warps=8
+                *given, rows, q_blocks, k_blocks, PASS=number, PASSES=_PASSES, ROWS=several, BLOCK=tile, num_warps=8
             )  # fmt: skip
         shape = dict(PASSES=_PASSES, BLOCK=block, **warps)
         ties_kernel[rows, batch](*given, ties, rows, q_blocks, k_blocks, **shape)
