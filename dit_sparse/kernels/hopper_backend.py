@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,7 +35,6 @@ class _Variant:
         registers: limit of a thread, `None` for the compiler's own.
         q_in_registers: a consumer holds its queries in registers rather than in shared memory.
         early: their place is filled anew while they are worked on; the output then needs shared memory of its own.
-        pace: thread blocks wait for each other between query tiles.
     """
 
     groups: int
@@ -46,7 +45,6 @@ class _Variant:
     registers: int | None = None
     q_in_registers: bool = False
     early: bool = False
-    pace: bool = False
 
 
 # By (channels, query rows of a tile, key blocks of 64); each the fastest of those timed on an H200.
@@ -133,7 +131,7 @@ def _launch(call: Call) -> None:
     q, k, v = (_aligned(x) for x in (call.q, call.k, call.v))
     out = call.out if _is_aligned(call.out) else torch.empty_like(call.out, memory_format=torch.contiguous_format)
     grid = min(tiles, _multiprocessors(q.device) * variant.residents)
-    pace = torch.zeros(1, dtype=torch.int32, device=q.device) if variant.pace else call.counts
+    taken = torch.zeros(1, dtype=torch.int32, device=q.device)  # query tiles beyond the first of each thread block
     k_desc, v_desc = (_descriptor(x, *box) for x in (k, v))
     means = [k_desc, v_desc, v_desc] if call.terms is None else [_descriptor(x, *box) for x in _mean_tiles(call.terms)]
     bias = call.counts[..., None] if call.terms is None else call.terms.bias
@@ -146,11 +144,11 @@ def _launch(call: Call) -> None:
         *broadcast_strides(call.partial_counts), *broadcast_strides(call.partial_indices),
         call.partial_indices.stride(2), *broadcast_strides(bits), *bits.stride()[2:4], bits.shape[-1],
         call.q_blocks.largest, tiles, heads, row_tiles, call.k_offsets.shape[-1] - 2, run_start, run_end,
-        call.k_blocks.largest, q.shape[-1], call.scale * math.log2(math.e), pace,
+        call.k_blocks.largest, q.shape[-1], call.scale * math.log2(math.e), taken,
         *bias.stride()[:3], mean_blocks, -(-mean_blocks // _KEYS),
         GROUPS=variant.groups, D=dim, BLOCK_N=_KEYS, K_TILES=k_tiles, PAIR=variant.pair, Q_TILES=q_tiles,
         STAGES_K=variant.stages_k, STAGES_V=variant.stages_v, Q_IN_REGISTERS=variant.q_in_registers,
-        PARTIAL=call.bits is not None, RETURN_LSE=call.lse is not None, PACE=variant.pace, EARLY=variant.early,
+        PARTIAL=call.bits is not None, RETURN_LSE=call.lse is not None, EARLY=variant.early,
         FLAT=_layout((_KEYS, dim), q.dtype), MEANS=call.terms is not None,
         SLOPES=call.terms is not None and call.terms.slopes is not None, PRODUCER_REGISTERS=24, CONSUMER_REGISTERS=240,
         num_warps=4, maxnreg=variant.registers,
@@ -169,12 +167,8 @@ def _mean_tiles(terms: RemainderTerms) -> list[Tensor]:
 
 
 def _variant(call: Call, dim: int) -> _Variant:
-    """The variant for the sizes of a call; long sequences outgrow the L2 cache, so their thread blocks keep pace."""
-    variant = _VARIANTS[dim, 128 if call.q_blocks.largest > 64 else 64, call.k_blocks.largest <= _KEYS // 2]
-    bytes_of_a_head = 2 * call.k.shape[2] * dim * call.k.element_size()
-    if 2 * bytes_of_a_head > torch.cuda.get_device_properties(call.q.device).L2_cache_size:
-        return replace(variant, pace=True, early=False)
-    return variant
+    """The variant for the sizes of a call."""
+    return _VARIANTS[dim, 128 if call.q_blocks.largest > 64 else 64, call.k_blocks.largest <= _KEYS // 2]
 
 
 def _plain_run(blocks: BlockGeometry, size: int) -> tuple[int, int]:

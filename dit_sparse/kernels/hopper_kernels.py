@@ -93,12 +93,22 @@ def write_rows(
 
 
 @gluon.jit
+def next_tile(nexts, full, free, turn):
+    """The query tile that the producer has taken for the next turn."""
+    slot = turn % 2
+    mbarrier.wait(full.index(slot), (turn // 2) & 1)
+    tile = gl.max(nexts.index(slot).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+    mbarrier.arrive(free.index(slot), count=1)
+    return tile
+
+
+@gluon.jit
 def multiply(
     queries, operand, acc, ks, vs, barriers, k_number, v_number, BLOCK_N: gl.constexpr, STAGES_K: gl.constexpr,
     STAGES_V: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """Start Q K^T of a tile and P V of the tile before; wait for the first of them alone."""
-    k_full, k_free, v_full, _, _, _ = barriers
+    k_full, k_free, v_full, _, _, _, _, _ = barriers
     k_slot = k_number % STAGES_K
     v_slot = v_number % STAGES_V
     zero = gl.zeros([ROWS, BLOCK_N], gl.float32, LAYOUT)
@@ -139,8 +149,8 @@ def consume(
     MEANS: gl.constexpr, SLOPES: gl.constexpr,
 ):  # fmt: skip
     """A consumer warpgroup: softmax(q K^T) V of its 64 rows of every tile."""
-    qs, ks, vs, o_tiles, os = shared
-    k_full, k_free, v_full, v_free, q_full, q_free = barriers
+    qs, ks, vs, o_tiles, os, nexts = shared
+    k_full, k_free, v_full, v_free, q_full, q_free, next_full, next_free = barriers
     tiles, _, _, last, _, _ = sizes
     bits, bits_sb, bits_sh, bits_sm, bits_sl, words, q_block = partial
     bias, bias_sb, bias_sh, bias_sm, mean_blocks, mean_tiles = means
@@ -153,7 +163,8 @@ def consume(
     done = 0
     done_v = 0
     turn = 0
-    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
+    tile = gl.program_id(0)
+    while tile < tiles:
         b, h, block, first_row, start, end, row = query_tile(
             tile, lists, strides, sizes, GROUPS * ROWS, Q_TILES, PARTIAL
         )  # fmt: skip
@@ -222,6 +233,7 @@ def consume(
         if not EARLY:
             tma.store_wait(0)
             mbarrier.arrive(q_free, count=1)
+        tile = next_tile(nexts, next_full, next_free, turn)
         turn += 1
     if EARLY:
         tma.store_wait(0)
@@ -242,11 +254,11 @@ def forward_kernel(
     partial_indices, bits, q_offsets, k_offsets, bias,
     o_sb, o_sh, o_sn, lse_sb, lse_sh, qo_sb, qo_sh, ko_sb, ko_sh, c_sb, c_sh, i_sb, i_sh, i_sm,
     pc_sb, pc_sh, pi_sb, pi_sh, pi_sm, bits_sb, bits_sh, bits_sm, bits_sl, words, q_block,
-    tiles, heads, row_tiles, last, run_start, run_end, k_size, channels, scale, pace,
+    tiles, heads, row_tiles, last, run_start, run_end, k_size, channels, scale, taken,
     bias_sb, bias_sh, bias_sm, mean_blocks, mean_tiles,
     GROUPS: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr, K_TILES: gl.constexpr, PAIR: gl.constexpr,
     Q_TILES: gl.constexpr, STAGES_K: gl.constexpr, STAGES_V: gl.constexpr, Q_IN_REGISTERS: gl.constexpr,
-    PARTIAL: gl.constexpr, RETURN_LSE: gl.constexpr, PACE: gl.constexpr, EARLY: gl.constexpr, FLAT: gl.constexpr,
+    PARTIAL: gl.constexpr, RETURN_LSE: gl.constexpr, EARLY: gl.constexpr, FLAT: gl.constexpr,
     MEANS: gl.constexpr, SLOPES: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """Shared memory, barriers, and the warps' roles; `FLAT` is the 2-D layout of what the 4-D copies bring."""
@@ -272,6 +284,12 @@ def forward_kernel(
     v_free = gl.allocate_shared_memory(gl.int64, [STAGES_V, 1], BARRIER)
     q_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     q_free = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    nexts = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    next_full = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    next_free = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    for slot in gl.static_range(2):
+        mbarrier.init(next_full.index(slot), count=1)
+        mbarrier.init(next_free.index(slot), count=GROUPS)
     for stage in gl.static_range(STAGES_K):
         mbarrier.init(k_full.index(stage), count=1)
         mbarrier.init(k_free.index(stage), count=GROUPS)
@@ -281,16 +299,16 @@ def forward_kernel(
     mbarrier.init(q_full, count=1)
     mbarrier.init(q_free, count=GROUPS)
     fence_async_shared()
-    barriers = (k_full, k_free, v_full, v_free, q_full, q_free)
+    barriers = (k_full, k_free, v_full, v_free, q_full, q_free, next_full, next_free)
     lists = (counts, indices, partial_counts, partial_indices, q_offsets, k_offsets)
     strides = (c_sb, c_sh, i_sb, i_sh, i_sm, pc_sb, pc_sh, pi_sb, pi_sh, pi_sm, qo_sb, qo_sh, ko_sb, ko_sh)
     partial = (bits, bits_sb, bits_sh, bits_sm, bits_sl, words, q_block)
     outputs = (o_desc, out, o_sb, o_sh, o_sn, channels, lse, lse_sb, lse_sh)
     sizes = (tiles, heads, row_tiles, last, run_start, run_end)
-    reads = (qs, ks, vs, o_tiles, os)
+    reads = (qs, ks, vs, o_tiles, os, nexts)
     descs = (q_desc, k_desc, v_desc, mean_k_desc, mean_v_desc, slope_desc)
     means = (bias, bias_sb, bias_sh, bias_sm, mean_blocks, mean_tiles)
-    copies = (q_tiles, k_tiles, v_tiles)
+    copies = (q_tiles, k_tiles, v_tiles, nexts)
     # Compile-time numbers keep their kind only where the tuple of arguments is written out.
     if GROUPS == 2:
         gl.warp_specialize(
@@ -304,8 +322,8 @@ def forward_kernel(
                     BLOCK_N, K_TILES, PAIR, Q_TILES, STAGES_K, STAGES_V, Q_IN_REGISTERS, PARTIAL, RETURN_LSE, EARLY,
                     MEANS, SLOPES)),
                 (produce, (
-                    descs, copies, barriers, lists, strides, sizes, k_size, pace, mean_tiles, channels, GROUPS, D,
-                    BLOCK_N, K_TILES, PAIR, Q_TILES, STAGES_K, STAGES_V, PARTIAL, PACE, MEANS, SLOPES)),
+                    descs, copies, barriers, lists, strides, sizes, k_size, taken, mean_tiles, channels, GROUPS, D,
+                    BLOCK_N, K_TILES, PAIR, Q_TILES, STAGES_K, STAGES_V, PARTIAL, MEANS, SLOPES)),
             ],
             [4, 1],
             [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
@@ -318,8 +336,8 @@ def forward_kernel(
                     BLOCK_N, K_TILES, PAIR, Q_TILES, STAGES_K, STAGES_V, Q_IN_REGISTERS, PARTIAL, RETURN_LSE, EARLY,
                     MEANS, SLOPES)),
                 (produce, (
-                    descs, copies, barriers, lists, strides, sizes, k_size, pace, mean_tiles, channels, GROUPS, D,
-                    BLOCK_N, K_TILES, PAIR, Q_TILES, STAGES_K, STAGES_V, PARTIAL, PACE, MEANS, SLOPES)),
+                    descs, copies, barriers, lists, strides, sizes, k_size, taken, mean_tiles, channels, GROUPS, D,
+                    BLOCK_N, K_TILES, PAIR, Q_TILES, STAGES_K, STAGES_V, PARTIAL, MEANS, SLOPES)),
             ],
             [1],
             [PRODUCER_REGISTERS],

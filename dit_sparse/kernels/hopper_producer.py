@@ -54,40 +54,37 @@ def fetch(
 
 
 @gluon.jit
-def keep_pace(pace, turn, tiles):
-    """Wait, not for long, until all thread blocks have come to this turn, so that they read the same keys together.
+def take_turn(taken, nexts, next_full, next_free, turn):
+    """Take the next query tile that no thread block has taken, and tell the consumers which it is.
 
-    Without it they drift apart, and each drags keys through the L2 cache that the others have done with. Nothing but
-    speed depends on it.
+    Rows keep unlike numbers of blocks, so a fixed share of the tiles would leave thread blocks idle. Taken in order,
+    the tiles at work are always neighbours, which read the same keys while they are in the L2 cache.
     """
-    count = gl.num_programs(0)
-    gl.atomic_add(pace, 1)
-    if (turn + 1) * count <= tiles:
-        seen = turn * 0
-        tries = turn * 0
-        while (seen < (turn + 1) * count) & (tries < 200):
-            seen = gl.atomic_add(pace, 0)
-            tries += 1
+    tile = gl.num_programs(0) + gl.atomic_add(taken, 1)
+    slot = turn % 2
+    mbarrier.wait(next_free.index(slot), ((turn // 2) & 1) ^ 1)
+    nexts.index(slot).store(gl.full([1], tile, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
+    mbarrier.arrive(next_full.index(slot), count=1)
+    return tile
 
 
 @gluon.jit
 def produce(
-    descs, shared, barriers, lists, strides, sizes, k_size, pace, mean_tiles, channels,
+    descs, shared, barriers, lists, strides, sizes, k_size, taken, mean_tiles, channels,
     GROUPS: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr, K_TILES: gl.constexpr, PAIR: gl.constexpr,
-    Q_TILES: gl.constexpr, STAGES_K: gl.constexpr, STAGES_V: gl.constexpr, PARTIAL: gl.constexpr, PACE: gl.constexpr,
-    MEANS: gl.constexpr, SLOPES: gl.constexpr,
+    Q_TILES: gl.constexpr, STAGES_K: gl.constexpr, STAGES_V: gl.constexpr, PARTIAL: gl.constexpr, MEANS: gl.constexpr,
+    SLOPES: gl.constexpr,
 ):  # fmt: skip
     """The producer warp: brings queries, keys and values of every tile in the order that `consume` reads them."""
     q_desc, k_desc, v_desc, mean_k_desc, mean_v_desc, slope_desc = descs
-    qs, ks, vs = shared
-    k_full, k_free, v_full, v_free, q_full, q_free = barriers
+    qs, ks, vs, nexts = shared
+    k_full, k_free, v_full, v_free, q_full, q_free, next_full, next_free = barriers
     tiles, _, _, _, run_start, _ = sizes
     issued = 0
     issued_v = 0
     turn = 0
-    for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        if PACE:
-            keep_pace(pace, turn, tiles)
+    tile = gl.program_id(0)
+    while tile < tiles:
         b, h, block, _, start, _, row = query_tile(tile, lists, strides, sizes, GROUPS * ROWS, Q_TILES, PARTIAL)
         b = b.to(gl.int32)
         h = h.to(gl.int32)
@@ -104,6 +101,7 @@ def produce(
         mbarrier.expect(q_full, GROUPS * ROWS * D * 2)
         for group in gl.static_range(GROUPS):
             load_async(q_desc, [b, h, start + group * ROWS, 0], q_full, qs.index(group))
+        tile = take_turn(taken, nexts, next_full, next_free, turn)
         for i in range(count):
             blocks_later = tile_blocks(i + 2, row, PAIR, K_TILES, PARTIAL)
             if i + 1 < count:

@@ -121,4 +121,4 @@ def _tile(largest: int, dtype: torch.dtype, dim: int, products: bool) -> tuple[i
     """Tokens of a tile, and warps: a whole block where it fits in registers."""
     if dtype == torch.float32 or dim > 128 or largest > 128:
         return (16 if dtype == torch.float32 else 32), (8 if products else 4)
-    return max(16, padded(largest)), (8 if products or largest > 64 else 4)
+    return max(16, padded(largest)), (8 if largest > 64 else 4)

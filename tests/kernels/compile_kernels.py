@@ -29,18 +29,8 @@ ROW_STRIDES += ["slope_sd", "x_sn", "p_sd"]
 DATA = ("q", "k", "v", "out", "x", "mean_k", "mean_v", "slopes", "products", "means")
 NUMBERS = ("scale", "largest_spread")
 FLOATS = ("lse", "bias", "spread", "mean", "square", "v_mean", "norms", "overlaps", "errors", "sums")
-LISTS = (
-    "counts",
-    "indices",
-    "partial_counts",
-    "partial_indices",
-    "bits",
-    "q_offsets",
-    "k_offsets",
-    "offsets",
-    "pace",
-    "places",
-)
+LISTS = ("counts", "indices", "partial_counts", "partial_indices", "bits", "q_offsets", "k_offsets", "offsets", "taken")
+LISTS += ("places",)
 
 
 def signature(kernel, constants: dict, special: dict[str, str], data: str) -> dict[str, str]:
@@ -138,7 +128,7 @@ def hopper(job: dict):
     constants = dict(
         GROUPS=job["groups"], D=job["dim"], BLOCK_N=128, K_TILES=1, PAIR=job["pair"], Q_TILES=1,
         STAGES_K=job["stages"][0], STAGES_V=job["stages"][1], Q_IN_REGISTERS=job["early"] or job["dim"] == 64,
-        PARTIAL=job["partial"], RETURN_LSE=True, PACE=job["pace"], EARLY=job["early"], FLAT=layout(128, job["dim"]),
+        PARTIAL=job["partial"], RETURN_LSE=True, EARLY=job["early"], FLAT=layout(128, job["dim"]),
         MEANS=job["remainder"] != "none", SLOPES=job["remainder"] == "value", PRODUCER_REGISTERS=24,
         CONSUMER_REGISTERS=240,
     )  # fmt: skip

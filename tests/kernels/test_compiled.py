@@ -26,11 +26,11 @@ PORTABLE = [
     (120, 64, 256, "fp32", False, "value"),
 ]
 HOPPER = [
-    dict(dim=128, groups=2, pair=False, stages=(2, 2), early=True, pace=False, partial=False, remainder="value"),
-    dict(dim=128, groups=2, pair=True, stages=(2, 2), early=False, pace=True, partial=True, remainder="none"),
-    dict(dim=128, groups=1, pair=True, stages=(2, 1), early=False, pace=True, partial=False, remainder="value"),
-    dict(dim=64, groups=1, pair=False, stages=(3, 3), early=False, pace=False, partial=True, remainder="mean"),
-    dict(dim=64, groups=1, pair=True, stages=(3, 3), early=False, pace=False, partial=False, remainder="value"),
+    dict(dim=128, groups=2, pair=False, stages=(2, 2), early=True, partial=False, remainder="value"),
+    dict(dim=128, groups=2, pair=True, stages=(2, 2), early=False, partial=True, remainder="none"),
+    dict(dim=128, groups=1, pair=True, stages=(2, 1), early=False, partial=False, remainder="value"),
+    dict(dim=64, groups=1, pair=False, stages=(3, 3), early=False, partial=True, remainder="mean"),
+    dict(dim=64, groups=1, pair=True, stages=(3, 3), early=False, partial=False, remainder="value"),
 ]
 
 
