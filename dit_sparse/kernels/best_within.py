@@ -11,7 +11,7 @@ from dit_sparse.kernels.triton_launch import interpreted, on_device_of, padded
 __all__ = ["best_within"]
 
 _PASSES = 8
-_ELEMENTS = 1 << 14  # of a program that counts
+_ROWS = 8  # of a program that counts
 _LARGEST_ROW = 16384  # one program holds a row in registers
 
 
@@ -87,10 +87,10 @@ def _by_triton(mass: Tensor, budget: float, q_text: Tensor, k_text: Tensor, q_si
         keys_kernel[(batch * rows,)](mass, *text, *sizes, keys, free, q_blocks, k_blocks, BLOCK=block, **warps)
         budgets = budget - free.sum(-1).double()
         given = (keys, *sizes, counts, budgets)
-        several, tile = max(1, _ELEMENTS // k_blocks), 16 if interpreted() else 512
+        tile = 16 if interpreted() else 256
         for number in range(_PASSES):
-            count_kernel[triton.cdiv(rows, several), batch](
-                *given, rows, q_blocks, k_blocks, PASS=number, PASSES=_PASSES, ROWS=several, BLOCK=tile, num_warps=8
+            count_kernel[triton.cdiv(rows, _ROWS), batch](
+                *given, rows, q_blocks, k_blocks, PASS=number, PASSES=_PASSES, ROWS=_ROWS, BLOCK=tile, num_warps=4
             )  # fmt: skip
         shape = dict(PASSES=_PASSES, BLOCK=block, **warps)
         ties_kernel[rows, batch](*given, ties, rows, q_blocks, k_blocks, **shape)

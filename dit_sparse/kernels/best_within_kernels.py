@@ -61,17 +61,18 @@ def count_kernel(
     thresholds = threshold | (digits << (FIRST_SHIFT - 4 * PASS))
     if PASS == 0:
         thresholds = tl.where(digits < DIGITS // 2, thresholds, 0x7FFFFFFF)
-    keys += (b * rows + first) * k_blocks
-    end = tl.minimum(ROWS, rows - first).to(tl.int32) * k_blocks
-    pairs = tl.zeros([BLOCK, DIGITS], tl.int64)
-    for start in tl.range(0, end, BLOCK):
-        place = start + tl.arange(0, BLOCK)
-        inside = place < end
-        key = tl.load(keys + place, mask=inside, other=-1)
-        area = tl.load(q_sizes + (first + place // k_blocks) % q_blocks, mask=inside, other=0).to(tl.int64)
-        area *= tl.load(k_sizes + place % k_blocks, mask=inside, other=0)
-        pairs += tl.where(key[:, None] >= thresholds[None, :], area[:, None], 0)
-    tl.atomic_add(counts + PASS * DIGITS + digits, tl.sum(pairs, 0), sem="relaxed")
+    pairs = tl.zeros([DIGITS], tl.int64)
+    for row in tl.range(first, tl.minimum(first + ROWS, rows)):
+        # Keys of one row are no more than tokens, so 32 bits hold them.
+        tokens = tl.zeros([BLOCK, DIGITS], tl.int32)
+        for start in tl.range(0, k_blocks, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            inside = columns < k_blocks
+            key = tl.load(keys + (b * rows + row) * k_blocks + columns, mask=inside, other=-1)
+            sizes = tl.load(k_sizes + columns, mask=inside, other=0)
+            tokens += tl.where(key[:, None] >= thresholds[None, :], sizes[:, None], 0)
+        pairs += tl.sum(tokens, 0).to(tl.int64) * tl.load(q_sizes + row % q_blocks)
+    tl.atomic_add(counts + PASS * DIGITS + digits, pairs, sem="relaxed")
 
 
 @triton.jit

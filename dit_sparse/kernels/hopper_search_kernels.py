@@ -123,7 +123,9 @@ def weigh(
     a = gl.where(spread <= largest_spread, gl.exp2(middle - sums), 0.0)
     weights = gl.exp2(scores * scale - sums[:, None]) - a[:, None]
     if MASKED:
-        weights = gl.where(inside, weights, 0.0)
+        # The same mask told otherwise: kept from its first use it would take a register a column.
+        column = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, LAYOUT)).to(gl.float32)
+        weights = gl.where((column < size.to(gl.float32))[None, :], weights, 0.0)
     return weights, gl.sum(weights, 1)
 
 
@@ -160,26 +162,26 @@ def consume_run(
         product = attend(queries, ks, k_full, k_number, BLOCK_N, STAGES, S)
         change = gl.zeros([ROWS, D], gl.float32, OUT)
         before = gl.zeros([ROWS], gl.float32, OUT_ROWS)
-        block = gl.load(places)
-        next_block = gl.load(places + gl.minimum(1, count - 1))
         size = gl.load(places + 2 * blocks)
-        near = gl.load(spread + block)
+        near = gl.load(spread + gl.load(places))
         scores = warpgroup_mma_wait(0, deps=(product,))
         mbarrier.arrive(k_free.index(k_number % STAGES), count=1)
         weights, total = weigh(scores, size, near, largest_spread, sums, scale, BLOCK_N, MASKED, S)
         operand = gl.convert_layout(weights.to(vs.dtype), WEIGHTS)
-        size = gl.load(places + 2 * blocks + gl.minimum(1, count - 1))
-        near = gl.load(spread + next_block)
-        last_block = block
+        following = gl.minimum(1, count - 1)
+        size = gl.load(places + 2 * blocks + following)
+        near = gl.load(spread + gl.load(places + following))
         for i in range(count):
             product = attend(queries, ks, k_full, k_number + i + 1, BLOCK_N, STAGES, S)
             # What a block needs beside its keys is read ahead: its number two steps, the rest one.
             later = gl.minimum(i + 2, count - 1)
             later_block = gl.load(places + later)
             later_size = gl.load(places + 2 * blocks + later)
-            store_squares(errors + last_block, change, before, attended, share, exists & (i > 0), SUMMED)
+            block = gl.load(places + gl.maximum(i - 1, 0))
+            store_squares(errors + block, change, before, attended, share, exists & (i > 0), SUMMED)
             slot = (v_number + i) % STAGES
-            mbarrier.wait(v_full.index(slot), ((v_number + i) // STAGES) & 1)
+            phase = ((v_number + i) // STAGES) & 1
+            mbarrier.wait(v_full.index(slot), phase)
             zero = gl.zeros([ROWS, D], gl.float32, OUT)
             values = vs.index(slot).slice(0, BLOCK_N)
             values = warpgroup_mma(operand, values, zero, use_acc=False, is_async=True)
@@ -188,14 +190,15 @@ def consume_run(
             mbarrier.arrive(k_free.index((k_number + i + 1) % STAGES), count=1)
             weights, total = weigh(scores, size, near, largest_spread, sums, scale, BLOCK_N, MASKED, S)
             near = gl.load(spread + later_block)
-            operand = gl.convert_layout(weights.to(vs.dtype), WEIGHTS)
-            change = warpgroup_mma_wait(0, deps=(values,))
+            # What waits with the product is kept apart from it: its weights till then, the next ones from then on.
+            fresh = gl.convert_layout(weights.to(vs.dtype), WEIGHTS)
+            # Passed already; without a branch here the assembler moves the next wait up, before the weights are made.
+            mbarrier.wait(v_full.index(slot), phase)
+            change, operand = warpgroup_mma_wait(0, deps=(values, fresh))
             mbarrier.arrive(v_free.index(slot), count=1)
             size = later_size
-            last_block = block
-            block = next_block
-            next_block = later_block
-        store_squares(errors + last_block, change, before, attended, share, exists, SUMMED)
+        block = gl.load(places + count - 1)
+        store_squares(errors + block, change, before, attended, share, exists, SUMMED)
     return after(numbers, first, end)
 
 

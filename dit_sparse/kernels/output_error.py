@@ -30,7 +30,7 @@ __all__ = ["Probes", "attend_rows", "output_errors", "scattered_rows"]
 
 _CHUNK_SCORES = 1 << 20
 _CHUNK_SCORES_GPU = 1 << 26
-_SPAN = 32  # key blocks that one program goes through
+_SPAN = 128  # key blocks that one program goes through
 
 
 class Probes(NamedTuple):
