@@ -16,8 +16,8 @@ from dit_sparse.masks import Ranking
 from dit_sparse.methods.any_grid import AnyGrid
 from dit_sparse.methods.description import Description
 from dit_sparse.methods.parameters import check_block, check_count, check_share
-from dit_sparse.reorder import raster_once
-from dit_sparse.types import AttentionPlan, HeadShard, Previous, Scope, Site
+from dit_sparse.reorder import raster_once, tiles_once
+from dit_sparse.types import AttentionPlan, HeadShard, Previous, Scope, Site, TokenGrid, TokenOrder
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,18 @@ class AdaSpa(AnyGrid):
     Differs from the paper: the density is 0.25 by default, 0.2 there; the search reads every `row_stride`-th query of a
     block instead of all (1 there); searches come at shares of the run (after the dense warm-up of 20% and at 60%: the
     paper's steps 10 and 30 of 50); and the first search takes the LSE of the dense step before it, where the paper's
-    makes a dense pass at its own step. `cache_lse=False` makes one at every search, the paper's ablation.
+    makes a dense pass at its own step. `cache_lse=False` makes one at every search, the paper's ablation. Blocks are
+    runs of the raster order there; with a `tile` they are 3-D tiles, whose means stand in better for their tokens.
 
     Raises:
-        ValueError: a density, recall or head shift outside (0, 1], or a block or row stride below 1.
+        ValueError: a density, recall or head shift outside (0, 1], a side of the tile, a block or a row stride below 1.
     """
 
     density: float = field(default=0.25, metadata={"help": "share of query-key pairs computed, text included"})
-    block: int = field(default=64, metadata={"help": "tokens a block"})
+    block: int = field(default=64, metadata={"help": "tokens a block, where no tile is given"})
+    tile: tuple[int, int, int] | None = field(
+        default=None, metadata={"help": "order the video by tiles of this size, one tile a block; none: raster"}
+    )
     head_adaptive: bool = field(default=True, metadata={"help": "move density from concentrated heads to diffuse ones"})
     recall: float = field(
         default=0.8, metadata={"help": "a head that keeps more of its mass than this can give blocks"}
@@ -53,7 +57,7 @@ class AdaSpa(AnyGrid):
     version: ClassVar[int] = 2
     paper: ClassVar[str] = "AdaSpa (arXiv 2502.21079), algorithm 1"
     described: ClassVar[Description] = Description(
-        order="raster",
+        order="raster, or 3-D tiles",
         score="exact attention mass, by the row LSE of a dense step, on every fourth query",
         selection="equally many a query block, budgets by head, text kept",
         cached="row LSE",
@@ -67,6 +71,8 @@ class AdaSpa(AnyGrid):
         check_share("recall", self.recall)
         check_share("head_shift", self.head_shift)
         check_block("block", self.block)
+        for side in self.tile or ():
+            check_block("tile", side)
         check_count("row_stride", self.row_stride)
 
     @property
@@ -74,10 +80,17 @@ class AdaSpa(AnyGrid):
         """Whether a dense step should hand its LSE over."""
         return self.cache_lse
 
+    def shared_order(self, grid: TokenGrid, device: torch.device) -> TokenOrder | None:
+        """The order by tiles, where a tile is given."""
+        return None if self.tile is None else tiles_once(grid, self.tile, device, True)
+
     def plan(self, q: Tensor, k: Tensor, v: Tensor, site: Site, previous: Previous | None) -> AttentionPlan:
         """Plan from one search over `q, k, v` `[B, H, N, D]`, with `previous.lse` where there is one."""
-        order = raster_once(site.grid, self.block, q.device)
+        order = self.shared_order(site.grid, q.device) or raster_once(site.grid, self.block, q.device)
         lse = None if previous is None or not self.cache_lse else previous.lse
+        if not site.in_order:
+            q, k, v = (order.permute(x) for x in (q, k, v))
+            lse = None if lse is None else order.permute(lse)
         if lse is None:
             lse = dense_attention(q, k, v, return_lse=True)[1]
         mass = sampled_block_mass(q, k, lse, order, order, stride=self.row_stride, scale=q.shape[-1] ** -0.5)

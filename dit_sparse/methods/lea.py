@@ -74,7 +74,7 @@ class LeastError(AnyGrid):
     version: ClassVar[int] = 2
     paper: ClassVar[str] = "ours; choice by error as in SVG-EAR (arXiv 2603.08982)"
     described: ClassVar[Description] = Description(
-        order="3-D tiles, one a key block, two a query block",
+        order="3-D tiles, whole ones first; one a key block, two a query block",
         score="error of the output if the block's mean stood in for it, on 16 queries of every query block",
         selection="the largest of all heads of a layer, whatever their row, text kept; more in early steps",
         cached="the plan of both guidance branches",
@@ -103,8 +103,8 @@ class LeastError(AnyGrid):
         return self.error is None
 
     def shared_order(self, grid: TokenGrid, device: torch.device) -> TokenOrder:
-        """The order by tiles."""
-        return tiles_once(grid, self.tile, device)
+        """The order by tiles, whole ones first."""
+        return tiles_once(grid, self.tile, device, True)
 
     def query_order(self, grid: TokenGrid, device: torch.device) -> TokenOrder:
         """The same order in blocks of `query_tiles` tiles."""

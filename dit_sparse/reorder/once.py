@@ -40,15 +40,17 @@ def raster_once(grid: TokenGrid, block: int, device: torch.device) -> TokenOrder
 
 
 @_once
-def tiles_once(grid: TokenGrid, tile: tuple[int, int, int], device: torch.device) -> TokenOrder:
+def tiles_once(
+    grid: TokenGrid, tile: tuple[int, int, int], device: torch.device, whole_first: bool = False
+) -> TokenOrder:
     """`tile_order`, always the same object."""
-    return tile_order(grid, tile, device=device)
+    return tile_order(grid, tile, device=device, whole_first=whole_first)
 
 
 @_once
 def merged_tiles_once(grid: TokenGrid, tile: tuple[int, int, int], count: int, device: torch.device) -> TokenOrder:
-    """`tiles_once` with `count` tiles a block, always the same object."""
-    return merge_blocks(tiles_once(grid, tile, device), grid, count)
+    """`tiles_once`, whole tiles first, with `count` tiles a block; always the same object."""
+    return merge_blocks(tiles_once(grid, tile, device, True), grid, count)
 
 
 @_once

@@ -12,7 +12,11 @@ from dit_sparse.types import TokenGrid, TokenOrder
 
 
 def tile_order(
-    grid: TokenGrid, tile: tuple[int, int, int] = (2, 8, 8), device: torch.device | str | None = None
+    grid: TokenGrid,
+    tile: tuple[int, int, int] = (2, 8, 8),
+    device: torch.device | str | None = None,
+    *,
+    whole_first: bool = False,
 ) -> TokenOrder:
     """The video cut into 3-D tiles, one tile a block, tiles and the tokens inside each in raster order.
 
@@ -20,6 +24,8 @@ def tile_order(
         grid: the layout of the sequence; where a size is no multiple of the tile's, border tiles are smaller.
         tile: tokens of a tile along frames, height and width. Text is cut in blocks of the same volume.
         device: where the order lies.
+        whole_first: whether the smaller tiles at the border stand after all others, so that kernels meet one long run
+            of even blocks; the windows of `masks` want raster order.
 
     Returns:
         Order with `index` `[1, 1, N]` int64 and uneven blocks, none of them empty.
@@ -33,6 +39,10 @@ def tile_order(
     if len(tile) != 3 or min(tile) < 1:
         raise ValueError(f"tile must be three sizes of at least 1 (frames, height, width), got {tile}")
     tile_of = _tile_of_token(grid, tile)
+    if whole_first:
+        is_smaller = tile_of.bincount() < prod(tile)
+        rank = is_smaller.long().argsort(stable=True).argsort()
+        tile_of = rank[tile_of]
     # A stable sort leaves the tokens of one tile in raster order.
     index = tile_of.argsort(stable=True)
     offsets = torch.nn.functional.pad(tile_of.bincount().cumsum(0), (1, 0))

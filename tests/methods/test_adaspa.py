@@ -63,6 +63,26 @@ def test_equals_the_literal_search(grid: TokenGrid, density: float) -> None:
     assert torch.equal(plan.token_mask()[0], literal_mask(q, k, grid, 8, density))
 
 
+@pytest.mark.parametrize("text_first", [False, True])
+@pytest.mark.parametrize("in_order", [False, True])
+def test_tiles_are_the_blocks_of_their_order(text_first: bool, in_order: bool) -> None:
+    """Whole tiles one after another are what blocks of a raster are to a video of one row."""
+    grid = TokenGrid(2, 4, 6, text_len=9, text_first=text_first)
+    row = TokenGrid(1, 1, grid.video_len, grid.text_len, text_first)
+    torch.manual_seed(0)
+    q, k = 2 * torch.randn(2, 1, 2, grid.num_tokens, 16)
+    lse = torch.randn(1, 2, grid.num_tokens) + (q @ k.transpose(-1, -2) / 4).logsumexp(-1)
+    method = AdaSpa(tile=(2, 2, 3), row_stride=1, recall=0.5)
+    order = method.shared_order(grid, q.device)
+    assert order is not None
+    moved, moved_lse = [order.permute(x) for x in (q, k)], order.permute(lse)
+    given, given_lse = (moved, moved_lse) if in_order else ([q, k], lse)
+    plan = method.plan(*given, given[1], Site(grid, in_order=in_order), Previous(None, given_lse, 0))
+    want = AdaSpa(block=12, row_stride=1, recall=0.5).plan(*moved, moved[1], Site(row), Previous(None, moved_lse, 0))
+    assert plan.q_order is order
+    assert torch.equal(plan.block_mask.kept_blocks, want.block_mask.kept_blocks)
+
+
 def test_sampled_rows_choose_nearly_the_same_blocks() -> None:
     """Queries that change slowly along the sequence, as in a video: every fourth row speaks for its block."""
     generator = torch.Generator().manual_seed(0)
@@ -133,6 +153,7 @@ def test_density_is_honoured_on_average_over_heads(density: float) -> None:
         ({"density": 0}, "density"),
         ({"recall": 2}, "recall"),
         ({"block": 0}, "block"),
+        ({"tile": (1, 0, 1)}, "tile"),
         ({"row_stride": 0}, "row_stride"),
     ],
 )

@@ -19,13 +19,13 @@ TILE = (1, 2, 3)
 
 
 def tiles(grid: TokenGrid) -> list[list[int]]:
-    """Raster numbers of the tokens of each tile."""
+    """Raster numbers of the tokens of each tile, whole tiles first."""
     starts = itertools.product(*(range(0, length, side) for length, side in zip(grid.shape, TILE, strict=True)))
     found = []
     for f, top, left in starts:
         rows, columns = range(top, min(top + 2, grid.height)), range(left, min(left + 3, grid.width))
         found.append([(f * grid.height + y) * grid.width + x for y in rows for x in columns])
-    return found
+    return sorted(found, key=lambda tile: len(tile) < 6)
 
 
 def error(q: Tensor, k: Tensor, v: Tensor, queries: list[int], looked_at: list[int], keys: list[int]) -> float:

@@ -41,8 +41,8 @@ def test_made_once_and_of_the_same_tokens() -> None:
     grid, device = TokenGrid(2, 4, 6), torch.device("cpu")
     merged = merged_tiles_once(grid, (1, 2, 3), 2, device)
     assert merged is merged_tiles_once(grid, (1, 2, 3), 2, device)
-    assert merged.index is tiles_once(grid, (1, 2, 3), device).index
-    assert merged_tiles_once(grid, (1, 2, 3), 1, device) is tiles_once(grid, (1, 2, 3), device)
+    assert merged.index is tiles_once(grid, (1, 2, 3), device, True).index
+    assert merged_tiles_once(grid, (1, 2, 3), 1, device) is tiles_once(grid, (1, 2, 3), device, True)
 
 
 def test_what_cannot_be_merged() -> None:

@@ -39,6 +39,16 @@ def test_one_tile_is_one_block_in_raster_order(grid, tile):
     assert blocks == tiles_by_loops(grid, tile)
 
 
+@settings(deadline=None)
+@given(st.builds(TokenGrid, sides, sides, sides), tiles)
+def test_whole_tiles_come_first(grid, tile):
+    order = tile_order(grid, tile, whole_first=True)
+    bounds = order.offsets[0, 0].tolist()
+    blocks = [order.index[0, 0, a:b].tolist() for a, b in itertools.pairwise(bounds)]
+    volume = tile[0] * tile[1] * tile[2]
+    assert blocks == sorted(tiles_by_loops(grid, tile), key=lambda block: len(block) < volume)
+
+
 def test_border_tiles_are_smaller_and_text_comes_in_blocks_of_the_tiles_volume():
     order = tile_order(TokenGrid(3, 4, 4, text_len=20, text_first=True), (2, 2, 4))
     assert order.block_sizes[0, 0].tolist() == [16, 4, 16, 16, 8, 8]
