@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dit_sparse.kernels.hopper_backend import HopperBackend, _aligned, _descriptor, _layout, _multiprocessors
+from dit_sparse.kernels.hopper_backend import HopperBackend
+from dit_sparse.kernels.hopper_launch import aligned, descriptor, multiprocessors, tile_layout
 from dit_sparse.types import TokenOrder
 
 __all__ = ["hopper_takes", "search_on_hopper"]
@@ -77,16 +78,16 @@ def search_on_hopper(
     parts = max(1, slots // 64)
     found = torch.empty(batch, heads, q_blocks * parts, blocks, dtype=torch.float32, device=k.device)
     programs = batch * heads * -(-q_blocks * slots // _ROWS)
-    span = _span(blocks, programs, _multiprocessors(k.device))
+    span = _span(blocks, programs, multiprocessors(k.device))
     places = _places(kv_order)
     box = (_KEYS, 64 if dim <= 64 else 128)
     with torch.cuda.device(k.device):
         search_kernel[(programs * -(-blocks // span),)](
-            *(_descriptor(_aligned(x), *box) for x in (k, v)),
+            *(descriptor(aligned(x), *box) for x in (k, v)),
             q, out, lse, spread, found, q_order.offsets.contiguous(), places.table,
             *q.stride()[:2], *lse.stride()[:2], *spread.stride()[:3], *found.stride()[:3],
             heads, q_blocks, blocks, rows, span, places.whole, places.wide, dim, scale * math.log2(math.e),
-            largest_spread, SLOTS=slots, D=box[1], BLOCK_N=_KEYS, STAGES=_STAGES, FLAT=_layout(box, k.dtype),
+            largest_spread, SLOTS=slots, D=box[1], BLOCK_N=_KEYS, STAGES=_STAGES, FLAT=tile_layout(box, k.dtype),
             PRODUCER_REGISTERS=24, CONSUMER_REGISTERS=240, num_warps=4,
         )  # fmt: skip
     return found if parts == 1 else found.unflatten(2, (q_blocks, parts)).sum(3)
