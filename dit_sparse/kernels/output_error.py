@@ -90,7 +90,8 @@ def output_errors(
         rows: queries of each block, as `scattered_rows` takes them.
         scale: of the scores; `D ** -0.5` by default.
         backend: "triton" is one fused kernel for NVIDIA GPUs, "torch" runs anywhere; "auto" takes the former for CUDA
-            tensors of up to 256 channels in float32, float16 or bfloat16.
+            tensors of up to 256 channels in float32, float16 or bfloat16, or on H100 and H200 the kernel for these
+            where it takes the call: `hopper_search.hopper_takes`.
         probes: what `attend_rows` gave for the same arguments, if it has been called already.
 
     Returns:

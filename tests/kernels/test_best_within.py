@@ -12,7 +12,7 @@ from tests.kernels.test_block_mass import needs_gpu, needs_interpreter
 Case = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
-def case(seed: int, *, heads: int = 2, q_blocks: int = 5, k_blocks: int = 7, even: bool = False) -> Case:
+def case(seed: int, *, heads: int = 2, q_blocks: int = 3, k_blocks: int = 6, even: bool = False) -> Case:
     draw = torch.Generator().manual_seed(seed)
     mass = torch.rand(2, heads, q_blocks, k_blocks, generator=draw) ** 4
     sizes = [torch.randint(0, 70, (n,), generator=draw, dtype=torch.int32) for n in (q_blocks, k_blocks)]
