@@ -76,9 +76,11 @@ MAY_IMPORT = {
 FREE = {""}
 # Files that are themselves imported where they are used; nothing may name them at its top.
 LATE = {
+    "best_within_kernels.py",
     "compact_kernel.py",
     "hopper_kernels.py",
     "hopper_producer.py",
+    "hopper_search_kernels.py",
     "hopper_tiles.py",
     "modulate_kernel.py",
     "norm_rope_kernel.py",

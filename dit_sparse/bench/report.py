@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from dit_sparse.bench.sections import Row, kernel_rows, movement_rows, neighborhood_rows, search_rows
+from dit_sparse.bench.sections import Row, kernel_rows, least_error_rows, movement_rows, neighborhood_rows, search_rows
 from dit_sparse.bench.shapes import SHAPES
 from dit_sparse.kernels import BACKENDS
 from dit_sparse.types import REMAINDERS, Remainder
@@ -108,6 +108,8 @@ def _parts(
     if "search" in sections:
         yield "search wan-1.3b", search_rows("wan-1.3b", rounds, device)
         yield "search wan-14b", search_rows("wan-14b", few, device)
+        yield "search of lea wan-1.3b", least_error_rows("wan-1.3b", rounds, device)
+        yield "search of lea wan-14b", least_error_rows("wan-14b", few, device)
     if "movement" in sections:
         yield "movement wan-1.3b", movement_rows("wan-1.3b", rounds, device)
         yield "movement wan-14b", movement_rows("wan-14b", few, device)

@@ -1,4 +1,4 @@
-"""What is timed: block-sparse kernels, a neighborhood, the pieces of AdaSpa's search, and what moves tokens."""
+"""What is timed: block-sparse kernels, a neighborhood, the pieces of two searches, and what moves tokens."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from dit_sparse.attention import sparse_attention
 from dit_sparse.bench.dense import Inputs, dense_calls
 from dit_sparse.bench.shapes import SHAPES, Shape, inputs, random_plan
 from dit_sparse.bench.timing import Call, check, in_turns
-from dit_sparse.kernels import BACKENDS, block_mass, dense_attention, norm_rope, permute, refusal, restore
+from dit_sparse.kernels import BACKENDS, attend_rows, block_mass, dense_attention, norm_rope, permute, refusal, restore
 from dit_sparse.kernels.norm_rope import norm_rope_by_torch
 from dit_sparse.masks import select_density
-from dit_sparse.methods import AdaSpa, Neighborhood
+from dit_sparse.methods import AdaSpa, LeastError, Neighborhood
 from dit_sparse.types import AttentionPlan, Previous, Remainder, Site, TokenGrid, TokenOrder
 
 SEARCH_GRIDS = {"wan-1.3b": TokenGrid(21, 30, 52), "wan-14b": TokenGrid(21, 45, 80)}
@@ -141,6 +141,28 @@ def search_rows(name: str, rounds: int, device: torch.device, density: float = 0
     fastest = min(times[key] for key in dense)
     for key, time in times.items():
         yield Row("search", name, 0 if key in dense else method.block, key, 1.0, time, time / fastest)
+
+
+def least_error_rows(name: str, rounds: int, device: torch.device, density: float = 0.125) -> Iterator[Row]:
+    """The pieces of a search of least-error attention; their ratio is to one dense attention."""
+    grid, shape = SEARCH_GRIDS[name], SHAPES[name]
+    torch.manual_seed(0)
+    sets = inputs(shape, device, torch.bfloat16 if device.type == "cuda" else torch.float32)[:1]
+    q, k, v = sets[0]
+    method, site = LeastError(density=density), Site(grid, in_order=True)
+    orders = method.query_order(grid, device), method.shared_order(grid, device)
+    probes = attend_rows(q, k, v, orders[0], method.rows)
+    errors = method.errors(q, k, v, orders, probes)
+    calls = dense_calls(sets)
+    dense = list(calls)
+    calls["lea: attention of the rows"] = lambda _: attend_rows(q, k, v, orders[0], method.rows)
+    calls["lea: errors"] = lambda _: method.errors(q, k, v, orders, probes)
+    calls["lea: choice"] = lambda _: method.choose(errors, density, orders, grid)
+    calls["lea: search"] = lambda _: method.plan(q, k, v, site, None)
+    times = in_turns(calls, rounds, repeat=shape.tokens < _LONG)
+    fastest = min(times[key] for key in dense)
+    for key, time in times.items():
+        yield Row("search", name, 0 if key in dense else orders[1].geometry.largest, key, 1.0, time, time / fastest)
 
 
 def movement_rows(name: str, rounds: int, device: torch.device, density: float = 0.25) -> Iterator[Row]:

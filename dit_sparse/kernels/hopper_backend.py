@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from dit_sparse.kernels.block_sparse import Call, block_sparse, register_launcher
+from dit_sparse.kernels.hopper_launch import aligned, descriptor, is_aligned, multiprocessors, tile_layout
 from dit_sparse.kernels.remainder import RemainderTerms
 from dit_sparse.kernels.triton_launch import broadcast_strides, triton_unavailable
 from dit_sparse.types import REMAINDERS, AttentionPlan, BlockGeometry
@@ -20,7 +20,6 @@ __all__ = ["HopperBackend"]
 _DTYPES = (torch.float16, torch.bfloat16)
 _LARGEST_DIM = 128
 _KEYS = 128  # keys of a tile
-_ALIGNMENT = 16
 
 
 @dataclass(frozen=True)
@@ -128,16 +127,16 @@ def _launch(call: Call) -> None:
     bits = call.counts[..., None, None, None] if call.bits is None else call.bits
     lse = call.out if call.lse is None else call.lse
     box = (_KEYS // 2, 64) if variant.pair else (_KEYS, dim)
-    q, k, v = (_aligned(x) for x in (call.q, call.k, call.v))
-    out = call.out if _is_aligned(call.out) else torch.empty_like(call.out, memory_format=torch.contiguous_format)
-    grid = min(tiles, _multiprocessors(q.device) * variant.residents)
+    q, k, v = (aligned(x) for x in (call.q, call.k, call.v))
+    out = call.out if is_aligned(call.out) else torch.empty_like(call.out, memory_format=torch.contiguous_format)
+    grid = min(tiles, multiprocessors(q.device) * variant.residents)
     taken = torch.zeros(1, dtype=torch.int32, device=q.device)  # query tiles beyond the first of each thread block
-    k_desc, v_desc = (_descriptor(x, *box) for x in (k, v))
-    means = [k_desc, v_desc, v_desc] if call.terms is None else [_descriptor(x, *box) for x in _mean_tiles(call.terms)]
+    k_desc, v_desc = (descriptor(x, *box) for x in (k, v))
+    means = [k_desc, v_desc, v_desc] if call.terms is None else [descriptor(x, *box) for x in _mean_tiles(call.terms)]
     bias = call.counts[..., None] if call.terms is None else call.terms.bias
     mean_blocks = 0 if call.terms is None else bias.shape[-1]
     forward_kernel[(grid,)](
-        _descriptor(q, 64, dim), k_desc, v_desc, _descriptor(out, 64, dim), *means, out, lse, call.counts,
+        descriptor(q, 64, dim), k_desc, v_desc, descriptor(out, 64, dim), *means, out, lse, call.counts,
         call.indices, call.partial_counts, call.partial_indices, bits, call.q_offsets, call.k_offsets, bias,
         *out.stride()[:3], *lse.stride()[:2], *broadcast_strides(call.q_offsets), *broadcast_strides(call.k_offsets),
         *broadcast_strides(call.counts), *broadcast_strides(call.indices), call.indices.stride(2),
@@ -149,7 +148,7 @@ def _launch(call: Call) -> None:
         GROUPS=variant.groups, D=dim, BLOCK_N=_KEYS, K_TILES=k_tiles, PAIR=variant.pair, Q_TILES=q_tiles,
         STAGES_K=variant.stages_k, STAGES_V=variant.stages_v, Q_IN_REGISTERS=variant.q_in_registers,
         PARTIAL=call.bits is not None, RETURN_LSE=call.lse is not None, EARLY=variant.early,
-        FLAT=_layout((_KEYS, dim), q.dtype), MEANS=call.terms is not None,
+        FLAT=tile_layout((_KEYS, dim), q.dtype), MEANS=call.terms is not None,
         SLOPES=call.terms is not None and call.terms.slopes is not None, PRODUCER_REGISTERS=24, CONSUMER_REGISTERS=240,
         num_warps=4, maxnreg=variant.registers,
     )  # fmt: skip
@@ -163,7 +162,7 @@ register_launcher(HopperBackend.name, _launch)
 def _mean_tiles(terms: RemainderTerms) -> list[Tensor]:
     """Means of keys and values, and the slopes of all blocks one under another, as tensors that TMA can address."""
     slopes = terms.values if terms.slopes is None else terms.slopes.flatten(2, 3)
-    return [_aligned(x) for x in (terms.keys, terms.values, slopes)]
+    return [aligned(x) for x in (terms.keys, terms.values, slopes)]
 
 
 def _variant(call: Call, dim: int) -> _Variant:
@@ -174,35 +173,3 @@ def _variant(call: Call, dim: int) -> _Variant:
 def _plain_run(blocks: BlockGeometry, size: int) -> tuple[int, int]:
     """Key blocks that fill their tiles of `size` keys."""
     return blocks[1:] if blocks.largest % size == 0 else (0, 0)
-
-
-def _descriptor(x: Tensor, rows: int, channels: int) -> Any:
-    """TMA descriptor over `[B, H, N, D]` that copies `rows` tokens of one head."""
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-    # A dimension of one element may have any stride in torch; TMA wants a multiple of 16 bytes.
-    strides = [stride if size > 1 else _ALIGNMENT for size, stride in zip(x.shape, x.stride(), strict=True)][:-1]
-    box = [1, 1, rows, channels]
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], box, _layout(tuple(box), x.dtype))
-
-
-@functools.cache
-def _layout(box: tuple[int, ...], dtype: torch.dtype) -> Any:
-    from triton.experimental.gluon import language as gl
-
-    return gl.NVMMASharedLayout.get_default_for(list(box), gl.bfloat16 if dtype == torch.bfloat16 else gl.float16)
-
-
-def _is_aligned(x: Tensor) -> bool:
-    """Whether TMA can address `x`: 16-byte steps between rows, none of them 0."""
-    steps = [stride * x.element_size() for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
-    return x.stride(-1) == 1 and x.data_ptr() % _ALIGNMENT == 0 and all(s > 0 and s % _ALIGNMENT == 0 for s in steps)
-
-
-def _aligned(x: Tensor) -> Tensor:
-    return x if _is_aligned(x) else x.clone(memory_format=torch.contiguous_format)
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -19,7 +19,9 @@ from torch import Tensor
 
 from dit_sparse.kernels.block_layout import BlockLayout
 from dit_sparse.kernels.dense import dense_attention
-from dit_sparse.kernels.remainder import remainder_terms
+from dit_sparse.kernels.hopper_search import hopper_takes, search_on_hopper
+from dit_sparse.kernels.moments import block_moments
+from dit_sparse.kernels.remainder import LARGEST_SPREAD, remainder_terms, score_spread
 from dit_sparse.kernels.score_tiles import ScoreBackend, use_triton
 from dit_sparse.kernels.triton_launch import interpreted, on_device_of, padded, rows_of
 from dit_sparse.types import TokenOrder
@@ -28,7 +30,7 @@ __all__ = ["Probes", "attend_rows", "output_errors", "scattered_rows"]
 
 _CHUNK_SCORES = 1 << 20
 _CHUNK_SCORES_GPU = 1 << 26
-_SPAN = 32  # key blocks that one program goes through
+_SPAN = 128  # key blocks that one program goes through
 
 
 class Probes(NamedTuple):
@@ -88,7 +90,8 @@ def output_errors(
         rows: queries of each block, as `scattered_rows` takes them.
         scale: of the scores; `D ** -0.5` by default.
         backend: "triton" is one fused kernel for NVIDIA GPUs, "torch" runs anywhere; "auto" takes the former for CUDA
-            tensors of up to 256 channels in float32, float16 or bfloat16.
+            tensors of up to 256 channels in float32, float16 or bfloat16, or on H100 and H200 the kernel for these
+            where it takes the call: `hopper_search.hopper_takes`.
         probes: what `attend_rows` gave for the same arguments, if it has been called already.
 
     Returns:
@@ -106,13 +109,15 @@ def output_errors(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     probes = attend_rows(q, k, v, q_order, rows, scale) if probes is None else probes
     q_layout, k_layout = (BlockLayout.of_head(order, 0, 0) for order in (q_order, kv_order))
+    if use_triton(backend, q, k, v):
+        given = (probes.q.contiguous(), probes.out.contiguous(), probes.lse.contiguous())
+        spread = score_spread(block_moments(q, q_layout, centred=False), block_moments(k, k_layout), scale)
+        if backend == "auto" and hopper_takes(k, v, kv_order):
+            return search_on_hopper(given, k, v, spread, LARGEST_SPREAD, q_order, kv_order, rows, scale)
+        return _by_triton(given, k, v, spread, q_order, kv_order, rows, scale)
     nothing = torch.zeros(1, dtype=torch.bool, device=q.device)
     terms = remainder_terms(q, k, v, q_layout, k_layout, nothing, scale, "mean")
-    means = _Means(terms.keys, terms.values, terms.bias)
-    if use_triton(backend, q, k, v):
-        errors = _by_triton(probes, means, k, v, kv_order, rows, scale)
-    else:
-        errors = _by_chunks(probes, means, k, v, k_layout, rows, scale)
+    errors = _by_chunks(probes, _Means(terms.keys, terms.values, terms.bias), k, v, k_layout, rows, scale)
     return errors.unflatten(2, (-1, rows)).mean(3) * q_order.block_sizes[..., None]
 
 
@@ -190,30 +195,42 @@ def _by_chunks(
 
 
 def _by_triton(
-    probes: Probes, means: _Means, k: Tensor, v: Tensor, order: TokenOrder, rows: int, scale: float
+    probes: tuple[Tensor, Tensor, Tensor],
+    k: Tensor,
+    v: Tensor,
+    spread: Tensor,
+    q_order: TokenOrder,
+    kv_order: TokenOrder,
+    rows: int,
+    scale: float,
 ) -> Tensor:
-    """As `_by_chunks`, by the kernel; nothing waits for the device."""
+    """As `search_on_hopper`, by the portable kernel."""
     import triton
 
     from dit_sparse.kernels.output_error_kernel import output_error_kernel
 
-    k, v, offsets = rows_of(k), rows_of(v), order.offsets.contiguous()
-    q, out = probes.q.contiguous(), probes.out.contiguous()
-    lse, bias, values = probes.lse.float().contiguous(), means.bias.contiguous(), means.values.contiguous()
-    batch, heads, count, dim = q.shape
-    blocks, v_dim = order.num_blocks, v.shape[-1]
-    found = torch.empty(batch, heads, count, blocks, dtype=torch.float32, device=k.device)
-    small = k.dtype == torch.float32 or interpreted()
-    block_m = 32 if small else 64
-    # Two tiles of 64 keys of 256 channels would not fit in the shared memory of every GPU.
-    block_n = min(32 if small or max(dim, v_dim) > 128 else 64, padded(order.geometry.largest))
+    (q, out, lse), k, v = probes, rows_of(k), rows_of(v)
+    batch, heads, _, dim = q.shape
+    q_blocks, blocks, v_dim = q_order.num_blocks, kv_order.num_blocks, v.shape[-1]
+    launch = _launch(k.dtype, max(dim, v_dim), kv_order.geometry.largest)
+    slots = 1 << (rows - 1).bit_length()
+    parts = max(1, slots // launch["BLOCK_M"])
+    found = torch.empty(batch, heads, q_blocks * parts, blocks, dtype=torch.float32, device=k.device)
+    tiles = triton.cdiv(q_blocks * slots, launch["BLOCK_M"])
     with on_device_of(k):
-        output_error_kernel[triton.cdiv(count, block_m) * triton.cdiv(blocks, _SPAN), heads, batch](
-            q, out, lse, k, v, values, bias, found, offsets,
+        output_error_kernel[tiles * triton.cdiv(blocks, _SPAN), heads, batch](
+            q, out, lse, k, v, spread, found, q_order.offsets.contiguous(), kv_order.offsets.contiguous(),
             *q.stride()[:3], *out.stride()[:3], *lse.stride()[:2], *k.stride()[:3], *v.stride()[:3],
-            *values.stride()[:3], *bias.stride()[:3], *found.stride()[:3],
-            count, blocks, scale, rows,
-            D=dim, DV=v_dim, BLOCK_D=padded(dim), BLOCK_DV=padded(v_dim), BLOCK_M=block_m, BLOCK_N=block_n,
-            SPAN=_SPAN, UPCAST=interpreted(), num_warps=4, num_stages=2,
+            *spread.stride()[:3], *found.stride()[:3], q_blocks, blocks, rows, scale, LARGEST_SPREAD,
+            SLOTS=slots, D=dim, DV=v_dim, BLOCK_D=padded(dim), BLOCK_DV=padded(v_dim), SPAN=_SPAN,
+            SINGLE=kv_order.geometry.largest <= launch["BLOCK_N"], UPCAST=interpreted(), **launch,
         )  # fmt: skip
-    return found
+    return found if parts == 1 else found.unflatten(2, (q_blocks, parts)).sum(3)
+
+
+def _launch(dtype: torch.dtype, dim: int, largest: int) -> dict[str, int]:
+    """Tiles that fit in the shared memory of every GPU."""
+    if dtype == torch.float32 or interpreted():
+        return {"BLOCK_M": 32, "BLOCK_N": min(32, padded(largest)), "num_warps": 4, "num_stages": 2}
+    block_n = min(64 if dim <= 128 else 32, padded(largest))
+    return {"BLOCK_M": 64, "BLOCK_N": block_n, "num_warps": 4, "num_stages": 2}

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from dit_sparse.kernels.block_layout import BlockLayout
-from dit_sparse.kernels.moments import block_moments
+from dit_sparse.kernels.moments import Moments, block_moments
 from dit_sparse.types import AttentionPlan, Remainder
 
-__all__ = ["HeadRemainder", "RemainderTerms", "add_remainder", "head_remainder", "remainder_terms"]
+__all__ = ["HeadRemainder", "RemainderTerms", "add_remainder", "head_remainder", "remainder_terms", "score_spread"]
 
 LARGEST_SPREAD = 2.0
 """Of `m_Ij`; above it a block leaves no remainder for a query block. The scores then vary by 2 around their mean."""
@@ -67,7 +67,7 @@ def remainder_terms(
     queries = block_moments(q, q_layout, centred=False)
     assert keys.v_mean is not None
     log_sizes = k_layout.sizes.to(keys.mean.dtype).log()[..., None, :]  # -inf for an empty block
-    spread = queries.square @ (keys.square * (scale * scale / 2)).transpose(-1, -2)
+    spread = score_spread(queries, keys, scale)
     out = (spread > LARGEST_SPREAD).logical_or_(kept)
     bias = log_sizes + torch.minimum(spread, log_sizes) if remainder == "mass" else log_sizes.expand(spread.shape)
     bias = bias.masked_fill(out, -math.inf)
@@ -78,6 +78,11 @@ def remainder_terms(
     weights = torch.nn.functional.pad(weights * scale, (0, products.shape[2] - weights.shape[-1]))
     slopes = (weights.to(products.dtype) @ products).unflatten(-1, keys.products.shape[3:])
     return RemainderTerms(keys.mean, keys.v_mean, bias, slopes)
+
+
+def score_spread(queries: Moments, keys: Moments, scale: float) -> Tensor:
+    """`m_Ij` `[B, H, Mq, Mk]`: half the variance of a block's scores, from its keys' in each channel."""
+    return queries.square @ (keys.square * (scale * scale / 2)).transpose(-1, -2)
 
 
 def _softmax(scores: Tensor) -> Tensor:

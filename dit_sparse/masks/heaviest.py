@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from dit_sparse.kernels.best_within import best_within
 from dit_sparse.kernels.keep_best import keep_ranks
-from dit_sparse.masks.select import keep_text
+from dit_sparse.masks.select import keep_text, text_blocks
 from dit_sparse.types import TokenGrid
 
 _HALF = 1 << 16
@@ -90,15 +91,9 @@ def best_blocks(mass: Tensor, density: float, q_offsets: Tensor, k_offsets: Tens
     Returns:
         `[B, H, Mq, Mk]` bool.
     """
-    forced = forced_blocks(mass, q_offsets, k_offsets, grid)
-    area = block_areas(q_offsets, k_offsets).expand_as(mass)
-    budget = density * mass.shape[1] * grid.num_tokens**2 - (area * forced).sum((-1, -2, -3))
-    # An empty block has no mass, and no pair to divide by.
-    worth = (mass / area.clamp(min=1)).masked_fill(forced, -1).flatten(1)
-    ranked = worth.argsort(dim=-1, descending=True, stable=True)
-    spent = (area * ~forced).flatten(1).gather(-1, ranked).cumsum(-1)
-    within = spent <= budget[..., None]
-    return torch.zeros_like(within).scatter_(-1, ranked, within).view_as(forced) | forced
+    q_sizes, k_sizes = (offsets.diff(dim=-1)[0, 0] for offsets in (q_offsets, k_offsets))
+    q_text, k_text = (text_blocks(grid, offsets)[0, 0] for offsets in (q_offsets, k_offsets))
+    return best_within(mass, density * mass.shape[1] * grid.num_tokens**2, q_text, k_text, q_sizes, k_sizes)
 
 
 def blocks_within(errors: Tensor, most: Tensor, q_offsets: Tensor, k_offsets: Tensor, grid: TokenGrid) -> Tensor:

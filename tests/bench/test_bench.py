@@ -129,8 +129,20 @@ def test_the_pieces_of_a_search(monkeypatch: pytest.MonkeyPatch) -> None:
     from dit_sparse.types import TokenGrid
 
     monkeypatch.setitem(sections.SEARCH_GRIDS, "tiny", TokenGrid(3, 10, 10))
-    rows = {row.kernel: row for row in sections.search_rows("tiny", 1, CPU)}
-    assert {"block mass, all rows", "selection", "first search", "later search"} <= set(rows)
+    pieces = (
+        ({"block mass, all rows", "selection", "first search", "later search"}, sections.search_rows),
+        (
+            {f"lea: {part}" for part in ("attention of the rows", "errors", "choice", "search")},
+            sections.least_error_rows,
+        ),
+    )
+    for names, search in pieces:
+        rows = {row.kernel: row for row in search("tiny", 1, CPU)}
+        assert names <= set(rows)
+        check_ratios(rows)
+
+
+def check_ratios(rows: dict[str, Row]) -> None:
     for row in rows.values():
         assert row.ideal_ratio == pytest.approx(row.time_ms / rows["cpu"].time_ms)
         assert row.time_ms > 0

@@ -14,7 +14,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from dit_sparse.kernels import (
+    best_within_kernels,
     hopper_kernels,
+    hopper_search_kernels,
     output_error_kernel,
     remainder_error_kernels,
     remainder_kernels,
@@ -25,8 +27,10 @@ ROW_STRIDES = [f"{name}_{dim}" for name in "qkvo" for dim in ("sb", "sh", "sn")]
 ROW_STRIDES += [f"{name}_{dim}" for name in ("mk", "mv", "slope", "x", "m", "vm", "p") for dim in ("sb", "sh", "sm")]
 ROW_STRIDES += ["slope_sd", "x_sn", "p_sd"]
 DATA = ("q", "k", "v", "out", "x", "mean_k", "mean_v", "slopes", "products", "means")
-FLOATS = ("lse", "bias", "mean", "square", "v_mean", "middle", "norms", "overlaps", "errors", "sums")
+NUMBERS = ("scale", "largest_spread")
+FLOATS = ("lse", "bias", "spread", "mean", "square", "v_mean", "norms", "overlaps", "errors", "sums")
 LISTS = ("counts", "indices", "partial_counts", "partial_indices", "bits", "q_offsets", "k_offsets", "offsets", "taken")
+LISTS += ("places",)
 
 
 def signature(kernel, constants: dict, special: dict[str, str], data: str) -> dict[str, str]:
@@ -39,8 +43,8 @@ def signature(kernel, constants: dict, special: dict[str, str], data: str) -> di
             types[name] = special[name]
         elif name in LISTS:
             types[name] = "*i32"
-        elif name in ("scale", *FLOATS):
-            types[name] = "fp32" if name == "scale" else "*fp32"
+        elif name in (*NUMBERS, *FLOATS):
+            types[name] = "fp32" if name in NUMBERS else "*fp32"
         else:
             types[name] = f"*{data}" if name in DATA else "i32"
     return types
@@ -73,10 +77,20 @@ def errors(job: dict):
 
 def changes(job: dict):
     constants = dict(
-        D=job["dim"], DV=job["dim"], BLOCK_D=job["padded"], BLOCK_DV=job["padded"], BLOCK_M=job["block_m"],
-        BLOCK_N=job["block_n"], SPAN=32, UPCAST=False,
+        SLOTS=job["slots"], D=job["dim"], DV=job["dim"], BLOCK_D=job["padded"], BLOCK_DV=job["padded"],
+        BLOCK_M=job["block_m"], BLOCK_N=job["block_n"], SPAN=32, SINGLE=job["single"], UPCAST=False,
     )  # fmt: skip
     return triton_source(output_error_kernel.output_error_kernel, constants, job), options_of(job)
+
+
+def choice(job: dict):
+    kernel = getattr(best_within_kernels, job["name"])
+    sizes = dict(PASS=7, PASSES=8, ROWS=16, BLOCK=job["block"])
+    constants = {name: value for name, value in sizes.items() if name in kernel.arg_names}
+    special = dict.fromkeys(("counts", "free", "ties", "before"), "*i64") | {"budgets": "*fp64", "mass": "*fp32"}
+    special |= dict.fromkeys(("keys", "q_sizes", "k_sizes"), "*i32")
+    special |= dict.fromkeys(("q_text", "k_text", "kept"), "*u8")
+    return ASTSource(kernel, signature(kernel, constants, special, "fp32"), constexprs=constants), dict(num_warps=8)
 
 
 def options_of(job: dict) -> dict[str, int]:
@@ -91,13 +105,26 @@ def triton_source(kernel, constants: dict, job: dict) -> ASTSource:
     return ASTSource(kernel, types, constexprs=constants, attrs=attributes)
 
 
+def layout(*shape: int) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for(list(shape), gl.bfloat16)
+
+
+def descriptor(*shape: int) -> str:
+    return f"tensordesc<bf16{list(shape)!r},{layout(*shape)!r}>"
+
+
+def search(job: dict):
+    box = (64, job["dim"])
+    constants = dict(
+        SLOTS=job["slots"], D=job["dim"], BLOCK_N=64, STAGES=4, FLAT=layout(*box), PRODUCER_REGISTERS=24,
+        CONSUMER_REGISTERS=240,
+    )  # fmt: skip
+    special = dict.fromkeys(("k_desc", "v_desc"), descriptor(1, 1, *box))
+    kernel = hopper_search_kernels.search_kernel
+    return GluonASTSource(kernel, signature(kernel, constants, special, "bf16"), constexprs=constants), {"num_warps": 4}
+
+
 def hopper(job: dict):
-    def layout(*shape: int) -> gl.NVMMASharedLayout:
-        return gl.NVMMASharedLayout.get_default_for(list(shape), gl.bfloat16)
-
-    def descriptor(*shape: int) -> str:
-        return f"tensordesc<bf16{list(shape)!r},{layout(*shape)!r}>"
-
     constants = dict(
         GROUPS=job["groups"], D=job["dim"], BLOCK_N=128, K_TILES=1, PAIR=job["pair"], Q_TILES=1,
         STAGES_K=job["stages"][0], STAGES_V=job["stages"][1], Q_IN_REGISTERS=job["early"] or job["dim"] == 64,
@@ -116,6 +143,7 @@ def hopper(job: dict):
 
 def report(job: dict) -> dict:
     kinds = {"triton": portable, "moments": moments, "errors": errors, "changes": changes, "hopper": hopper}
+    kinds |= {"choice": choice, "search": search}
     source, options = kinds[job["kernel"]](job)
     log = io.StringIO()
     with contextlib.redirect_stdout(log):

@@ -106,6 +106,8 @@ def test_the_kernels_of_errors_fit(kernel: str, rows: int, warps: int, wide: int
             block_n=block_n,
             warps=4 if dtype == "fp32" else warps,
             stages=2,
+            slots=8,
+            single=dim < 256,
         )
         for target, dim, dtype, block_n in ((90, 128, "bf16", 64), (86, 256, "bf16", wide), (80, 64, "fp32", 16))
     ]
@@ -120,6 +122,21 @@ def test_the_hopper_kernel_fits_and_keeps_its_products_asynchronous() -> None:
         assert residents * (found["shared"] + 1024) <= 233472, job
         assert not found["serialized"], job
         assert found["products"] > 0, job
+
+
+def test_the_search_on_hopper_fits_and_keeps_its_products_asynchronous() -> None:
+    jobs = [dict(kernel="search", target=90, dim=dim, slots=slots) for dim, slots in ((128, 16), (64, 8))]
+    for job, found in zip(jobs, compile_kernels(jobs), strict=True):
+        assert found["shared"] + 1024 <= 233472, job
+        assert not found["serialized"], job
+        assert found["products"] > 0, job
+
+
+def test_the_kernels_of_the_choice_compile() -> None:
+    names = ("keys_kernel", "count_kernel", "ties_kernel", "keep_kernel")
+    jobs = [dict(kernel="choice", target=80, name=name, block=512) for name in names]
+    for found in compile_kernels(jobs):
+        assert found["shared"] <= LIMITS[80]
 
 
 @pytest.mark.parametrize("limit", [101376, 166912, 232448])

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from dit_sparse.kernels import get_backend, select
 from dit_sparse.kernels.backend import BackendUnavailableError
-from dit_sparse.kernels.hopper_backend import _aligned, _is_aligned, _plain_run
+from dit_sparse.kernels.hopper_backend import _plain_run
+from dit_sparse.kernels.hopper_launch import aligned, is_aligned
 from dit_sparse.types import AttentionPlan, BlockGeometry, BlockMask
 from tests.kernels import cases
 
@@ -70,12 +71,12 @@ def test_only_blocks_that_fill_their_tiles_go_unmasked() -> None:
 
 def test_tensors_that_tma_cannot_address_are_copied() -> None:
     x = torch.randn(2, 50, 3, 16, dtype=torch.float16)
-    assert _is_aligned(x.transpose(1, 2))
-    assert not _is_aligned(x[..., 1:9])
-    assert not _is_aligned(x[:, :, :1].expand(-1, -1, 3, -1))
+    assert is_aligned(x.transpose(1, 2))
+    assert not is_aligned(x[..., 1:9])
+    assert not is_aligned(x[:, :, :1].expand(-1, -1, 3, -1))
     for odd in (x[..., 1:9], x[:, :, :1].expand(-1, -1, 3, -1)):
-        assert _is_aligned(_aligned(odd))
-        assert torch.equal(_aligned(odd), odd)
+        assert is_aligned(aligned(odd))
+        assert torch.equal(aligned(odd), odd)
 
 
 @on_hopper
