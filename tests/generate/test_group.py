@@ -1,0 +1,44 @@
+"""Ranks that do what the process that started them asks for."""
+
+from dataclasses import replace
+
+import pytest
+
+from dit_sparse.cluster import WorkerLost
+from dit_sparse.generate import Request, prepare
+from dit_sparse.generate.group import RankGroup
+from dit_sparse.generate.video import partial_path
+from tests.generate.workers import KillingWorker, refuse
+from tests.pipelines.tiny import make_tiny_wan
+
+
+@pytest.mark.timeout(200)
+def test_ranks_take_calls_until_one_is_killed(tmp_path):
+    size = {"height": 64, "width": 64, "frames": 9, "steps": 2, "guidance": 5.0}
+    config = {"method": "adaspa", "density": 0.3, "block": 8}
+    model = str(make_tiny_wan(tmp_path / "tiny"))
+    alone = Request(("a red ball",), config, tmp_path / "out", model, device="cpu", format="png", **size)
+    job = prepare(alone)
+    sign = partial_path(tmp_path / "shared")
+    sign.touch()
+
+    group = RankGroup(replace(alone, parallel="ulysses=2,timeout=60"), KillingWorker)
+    assert group.call("whoami") == {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
+    with pytest.raises(FileNotFoundError, match="no such luck"):
+        group.call("refuse")
+    rendered, _ = group.call("render", job.settings, job.todo[0], sign)
+    assert (rendered.line["parallel"], rendered.line["key"]) == ("ulysses=2,timeout=60", job.settings.key(job.todo[0]))
+    assert len(list(rendered.partial.iterdir())) == 9
+
+    first, second = group._processes
+    with pytest.raises(WorkerLost, match=r"^rank 1 was killed by SIGKILL$"):
+        group.call("render_and_kill", second.pid, job.settings, job.todo[0], sign)
+    assert not first.is_alive()
+    with pytest.raises(WorkerLost, match=r"^rank [01] was killed by SIGKILL$"):
+        group.call("whoami")
+
+
+def test_what_a_rank_cannot_start_with_is_told(tmp_path):
+    request = Request(("a",), {"method": "dense"}, tmp_path / "out", device="cpu", parallel="ulysses=2")
+    with pytest.raises(OSError, match="no model here"):
+        RankGroup(request, refuse)

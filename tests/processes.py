@@ -1,0 +1,29 @@
+"""Which processes of this machine there are, as /proc tells."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+__all__ = ["alive", "children"]
+
+
+def children(parent: int) -> list[int]:
+    """The processes that `parent` has started and that run, oldest first."""
+    return sorted(pid for pid, (state, ppid) in _all().items() if ppid == parent and state != "Z")
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs."""
+    return _all().get(pid, ("Z", 0))[0] != "Z"
+
+
+def _all() -> dict[int, tuple[str, int]]:
+    """State and parent by process."""
+    found = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, parent = stat.read_text().rpartition(")")[2].split()[:2]
+        except OSError:
+            continue
+        found[int(stat.parent.name)] = (state, int(parent))
+    return found
