@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["alive", "children"]
+__all__ = ["alive", "children", "within"]
 
 
 def children(parent: int) -> list[int]:
@@ -27,3 +29,13 @@ def _all() -> dict[int, tuple[str, int]]:
             continue
         found[int(stat.parent.name)] = (state, int(parent))
     return found
+
+
+def within(seconds: float, happens: Callable[[], bool]) -> bool:
+    """Whether something happens in time."""
+    deadline = time.monotonic() + seconds
+    while not happens():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True

@@ -1,5 +1,6 @@
 """Ranks that do what the process that started them asks for."""
 
+import multiprocessing
 from dataclasses import replace
 
 import pytest
@@ -8,8 +9,9 @@ from dit_sparse.cluster import WorkerLost
 from dit_sparse.generate import Request, prepare
 from dit_sparse.generate.group import RankGroup
 from dit_sparse.generate.video import partial_path
-from tests.generate.workers import KillingWorker, refuse
+from tests.generate.workers import KillingWorker, hold_sleeping_ranks, refuse
 from tests.pipelines.tiny import make_tiny_wan
+from tests.processes import alive, within
 
 
 @pytest.mark.timeout(200)
@@ -42,3 +44,16 @@ def test_what_a_rank_cannot_start_with_is_told(tmp_path):
     request = Request(("a",), {"method": "dense"}, tmp_path / "out", device="cpu", parallel="ulysses=2")
     with pytest.raises(OSError, match="no model here"):
         RankGroup(request, refuse)
+
+
+def test_busy_ranks_end_when_the_process_that_started_them_is_killed(tmp_path):
+    request = Request(("a",), {"method": "dense"}, tmp_path / "out", device="cpu", parallel="ulysses=2")
+    parent = multiprocessing.get_context("spawn").Process(target=hold_sleeping_ranks, args=(request, tmp_path))
+    parent.start()
+    try:
+        assert within(100, lambda: len(list(tmp_path.iterdir())) >= 2 or not parent.is_alive())
+        ranks = [int(path.name) for path in tmp_path.iterdir()]
+        assert len(list(filter(alive, ranks))) >= 2
+    finally:
+        parent.kill()
+    assert within(20, lambda: not any(map(alive, ranks))), "ranks outlive their parent"

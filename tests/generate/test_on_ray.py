@@ -1,7 +1,6 @@
 """Many prompts over the workers of a Ray cluster: a killed worker, a bad prompt, a second run."""
 
 import json
-import time
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from dit_sparse.generate.manifest import MANIFEST
 from tests.cli.command import SMALL, exit_code, prompts_file
 from tests.generate.workers import DEADLY, PoisonedWorker
 from tests.pipelines.tiny import tiny_wan
-from tests.processes import alive
+from tests.processes import alive, within
 
 ADASPA = {"method": "adaspa", "density": 0.3, "block": 8, "warmup": 0.0}
 PROMPTS = [f"a red ball {n}" for n in range(20)]
@@ -110,7 +109,4 @@ def test_groups_of_ranks(request_for, model, capsys):
 
     processes = [int(path.name) for path in Path("processes").iterdir()]
     assert len(processes) >= 3 * 3
-    deadline = time.monotonic() + 20
-    while any(map(alive, processes)) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not [process for process in processes if alive(process)], "ranks outlive their worker"
+    assert within(20, lambda: not any(map(alive, processes))), "ranks outlive their worker"

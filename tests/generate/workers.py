@@ -2,9 +2,11 @@
 
 import os
 import signal
+import time
 from pathlib import Path
 
 from dit_sparse.generate import on_ray, render
+from dit_sparse.generate.group import RankGroup
 from tests.processes import children
 
 DEADLY = "a red ball 6"
@@ -63,3 +65,19 @@ class KillingWorker(on_ray._Worker):
 
 def refuse(renderer):
     raise OSError("no model here")
+
+
+class Sleeper:
+    """Is busy for as long as a test may take."""
+
+    def __init__(self, renderer):
+        pass
+
+    def sleep(self, folder):
+        for process in children(os.getppid()):
+            (folder / str(process)).touch()
+        time.sleep(60)
+
+
+def hold_sleeping_ranks(request, folder):
+    RankGroup(request, Sleeper).call("sleep", folder)
