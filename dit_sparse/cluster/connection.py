@@ -56,7 +56,7 @@ def _reach(address: str) -> None:
     """Make sure that a cluster answers at `address`; by itself Ray tries for minutes.
 
     Raises:
-        ValueError: none does.
+        ValueError: none does, or it wants its token.
     """
     host, _, port = address.rpartition(":")
     if not host or "/" in address or not port.isdigit() or not 0 < int(port) < 2**16:
@@ -64,8 +64,14 @@ def _reach(address: str) -> None:
     try:
         socket.create_connection((host, int(port)), timeout=5).close()
         command = [sys.executable, "-m", "ray.scripts.scripts", "status", "--address", address]
-        answered = subprocess.run(command, capture_output=True, timeout=_REACH_SECONDS, check=False).returncode == 0
+        ran = subprocess.run(command, capture_output=True, text=True, timeout=_REACH_SECONDS, check=False)
+        answered, wants_token = ran.returncode == 0, "AuthenticationError" in ran.stderr
     except (OSError, subprocess.TimeoutExpired):
-        answered = False
+        answered = wants_token = False
+    if wants_token:
+        raise ValueError(
+            f"--ray {address}: the Ray cluster there wants its token: set RAY_AUTH_MODE=token, and on a machine other "
+            "than its head also RAY_AUTH_TOKEN (`ray get-auth-token` prints it on the head)"
+        )
     if not answered:
         raise ValueError(f"--ray {address}: no Ray cluster answers there (`ray start --head` starts one)")

@@ -5,13 +5,13 @@ import sys
 
 import pytest
 
-from dit_sparse.cluster import connect
+from dit_sparse.cluster import connect, connection
 
 
 def test_addresses_where_no_cluster_answers(monkeypatch):
     pytest.importorskip("ray", reason="needs Ray: pip install 'dit-sparse[ray]'")
     monkeypatch.setattr("ray.is_initialized", lambda: False)
-    monkeypatch.setattr("dit_sparse.cluster.connection._REACH_SECONDS", 2)
+    monkeypatch.setattr(connection, "_REACH_SECONDS", 2)
     for address in ("", "cluster", "host:port", "ray://host:10001", "host:99999"):
         with pytest.raises(ValueError, match="auto, local or HOST:PORT"):
             connect(address)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from dit_sparse.cluster import ActorPool, NoWorkers, WorkerLost, connect, map_over_actors, portable
+from dit_sparse.cluster.connection import _reach
 from dit_sparse.cluster.pool import _enter
 
 GONE = "its process is gone"
@@ -143,3 +144,15 @@ def test_maps_a_function(ray_cluster):
 def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(OSError, match="must share the working directory"):
         _enter(str(Path(tmp_path, "none")))
+
+
+def test_a_cluster_that_wants_its_token_says_so(ray_cluster, monkeypatch):
+    import ray
+
+    if os.environ.get("RAY_AUTH_MODE") != "token":
+        pytest.skip("this Ray has no tokens")
+    address = ray.get_runtime_context().gcs_address
+    _reach(address)
+    monkeypatch.delenv("RAY_AUTH_MODE")
+    with pytest.raises(ValueError, match=f"--ray {address}: the Ray cluster there wants its token: set RAY_AUTH_MODE"):
+        _reach(address)
