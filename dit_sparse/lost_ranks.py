@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
 __all__ = ["RankLostError", "told_of_losses"]
 
 
@@ -17,6 +15,8 @@ class RankLostError(RuntimeError):
 @contextmanager
 def told_of_losses(doing: str) -> Iterator[None]:
     """Turn what torch.distributed raises when a rank is gone into one sentence."""
+    import torch
+
     try:
         yield
     except (RankLostError, torch.OutOfMemoryError):

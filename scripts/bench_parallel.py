@@ -65,7 +65,7 @@ def work(rank: int, options: argparse.Namespace, mesh: tuple[int, int], port: in
         parallelize(pipe, ulysses=mesh[0], ring=mesh[1], timeout=_TIMEOUT)
     methods: list[Method] = [Dense(), model.neighborhood, AdaSpa(density=options.density, block=options.block)]
     for method in methods:
-        found, latents = measure(pipe, inputs, Schedule(method), options, device)
+        found, latents = measure(pipe, inputs, Schedule(method, never_slower=False), options, device)
         if rank == 0:
             results.put((method.name, found, latents))
     if mesh[0] > 1:

@@ -49,10 +49,7 @@ def generate(
     dtype: opt.Dtype = "auto",
     device: opt.Device = "auto",
     offload: opt.Offload = "none",
-    parallel: Annotated[
-        str | None,
-        opt.option("Ranks that share each video, such as ulysses=2 or ulysses=2,ring=2.", opt.MACHINE, default="one"),
-    ] = None,
+    parallel: opt.Parallel = None,
     out: Annotated[Path, opt.option("Folder of the videos.", opt.OUTPUT)] = Path("videos"),
     format: Annotated[
         str | None, opt.option("mp4, gif, or png for frames.", opt.OUTPUT, default="mp4, png for an image")
@@ -76,7 +73,7 @@ def generate(
     """
     own = [parameter.name or "" for parameter in context.command.params if parameter.name != "arguments"]
     console = Console(stderr=True)
-    with _interruptible(console, out):
+    with interruptible(console, out):
         with user_errors():
             from dit_sparse.generate.config import build_schedule, split_arguments
             from dit_sparse.generate.report import preset_line
@@ -93,8 +90,6 @@ def generate(
             takes_method = method is None and config is None
             start = preset.schedule if preset is not None and takes_method else None
             schedule = build_schedule(method, config, options, own, start)
-            if parallel is not None and ray is not None:
-                raise ValueError("--parallel shares each video and --ray the prompts among processes: give one of them")
             request = Request(
                 prompts=tuple(prompts),
                 config=schedule.to_config(),
@@ -120,9 +115,21 @@ def generate(
             )
         if preset is not None and os.environ.get("RANK", "0") == "0":
             console.print(preset_line(preset, takes_method), markup=False, highlight=False, soft_wrap=True)
-        if parallel is not None:
-            raise typer.Exit(_on_ranks(request))
-        raise typer.Exit(_generate(request, console, ray, ray_workers))
+        raise typer.Exit(make_videos(request, console, ray, ray_workers))
+
+
+def make_videos(request: Request, console: Console, ray: str | None, ray_workers: int | None) -> int:
+    """Make the videos of `request` in this process, on ranks or on Ray's workers; returns the exit code."""
+    from dit_sparse.generate.ranks import is_rank
+
+    with user_errors():
+        if ray is None and ray_workers is not None:
+            raise ValueError("--ray-workers needs --ray auto, local or HOST:PORT")
+        if ray is not None and is_rank():
+            raise ValueError("--ray starts the ranks of its workers itself: give the command without torchrun")
+    if request.parallel is not None and ray is None:
+        return _on_ranks(request)
+    return _generate(request, console, ray, ray_workers)
 
 
 def _on_ranks(request: Request) -> int:
@@ -141,6 +148,7 @@ def _on_ranks(request: Request) -> int:
 def _rank(request: Request) -> int:
     """What one rank does: rank 0 generates, the others follow."""
     from dit_sparse.generate import ranks
+    from dit_sparse.generate.render import LocalExecutor
     from dit_sparse.lost_ranks import RankLostError
 
     try:
@@ -151,7 +159,7 @@ def _rank(request: Request) -> int:
             return 0
         leader = ranks.Leader(request, together)
         try:
-            code = _generate(request, Console(stderr=True), executor=leader)
+            code = _generate(request, Console(stderr=True), executor=LocalExecutor(request, leader))
         except typer.Exit as end:
             code = end.exit_code
         leader.stop()
@@ -197,8 +205,6 @@ def _generate(
 
 def _executor(request: Request, ray: str | None, workers: int | None, stack: ExitStack) -> Executor | None:
     if ray is None:
-        if workers is not None:
-            raise ValueError("--ray-workers needs --ray auto, local or HOST:PORT")
         return None
     from dit_sparse.generate.on_ray import RayExecutor
 
@@ -218,7 +224,8 @@ def _warn_of_unknown_words(job: Job, console: Console) -> None:
 
 
 @contextmanager
-def _interruptible(console: Console, out: Path) -> Iterator[None]:
+def interruptible(console: Console, out: Path) -> Iterator[None]:
+    """Within it Ctrl-C ends the command with one line."""
     try:
         yield
     except KeyboardInterrupt:

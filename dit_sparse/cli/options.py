@@ -25,11 +25,20 @@ Guidance = Annotated[float | None, option("Guidance scale.", SAMPLING, default="
 NegativePrompt = Annotated[str | None, option("What to avoid.", SAMPLING)]
 Dtype = Annotated[str, option("auto, float32, float16 or bfloat16.", MACHINE)]
 Device = Annotated[str, option("auto, cpu, cuda or cuda:N.", MACHINE)]
+Parallel = Annotated[
+    str | None,
+    option("Ranks that share each video, such as ulysses=2 or ulysses=2,ring=2.", MACHINE, default="one"),
+]
 Ray = Annotated[
     str | None, option("Spread over a Ray cluster: auto, local or HOST:PORT.", MACHINE, default="this process")
 ]
 RayWorkers = Annotated[
-    int | None, option("Ray workers, each with the model.", MACHINE, default="one a GPU, or for four cores")
+    int | None,
+    option(
+        "Ray workers, each with the model; with --parallel each is a group of ranks.",
+        MACHINE,
+        default="one a GPU, or for four cores, a rank",
+    ),
 ]
 Trace = Annotated[
     bool,

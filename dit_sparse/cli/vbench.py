@@ -85,6 +85,7 @@ def generate(
     dtype: opt.Dtype = "auto",
     device: opt.Device = "auto",
     offload: opt.Offload = "none",
+    parallel: opt.Parallel = None,
     out: Annotated[Path, opt.option("Folder of the videos.", opt.OUTPUT)] = Path("vbench-videos"),
     fps: Annotated[
         int | None, opt.option("Frames a second of the file.", opt.OUTPUT, default="the preset's, or 16")
@@ -99,11 +100,11 @@ def generate(
     generate` does, and like it goes on where it stopped. Layers for which sparse attention would be slower are sparse
     all the same, unless `--never-slower true` is given.
     """
-    from dit_sparse.cli.generate import _generate, _interruptible
+    from dit_sparse.cli.generate import interruptible, make_videos
 
     own = [parameter.name or "" for parameter in context.command.params if parameter.name != "arguments"]
     console = Console(stderr=True)
-    with _interruptible(console, out):
+    with interruptible(console, out):
         with user_errors():
             from dit_sparse.generate.config import build_schedule, read_config, split_arguments
             from dit_sparse.generate.request import Request
@@ -138,9 +139,10 @@ def generate(
                 offload=offload,
                 format="mp4",
                 fps=fps,
+                parallel=parallel,
                 clips=tuple(shard_clips(samples, seed, part)),
             )
-        raise typer.Exit(_generate(request, console, ray, ray_workers))
+        raise typer.Exit(make_videos(request, console, ray, ray_workers))
 
 
 @vbench.command()

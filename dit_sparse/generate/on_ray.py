@@ -13,9 +13,10 @@ from types import TracebackType
 from typing import Any
 
 from dit_sparse.cluster import ActorPool, WorkerLost, connect, portable
+from dit_sparse.generate.group import RankGroup
 from dit_sparse.generate.listener import Listener
 from dit_sparse.generate.render import Failed, Rendered, Renderer, partial_name
-from dit_sparse.generate.request import Clip, Request, Settings
+from dit_sparse.generate.request import Clip, Degrees, Request, Settings
 from dit_sparse.generate.video import partial_path, remove_own_partials
 
 __all__ = ["RayExecutor"]
@@ -24,6 +25,7 @@ __all__ = ["RayExecutor"]
 class RayExecutor:
     """An `Executor` whose workers each load the model once; a context manager, which ends them.
 
+    With `request.parallel` a worker is that many ranks of one node, each of which loads the model.
     The workers write the videos, so all nodes must share the working directory and the output folder.
 
     Args:
@@ -31,14 +33,16 @@ class RayExecutor:
         workers, retries: as `ActorPool` takes them.
 
     Raises:
-        ValueError: no ray, no such cluster, or a device that it does not have.
+        ValueError: no ray, no such cluster, or devices that it does not have.
     """
 
     def __init__(self, request: Request, address: str = "auto", workers: int | None = None, retries: int = 2) -> None:
         self._folder = request.out
         self._connected = connect(address)
         try:
-            self._pool = ActorPool(partial(_Worker, request), device=request.device, workers=workers, retries=retries)
+            ranks = 1 if request.parallel is None else Degrees.of(request.parallel).ranks
+            make = partial(_start_worker if ranks == 1 else _Group, _Worker, request)
+            self._pool = ActorPool(make, device=request.device, workers=workers, ranks=ranks, retries=retries)
         except BaseException:
             self._disconnect()
             raise
@@ -67,8 +71,8 @@ class RayExecutor:
         sign = partial_path(self._folder / "shared")
         sign.touch()
 
-        def again(index: int, tries: int) -> None:
-            text = f"a worker died while it made {clips[index].stem} (try {tries}); another takes over"
+        def again(index: int, tries: int, how: str) -> None:
+            text = f"a worker died while it made {clips[index].stem} (try {tries}: {how}); another takes over"
             warnings.warn(text, stacklevel=2)
 
         items = [(settings, clip, sign) for clip in clips]
@@ -91,14 +95,14 @@ class RayExecutor:
 
 
 class _Worker:
-    """What an actor holds."""
+    """What an actor, or rank 0 of its group, holds."""
 
-    def __init__(self, request: Request, device: str) -> None:
-        self._renderer = Renderer(replace(request, device=device))
-        self.defaults = self._renderer.defaults
-        self.check = self._renderer.check
+    def __init__(self, renderer: Renderer) -> None:
+        self._renderer = renderer
+        self.defaults = renderer.defaults
+        self.check = renderer.check
         # A node without the model is found out now, not by every prompt that it gets.
-        _ = self._renderer.pipe
+        renderer.load()
 
     def render(self, settings: Settings, clip: Clip, sign: Path) -> tuple[Rendered | Failed, list[str]]:
         """The rendered clip, and the warnings for users that it gave."""
@@ -113,3 +117,17 @@ class _Worker:
         if isinstance(result, Failed):
             result = Failed(clip, portable(result.error))
         return result, [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)]
+
+
+def _start_worker(kind: type[_Worker], request: Request, device: str) -> _Worker:
+    return kind(Renderer(replace(request, device=device)))
+
+
+class _Group:
+    """What an actor of several ranks holds; it calls the worker of rank 0."""
+
+    def __init__(self, kind: type[_Worker], request: Request, device: str) -> None:
+        call = RankGroup(replace(request, device=device), kind).call
+        self.defaults = partial(call, "defaults")
+        self.check = partial(call, "check")
+        self.render = partial(call, "render")

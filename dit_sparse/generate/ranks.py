@@ -1,6 +1,6 @@
 """One request on several ranks that share each video: rank 0 runs it and writes, the others follow.
 
-Rank 0 is an executor like any other, which tells its followers what it is about to do; so what is left to do, names and
+Rank 0 renders like any other process, but tells its followers what it is about to do; so what is left to do, names and
 the manifest are decided in one place, and only rank 0 need see the folder.
 """
 
@@ -9,20 +9,24 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dit_sparse.generate import models
 from dit_sparse.generate.listener import Listener
-from dit_sparse.generate.render import Failed, LocalExecutor, Rendered, Renderer
+from dit_sparse.generate.render import Drawn, Failed, Renderer
 from dit_sparse.generate.request import Clip, Degrees, Request, Settings
+from dit_sparse.lost_ranks import RankLostError
 
 if TYPE_CHECKING:
+    from torch.distributed import Store
+
     from dit_sparse.parallel import Agreement
 
-__all__ = ["Leader", "follow", "is_rank", "join", "launch"]
+__all__ = ["Leader", "Ranks", "become_rank", "follow", "is_rank", "join", "launch"]
 
 _PATIENCE = 3600.0
 """Seconds that a follower waits to be told what to do: rank 0 may be loading a model or writing a long video."""
@@ -37,8 +41,16 @@ def is_rank() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def join(request: Request) -> Ranks:
+def become_rank(rank: int, count: int) -> None:
+    """Say in the environment that this process is `rank` of `count`, all of this machine."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)}
+
+
+def join(request: Request, store: Store | None = None) -> Ranks:
     """Join the ranks that render `request` together.
+
+    Args:
+        store: where they meet; `None` is what the environment says.
 
     Raises:
         ValueError: another number of ranks than the request asks for, or no GPU for this one.
@@ -48,7 +60,8 @@ def join(request: Request) -> Ranks:
     import torch.distributed as dist
 
     degrees = _degrees(request)
-    count, local = int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
+    rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    local = int(os.environ.get("LOCAL_RANK", rank))
     if count != degrees.ranks:
         raise ValueError(f"--parallel {request.parallel} is for {degrees.ranks} ranks, got {count} from torchrun")
     on_gpu = models.resolve_device(request.device) != "cpu"
@@ -59,7 +72,8 @@ def join(request: Request) -> Ranks:
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // count))
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(seconds=degrees.timeout))
+        backend, wait = "nccl" if on_gpu else "gloo", timedelta(seconds=degrees.timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=wait)
     return Ranks(degrees)
 
 
@@ -105,8 +119,6 @@ class Ranks:
         Raises:
             RankLostError: it failed on some ranks alone, or one does not answer.
         """
-        from dit_sparse.lost_ranks import RankLostError
-
         if isinstance(error, RankLostError):
             raise error
         said = None if error is None else f"{type(error).__name__}: {error}"
@@ -121,27 +133,36 @@ class Ranks:
             raise RankLostError(_UNLIKE.format(*next(iter(failed.items()))))
 
 
-class Leader(LocalExecutor):
-    """The executor of rank 0."""
+class Leader(Renderer):
+    """The renderer of rank 0: what it does, its followers do too.
+
+    Raises:
+        RankLostError: everywhere, where a rank died, or failed where others did not.
+    """
 
     def __init__(self, request: Request, ranks: Ranks) -> None:
         super().__init__(request)
         self._ranks = ranks
-        renderer = self.renderer
-        self.defaults = lambda: self._together(_Order("defaults"), renderer.defaults)
-        self.check = lambda settings: self._together(_Order("check", (settings,)), lambda: renderer.check(settings))
 
-    def render(self, settings: Settings, clips: Sequence[Clip], listener: Listener) -> Iterator[Rendered | Failed]:
-        """See `Executor.render`.
+    def load(self) -> None:
+        """See `Renderer.load`."""
+        self._together(_Order("load"), super().load)
 
-        Raises:
-            RankLostError: a rank died, or failed where others did not.
-        """
-        for clip in clips:
-            self._ranks.tell(_Order("draw", (settings, clip)))
-            result = self.renderer.draw(settings, clip, listener)
-            self._ranks.compare(result.error if isinstance(result, Failed) else None, drawing=True)
-            yield self.write(settings, result)
+    def defaults(self) -> dict[str, Any]:
+        """See `Executor.defaults`."""
+        defaults: dict[str, Any] = self._together(_Order("defaults"), super().defaults)
+        return defaults
+
+    def check(self, settings: Settings) -> None:
+        """See `Executor.check`."""
+        self._together(_Order("check", (settings,)), partial(super().check, settings))
+
+    def draw(self, settings: Settings, clip: Clip, listener: Listener) -> Drawn | Failed:
+        """See `Renderer.draw`."""
+        self._ranks.tell(_Order("draw", (settings, clip)))
+        drawn = super().draw(settings, clip, listener)
+        self._ranks.compare(drawn.error if isinstance(drawn, Failed) else None, drawing=True)
+        return drawn
 
     def _together(self, order: _Order, do: Callable[[], Any]) -> Any:
         self._ranks.tell(order)
@@ -196,8 +217,6 @@ def launch(request: Request, work: Callable[[Request], int]) -> int:
     import torch
     from torch.multiprocessing.spawn import ProcessExitedException, start_processes
 
-    from dit_sparse.lost_ranks import RankLostError
-
     count, device = _degrees(request).ranks, models.resolve_device(request.device)
     if device not in ("cpu", "cuda"):
         raise ValueError(
@@ -232,13 +251,8 @@ def launch(request: Request, work: Callable[[Request], int]) -> int:
 
 def _run_rank(rank: int, count: int, port: int, request: Request, work: Callable[[Request], int]) -> None:
     """One process of `launch`; its exit code tells how it went."""
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(count),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
+    become_rank(rank, count)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     sys.exit(work(request))
 
 

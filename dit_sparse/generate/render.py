@@ -24,7 +24,7 @@ from dit_sparse.generate.video import extension, partial_path, to_uint8, write_p
 if TYPE_CHECKING:
     from dit_sparse.pipelines import Trace
 
-__all__ = ["Executor", "Failed", "LocalExecutor", "Rendered", "Renderer"]
+__all__ = ["Drawn", "Executor", "Failed", "LocalExecutor", "Rendered", "Renderer"]
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,10 @@ class Renderer:
         """The loaded pipeline."""
         return models.load_model(self.request)
 
+    def load(self) -> None:
+        """Load the pipeline now; raises ValueError or OSError where that cannot be."""
+        _ = self.pipe
+
     def defaults(self) -> dict[str, Any]:
         """See `Executor.defaults`."""
         return models.pipeline_defaults(self.request, self.pipe)
@@ -95,7 +99,7 @@ class Renderer:
         """See `Executor.check`."""
         from dit_sparse.pipelines import check
 
-        self.defaults()
+        models.pipeline_defaults(self.request, self.pipe)
         check(self.pipe, self.schedule, settings.height, settings.width, settings.frames)
 
     def render(self, settings: Settings, clip: Clip, partial: Path, listener: Listener) -> Rendered | Failed:
@@ -104,27 +108,29 @@ class Renderer:
         Raises:
             OSError: it cannot be written.
         """
-        return _written(self.draw(settings, clip, listener), settings, partial)
+        drawn = self.draw(settings, clip, listener)
+        if isinstance(drawn, Failed):
+            return drawn
+        return Rendered(clip, drawn.line, partial, _write(settings, drawn, partial))
 
     def draw(self, settings: Settings, clip: Clip, listener: Listener) -> Drawn | Failed:
-        """Render `clip`."""
+        """Render `clip`, and write nothing."""
         try:
             if not self._warm:
                 _warm_up(self, settings, clip, listener)
                 self._warm = True
-            made = _make(self, settings, clip, listener)
+            return _draw(self, settings, clip, listener)
         # A model can fail on one prompt in any way, and the other prompts are still wanted.
         except Exception as error:  # noqa: BLE001
             free_memory()
             return Failed(clip, error.with_traceback(None))
-        return Drawn(clip, made)
 
 
 class LocalExecutor:
-    """Renders one clip after another in this process."""
+    """Renders one clip after another in this process, with a renderer of its own unless one is given."""
 
-    def __init__(self, request: Request) -> None:
-        self.renderer = Renderer(request)
+    def __init__(self, request: Request, renderer: Renderer | None = None) -> None:
+        self.renderer = renderer or Renderer(request)
         self.device = models.resolve_device(request.device)
         self.defaults = self.renderer.defaults
         self.check = self.renderer.check
@@ -132,17 +138,8 @@ class LocalExecutor:
     def render(self, settings: Settings, clips: Sequence[Clip], listener: Listener) -> Iterator[Rendered | Failed]:
         """See `Executor.render`."""
         for clip in clips:
-            yield self.write(settings, self.renderer.draw(settings, clip, listener))
-
-    def write(self, settings: Settings, drawn: Drawn | Failed) -> Rendered | Failed:
-        """Write what was drawn under a name of its own."""
-        return _written(drawn, settings, partial_path(self.renderer.request.out / partial_name(settings, drawn.clip)))
-
-
-def _written(drawn: Drawn | Failed, settings: Settings, partial: Path) -> Rendered | Failed:
-    if isinstance(drawn, Failed):
-        return drawn
-    return Rendered(drawn.clip, drawn.made.line, partial, _write(settings, drawn.made, partial))
+            partial = partial_path(self.renderer.request.out / partial_name(settings, clip))
+            yield self.renderer.render(settings, clip, partial, listener)
 
 
 def partial_name(settings: Settings, clip: Clip) -> str:
@@ -150,7 +147,7 @@ def partial_name(settings: Settings, clip: Clip) -> str:
     return clip.stem + extension(settings.format, settings.frames)
 
 
-class _Made(NamedTuple):
+class Drawn(NamedTuple):
     """Frames `[T, H, W, 3]` uint8 of a clip, its manifest line, the frames of the dense rendering, the trace."""
 
     frames: np.ndarray
@@ -159,15 +156,7 @@ class _Made(NamedTuple):
     trace: dict[str, Any] | None
 
 
-@dataclass(frozen=True, eq=False)
-class Drawn:
-    """A clip that was rendered and is not written yet."""
-
-    clip: Clip
-    made: _Made
-
-
-def _make(renderer: Renderer, settings: Settings, clip: Clip, listener: Listener) -> _Made:
+def _draw(renderer: Renderer, settings: Settings, clip: Clip, listener: Listener) -> Drawn:
     with sparsified(renderer.pipe, renderer.schedule):
         with _tracing(renderer) as recorder:
             frames, seconds = _render(renderer, settings, clip, "sparse", listener)
@@ -179,20 +168,20 @@ def _make(renderer: Renderer, settings: Settings, clip: Clip, listener: Listener
             dense, dense_seconds = _render(renderer, settings, clip, "dense", listener)
         line |= _comparison(frames, dense, seconds, dense_seconds)
         dense_pixels = to_uint8(dense)
-    return _Made(pixels, line, dense_pixels, trace)
+    return Drawn(pixels, line, dense_pixels, trace)
 
 
-def _write(settings: Settings, made: _Made, partial: Path) -> dict[str, tuple[str, Path]]:
+def _write(settings: Settings, drawn: Drawn, partial: Path) -> dict[str, tuple[str, Path]]:
     """Write everything under partial names; returns all but the video, as `Rendered.others`."""
     others = {}
     ending = extension(settings.format, settings.frames)
-    if made.trace is not None:
+    if drawn.trace is not None:
         others["trace"] = (".trace.json", partial.with_name(partial.name + ".trace"))
-        others["trace"][1].write_text(json.dumps(made.trace, allow_nan=False) + "\n", "utf-8")
-    if made.dense is not None:
+        others["trace"][1].write_text(json.dumps(drawn.trace, allow_nan=False) + "\n", "utf-8")
+    if drawn.dense is not None:
         others["dense_file"] = (f".dense{ending}", partial.with_name(f"{partial.name}.dense{ending}"))
-        write_partial(made.dense, others["dense_file"][1], format=settings.format, fps=settings.fps)
-    write_partial(made.frames, partial, format=settings.format, fps=settings.fps)
+        write_partial(drawn.dense, others["dense_file"][1], format=settings.format, fps=settings.fps)
+    write_partial(drawn.frames, partial, format=settings.format, fps=settings.fps)
     return others
 
 

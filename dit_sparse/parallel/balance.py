@@ -17,9 +17,7 @@ def contiguous(heads: int, ranks: int) -> Assignment:
         ValueError: more ranks than heads.
     """
     if ranks > heads:
-        raise ValueError(
-            f"ulysses_degree must be at most the model's {heads} heads, got {ranks}; the other ranks can work in a ring"
-        )
+        raise ValueError(f"ranks that share heads must be at most the model's {heads} heads, got {ranks}")
     each, more = divmod(heads, ranks)
     bounds = [rank * each + min(rank, more) for rank in range(ranks + 1)]
     return tuple(tuple(range(a, b)) for a, b in itertools.pairwise(bounds))

@@ -17,9 +17,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from dit_sparse.block_mask import TokenPredicate
 from dit_sparse.lost_ranks import told_of_losses
-from dit_sparse.types import AttentionPlan, TokenOrder
+from dit_sparse.types import AttentionPlan, Remainder, TokenOrder
 
-__all__ = ["Chunk", "cut_plan", "merge", "ring_attention"]
+__all__ = ["Chunk", "check_remainder", "cut_plan", "merge", "ring_attention"]
 
 Runs = Sequence[tuple[int, int]]
 Part = tuple[Tensor, Tensor]
@@ -85,16 +85,23 @@ def merge(a: Part, b: Part) -> Part:
     return out_a.to(lse.dtype) * weight_a + out_b.to(lse.dtype) * weight_b, lse
 
 
+def check_remainder(remainder: Remainder) -> None:
+    """Whether plans with `remainder` can be cut at the ranks' bounds.
+
+    Raises:
+        ValueError: one that is not "none".
+    """
+    if remainder != "none":
+        raise ValueError(f"remainder must be 'none' in a ring, got {remainder!r}: it is of whole blocks; use ulysses")
+
+
 def cut_plan(plan: AttentionPlan, chunks: Sequence[Chunk], rank: int) -> list[AttentionPlan]:
     """For each chunk of keys the plan of the queries of chunk `rank`; made once a plan.
 
     Raises:
         ValueError: a plan with a remainder, which is of whole blocks.
     """
-    if plan.remainder != "none":
-        raise ValueError(
-            f"remainder must be 'none' in a ring, got {plan.remainder!r}: it is of whole blocks; use ulysses"
-        )
+    check_remainder(plan.remainder)
     if "ring" not in plan.derived:
         device = plan.q_order.index.device
         q_order = _cut(plan.q_order, chunks)[rank]

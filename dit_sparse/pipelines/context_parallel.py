@@ -14,11 +14,13 @@ from diffusers.models._modeling_parallel import ParallelConfig
 from torch.utils.weak import WeakIdKeyDictionary
 
 from dit_sparse.parallel import ContextParallel, Mesh, SequenceSplit
+from dit_sparse.parallel.ring import check_remainder
 from dit_sparse.pipelines.adapter import FamilyAdapter, SparseProcessor, context_config
 from dit_sparse.pipelines.families import adapter_for, transformers_of
 from dit_sparse.pipelines.layout import Layout
+from dit_sparse.schedule import Schedule
 
-__all__ = ["context_of", "cut_anyhow", "cut_as_before", "parallelize"]
+__all__ = ["check_spread", "context_of", "cut_anyhow", "cut_as_before", "parallelize"]
 
 Pipeline = TypeVar("Pipeline")
 
@@ -146,6 +148,30 @@ def context_of(transformer: Any, adapter: FamilyAdapter, known: ContextParallel 
     mesh, balance = _meshes[config]
     _check_cache(transformer)
     return known if known is not None and known.mesh is mesh else ContextParallel(mesh, balance)
+
+
+def check_spread(transformer: Any, schedule: Schedule) -> None:
+    """Whether `schedule` can be followed on the ranks that share a sequence of `transformer`; where none do, it can.
+
+    Raises:
+        ValueError: a refresh by drift, or in a ring a remainder, or a plan of the data with more ranks than heads.
+    """
+    own = context_config(transformer)
+    if own is None:
+        return
+    if schedule.drift is not None:
+        raise ValueError(
+            f"drift must be none on several ranks, got {schedule.drift}: each would go by its own heads; use refresh"
+        )
+    if own.ring_degree == 1:
+        return
+    check_remainder(schedule.planned_remainder)
+    heads, ranks = transformer.config.num_attention_heads, own.ulysses_degree * own.ring_degree
+    if ranks > heads and schedule.method.scope != "grid":
+        raise ValueError(
+            f"ulysses x ring must be at most the model's {heads} heads for {schedule.method.name}, got {ranks} ranks: "
+            "in a ring each plans for heads of its own; methods that plan by the grid alone (neighborhood) take more"
+        )
 
 
 def _check_cache(transformer: Any) -> None:

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from dit_sparse.parallel import ContextParallel
 from dit_sparse.pipelines.adapter import FamilyAdapter
-from dit_sparse.pipelines.context_parallel import context_of, cut_anyhow, cut_as_before
+from dit_sparse.pipelines.context_parallel import check_spread, context_of, cut_anyhow, cut_as_before
 from dit_sparse.pipelines.session import Session
 from dit_sparse.pipelines.statistics import Stopwatch
 
@@ -101,6 +101,8 @@ class SiteHook:
         device = latents.device if movable else None
         order = self.session.begin_forward(layout, self.model, self._branch, device, self._parallel, latents)
         if self._parallel is not None:
+            # All ranks have the same schedule, as they have just found, so this fails on all or none.
+            check_spread(module, self.session.schedule)
             self._cuts = cut_anyhow(module, layout)
         if order is None:
             return args, kwargs

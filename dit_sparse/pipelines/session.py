@@ -144,11 +144,6 @@ class Session:
     def _agree(self, parallel: ContextParallel, latents: Tensor | None) -> None:
         """Make sure that all ranks begin the same forward of the same run."""
         assert self._forward is not None
-        if self.schedule.drift is not None:
-            raise ValueError(
-                f"drift must be none on several ranks, got {self.schedule.drift}: each would go by its own heads; use "
-                "refresh"
-            )
         facts = facts_of_forward(self.steps, *self._forward[:3])
         if self._agreed.get(parallel) != self._run:
             self._agreed[parallel] = self._run

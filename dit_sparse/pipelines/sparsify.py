@@ -15,6 +15,7 @@ from dit_sparse.methods import Paro
 from dit_sparse.methods.plan_file import axes_of, write_plans
 from dit_sparse.methods.plan_header import ModelPlans, PlanHeader, one_line
 from dit_sparse.pipelines.adapter import FamilyAdapter
+from dit_sparse.pipelines.context_parallel import check_spread
 from dit_sparse.pipelines.families import adapter_for, transformers_of
 from dit_sparse.pipelines.hooks import CallRecorder, SiteHook, reset_caches
 from dit_sparse.pipelines.session import Session
@@ -150,6 +151,7 @@ def check(pipe: Any, method: Method | Schedule, height: int, width: int, frames:
     schedule = Schedule.of(method)
     for transformer in transformers_of(pipe).values():
         schedule.check(grid, adapter.num_layers(transformer))
+        check_spread(transformer, schedule)
     _changes(adapter, schedule)
     tables()  # read before a run, so that none fails in its middle
 

@@ -130,7 +130,8 @@ def _damaged(model: str, path: str, data: bytes) -> str:
 BAD_OPTIONS = [
     (["--parallel", "2"], "--parallel must be such as ulysses=2"),
     (["--parallel", "ring=1"], "--parallel must name at least 2 ranks"),
-    (["--parallel", "ulysses=2", "--ray", "local"], "give one of them"),
+    (["--parallel", "ulysses=2", "--ray", "moon"], "--ray must be auto, local or HOST:PORT|pip install"),
+    (["--parallel", "ulysses=2", "--ray-workers", "2"], "--ray-workers needs --ray"),
     (["--parallel", "ulysses=2", "--offload", "model"], "--offload must be none with --parallel"),
     (["--method", "adasp"], "adaspa"),
     (["--density", "0"], "density must be above 0"),
@@ -187,6 +188,13 @@ def test_bad_options_give_one_line_and_write_nothing(model, tmp_path, capsys, op
     Path("family/model_index.json").write_text('{"_class_name": "StableDiffusionPipeline", "_diffusers_version": "0"}')
     command = ["generate", prompts_file("a red ball"), "--model", model, *SMALL, *options]
     assert_refused(tmp_path, capsys, command, message)
+
+
+def test_ray_under_torchrun_is_refused(model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    command = ["generate", "--prompt", "a", "--model", model, "--ray", "auto", "--parallel", "ulysses=2"]
+    assert_refused(tmp_path, capsys, command, "give the command without torchrun")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")

@@ -46,6 +46,15 @@ def test_generate(model, capsys):
     assert all(line["config"]["never_slower"] is False for line in lines)
 
 
+def test_generate_on_groups_of_ranks(model, monkeypatch):
+    asked = []
+    monkeypatch.setattr("dit_sparse.cli.generate.make_videos", lambda *arguments: asked.append(arguments) or 0)
+    options = ["--ray", "auto", "--ray-workers", "3", "--parallel", "ulysses=2"]
+    assert exit_code("vbench", "generate", "--dimension", "color", "--model", model, *options) == 0
+    ((request, _, *ray),) = asked
+    assert (request.parallel, len(request.clips), ray) == ("ulysses=2", 5, ["auto", 3])
+
+
 def test_score_and_table(capsys, weights):
     make_videos(Path("videos"), *(f"a still cup-{index}.mp4" for index in range(5)))
     score = ["vbench", "score", "videos", "--dimension", "temporal_flickering", "--no-static-filter", "--device", "cpu"]

@@ -1,56 +1,33 @@
 """Many prompts over the workers of a Ray cluster: a killed worker, a bad prompt, a second run."""
 
 import json
-import os
-import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from dit_sparse.generate import Request, on_ray, prepare, render, run
+from dit_sparse.generate import Request, on_ray, prepare, run
 from dit_sparse.generate.manifest import MANIFEST
-from tests.pipelines.tiny import make_tiny_wan
+from tests.cli.command import SMALL, exit_code, prompts_file
+from tests.generate.workers import DEADLY, PoisonedWorker
+from tests.pipelines.tiny import tiny_wan
+from tests.processes import alive, within
 
 ADASPA = {"method": "adaspa", "density": 0.3, "block": 8, "warmup": 0.0}
 PROMPTS = [f"a red ball {n}" for n in range(20)]
-DEADLY = PROMPTS[6]
-
-
-class OddError(Exception):
-    """Pickles and cannot be read again."""
-
-    def __init__(self, a, b):
-        super().__init__(f"{a} {b}")
-
-
-class PoisonedWorker(on_ray._Worker):
-    """Fails at the prompt "bad"; the first that writes `DEADLY` is killed with half of it written."""
-
-    def __init__(self, request, device):
-        super().__init__(request, device)
-        self._encode = self._renderer.pipe.encode_prompt
-        self._renderer.pipe.encode_prompt = self._poisoned
-        self._write, render.write_partial = render.write_partial, self._half
-
-    def _poisoned(self, prompt, **options):
-        if prompt == "bad":
-            raise OddError("no", "luck")
-        return self._encode(prompt, **options)
-
-    def _half(self, frames, partial, **options):
-        if DEADLY.replace(" ", "-") in partial.name and not Path("killed").exists():
-            partial.mkdir()
-            (partial / "0000.png").write_bytes(b"half")
-            Path("killed").touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-        self._write(frames, partial, **options)
+assert DEADLY in PROMPTS
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return str(make_tiny_wan(tmp_path_factory.mktemp("model") / "tiny"))
+    """A tiny model that makes nothing of green."""
+    pipe, folder = tiny_wan(), tmp_path_factory.mktemp("model") / "tiny"
+    with torch.no_grad():
+        pipe.text_encoder.shared.weight[pipe.tokenizer("green", add_special_tokens=False).input_ids] = torch.nan
+    pipe.save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.fixture
@@ -105,3 +82,31 @@ def test_a_killed_worker_and_a_bad_prompt(request_for):
     after = {path: path.stat().st_mtime_ns for path in Path("out").glob("*/*")}
     assert {path: time for path, time in after.items() if "-bad-" not in str(path)} == before
     assert len(_lines()) == 21
+
+
+@pytest.mark.timeout(200)
+def test_groups_of_ranks(request_for, model, capsys):
+    """Of two groups of two ranks one is killed; the videos are those of one process."""
+    prompts = [*PROMPTS[4:8], "a green ball", *PROMPTS[8:10]]
+    command = ["generate", prompts_file(*prompts), "--model", model, *SMALL, "--format", "png", "--out", "out"]
+    command += ["--ray", "auto", "--ray-workers", "2", "--parallel", "ulysses=2", "--no-trace"]
+    command += ["--density", "0.3", "--block", "8", "--warmup", "0"]
+    assert exit_code(*command) == 1
+    captured = capsys.readouterr()
+    assert "a worker died while it made 0003-a-red-ball-6-seed0 (try 1: rank 0 was killed by SIGKILL)" in captured.err
+    assert "failed: 0005-a-green-ball-seed0: ValueError: the model gave frames with NaN" in captured.err
+    assert "6 made, 1 failed" in captured.out
+
+    lines = _lines()
+    assert sorted(line["prompt"] for line in lines) == sorted({*prompts} - {"a green ball"})
+    assert {(line["parallel"], line["dense_calls"].get("warm-up")) for line in lines} == {("ulysses=2", None)}
+    assert sorted(path.name for path in Path("out").iterdir()) == sorted([MANIFEST, *(line["file"] for line in lines)])
+    alone = request_for(*prompts, out=Path("alone"), device="cpu")
+    run(prepare(alone))
+    for line in lines:
+        ours, theirs = _pixels(Path("alone", line["file"])).astype(int), _pixels(Path("out", line["file"]))
+        assert np.abs(ours - theirs).max() <= 1, "more than rounding differs"
+
+    processes = [int(path.name) for path in Path("processes").iterdir()]
+    assert len(processes) >= 3 * 3
+    assert within(20, lambda: not any(map(alive, processes))), "ranks outlive their worker"

@@ -20,6 +20,7 @@ from dit_sparse.lost_ranks import RankLostError
 from tests.parallel import cases
 from tests.parallel.ranks import Ranks
 from tests.pipelines.tiny import tiny_wan
+from tests.processes import children
 
 BAD = ("", "2", "ulysses", "ulysses=0", "ulysses=-2", "ulysses=2,ulysses=2", "rings=2", "ring=1.5")
 PROMPTS = ("a red ball", "a blue square", "a green ball")
@@ -121,7 +122,7 @@ def test_the_command_starts_its_ranks_and_tells_of_a_killed_one(folder: Path, tm
         end = time.monotonic() + 200
         while not (out / "manifest.jsonl").exists() and started.poll() is None and time.monotonic() < end:
             time.sleep(0.2)
-        os.kill(_last_child(started.pid), signal.SIGKILL)
+        os.kill(children(started.pid)[-1], signal.SIGKILL)
         _, errors = started.communicate(timeout=60)
     finally:
         started.kill()
@@ -129,16 +130,3 @@ def test_the_command_starts_its_ranks_and_tells_of_a_killed_one(folder: Path, tm
     assert "was killed by SIGKILL; the others were ended, and the same command goes on" in errors
     for line in lines_of(out)[:-1]:
         assert (out / line["file"]).exists()
-
-
-def _last_child(parent: int) -> int:
-    """The process that `parent` started last, which is a rank."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(fields[1]) == parent:
-            found.append(int(stat.parent.name))
-    return max(found)

@@ -28,7 +28,8 @@ from dit_sparse import (
 )
 from dit_sparse.generate import Request, prepare, run
 from dit_sparse.generate import render as render_module
-from dit_sparse.generate.ranks import Leader, follow, join
+from dit_sparse.generate.ranks import Leader, become_rank, follow, join
+from dit_sparse.generate.render import LocalExecutor
 from dit_sparse.head_shard import HeadShard
 from dit_sparse.pipelines import observe, session_of
 from tests.pipelines.families import FAMILIES
@@ -186,7 +187,7 @@ def generate(request: Request, poison: str = "", rank: int | None = None) -> dic
         poison: a prompt that cannot be rendered, on all ranks or on `rank` alone.
     """
     own = dist.get_rank()
-    os.environ |= {"RANK": str(own), "LOCAL_RANK": str(own), "WORLD_SIZE": str(dist.get_world_size())}
+    become_rank(own, dist.get_world_size())
     together = join(request)
     arguments = render_module._arguments
 
@@ -201,7 +202,7 @@ def generate(request: Request, poison: str = "", rank: int | None = None) -> dic
             follow(request, together)
             return None
         leader = Leader(request, together)
-        outcome = run(prepare(request, leader))
+        outcome = run(prepare(request, LocalExecutor(request, leader)))
         leader.stop()
         return {"made": len(outcome.lines), "failed": len(outcome.failures)}
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from dit_sparse import (
     AdaSpa,
     Dense,
+    LeastError,
     LServe,
     Neighborhood,
     Oracle,
@@ -25,6 +27,7 @@ from dit_sparse import (
     unsparsify,
 )
 from dit_sparse.lost_ranks import RankLostError
+from dit_sparse.pipelines.context_parallel import check_spread
 from tests.parallel import cases
 from tests.parallel.cases import Rendered, render
 from tests.parallel.ranks import Ranks
@@ -193,6 +196,26 @@ def test_what_a_ring_cannot_do_is_refused(ranks: Ranks) -> None:
         assert isinstance(result, ValueError)
         assert "remainder must be 'none' in a ring, got 'mean'" in str(result)
     check(ranks.run(render, "wan", schedule, 2, 1), render("wan", schedule))
+
+
+def test_what_a_ring_cannot_do_is_found_before_a_run() -> None:
+    def spread(ulysses: int, ring: int) -> Any:
+        context = SimpleNamespace(ulysses_degree=ulysses, ring_degree=ring)
+        return SimpleNamespace(
+            config=SimpleNamespace(num_attention_heads=4),
+            _parallel_config=SimpleNamespace(context_parallel_config=context),
+        )
+
+    with pytest.raises(ValueError, match="at most the model's 4 heads for adaspa, got 6 ranks: in a ring"):
+        check_spread(spread(2, 3), Schedule(CACHED))
+    with pytest.raises(ValueError, match="remainder must be 'none' in a ring, got 'value'"):
+        check_spread(spread(1, 2), Schedule(LeastError()))
+    with pytest.raises(ValueError, match="drift must be none on several ranks"):
+        check_spread(spread(2, 1), Schedule(CACHED, drift=0.1))
+    check_spread(spread(2, 3), Schedule(STATIC))
+    check_spread(spread(2, 2), Schedule(CACHED))
+    check_spread(spread(2, 1), Schedule(LeastError()))
+    check_spread(SimpleNamespace(), Schedule(CACHED, drift=0.1))
 
 
 def test_a_cache_that_ranks_would_decide_unlike_is_refused(ranks: Ranks) -> None:

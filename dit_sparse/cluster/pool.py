@@ -1,72 +1,35 @@
-"""Calls spread over the workers of a Ray cluster: one item at a time to whoever is free, lost workers replaced."""
+"""Calls spread over Ray actors: one item at a time to whoever is free, lost workers replaced."""
 
 from __future__ import annotations
 
 import os
 import pickle
 import socket
-import subprocess
-import sys
 import warnings
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any
 
-__all__ = ["ActorPool", "NoWorkers", "WorkerLost", "connect", "map_over_actors", "portable"]
+from dit_sparse.cluster.connection import connect
+from dit_sparse.cluster.shares import choose_device, shares
 
-_REACH_SECONDS = 30
+__all__ = ["ActorPool", "NoWorkers", "WorkerLost", "map_over_actors", "portable"]
+
 _START_SECONDS = 300
-_CORES_A_WORKER = 4
-_OBJECT_STORE_BYTES = 128 * 2**20
-"""What workers return is small, and Ray's own default takes a third of the memory."""
 
 
 class WorkerLost(RuntimeError):
-    """Every worker that was given an item died of it."""
+    """A worker is gone, or was every time that it was given an item.
+
+    An object that a worker holds raises it when it can do no more, for example because a process of its own has died:
+    the worker is then replaced like one that died itself.
+    """
 
 
 class NoWorkers(RuntimeError):
     """No worker can be started, or each dies while it starts."""
-
-
-def connect(address: str = "auto") -> bool:
-    """Connect to a Ray cluster.
-
-    Args:
-        address: "host:port" of a running cluster; "local" starts one on this machine, which ends with this process;
-            "auto" takes the running one (`RAY_ADDRESS`, or found on this machine) or starts one.
-
-    Returns:
-        Whether this call connected, so that `ray.shutdown()` is the caller's to do; a process that is connected
-        already stays so.
-
-    Raises:
-        ValueError: no ray, or no cluster at `address`.
-    """
-    # Ray reads it when it starts; nothing is sent home unless somebody asked for it.
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        import ray
-    except ImportError:
-        raise ValueError("--ray needs Ray: pip install 'dit-sparse[ray]'") from None
-    if ray.is_initialized():
-        return False
-    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
-    if address not in ("auto", "local"):
-        _reach(address)
-    try:
-        if address != "local":
-            ray.init(address=address, **quiet)
-            return True
-    except ConnectionError:
-        if address != "auto":
-            raise ValueError(f"--ray {address}: no Ray cluster answers there") from None
-    except RuntimeError as error:  # another version of Ray or Python there
-        raise ValueError(f"--ray {address}: {error}") from None
-    ray.init(address="local", include_dashboard=False, object_store_memory=_OBJECT_STORE_BYTES, **quiet)
-    return True
 
 
 class ActorPool:
@@ -74,8 +37,9 @@ class ActorPool:
 
     Args:
         make: called once in every worker; it must pickle, as must all that goes to its object and comes back.
-        device: "cpu"; "cuda" gives every worker a GPU of its own; "auto" does where the cluster has any.
-        workers: how many; `None` is one for every GPU, or for every four cores where GPUs are not used.
+        device: "cpu"; "cuda" gives every worker GPUs of its own; "auto" does where the cluster has any.
+        workers: how many; `None` is as many as have a GPU for each rank, or four cores where GPUs are not used.
+        ranks: GPUs of a worker, all of one node, or how many share its cores.
         retries: how often an item is tried again whose worker died, and a worker that died before it had an item.
 
     Attributes:
@@ -83,17 +47,23 @@ class ActorPool:
         workers: how many at most.
 
     Raises:
-        ValueError: a device that the cluster does not have, or more workers than it has GPUs.
+        ValueError: a device that the cluster does not have, or more workers than it has GPUs for.
     """
 
     def __init__(
-        self, make: Callable[[str], Any], *, device: str = "auto", workers: int | None = None, retries: int = 2
+        self,
+        make: Callable[[str], Any],
+        *,
+        device: str = "auto",
+        workers: int | None = None,
+        ranks: int = 1,
+        retries: int = 2,
     ) -> None:
         import ray
 
-        have = ray.cluster_resources()
-        self.device = _device(device, have)
-        self.workers, resources = _shares(self.device, workers, have)
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        self.device = choose_device(device, nodes)
+        self.workers, resources = shares(self.device, workers, nodes, ranks)
         self._retries = retries
         self._make = partial(make, self.device)
         self._remote: Any = ray.remote(_Actor).options(max_restarts=0, max_task_retries=0, **resources)
@@ -115,12 +85,12 @@ class ActorPool:
         return result
 
     def map(
-        self, method: str, items: Sequence[tuple[Any, ...]], lost: Callable[[int, int], None] = lambda *_: None
+        self, method: str, items: Sequence[tuple[Any, ...]], lost: Callable[[int, int, str], None] = lambda *_: None
     ) -> Iterator[tuple[int, Any]]:
         """Call `method` with each of `items`, tuples of arguments, and give `(index, result)` as they get ready.
 
         Args:
-            lost: told the item's index and the number of tries so far, when a worker died and the item is tried again.
+            lost: told the item's index, how often it was tried and how its worker was lost, before it is tried again.
 
         Returns:
             Results are values, the exceptions that the calls raised, or `WorkerLost`.
@@ -137,16 +107,18 @@ class ActorPool:
             while queue and self._idle:
                 index, actor = queue.popleft(), self._idle.pop()
                 self._running[actor.call.remote(method, items[index])] = (actor, index)
-            done, answer = self._next()
+            done, result = self._next()
             if done is None:
                 continue
             tries[done] += 1
-            if answer is None and tries[done] <= self._retries:
-                queue.appendleft(done)
-                lost(done, tries[done])
-                continue
+            if isinstance(result, WorkerLost):
+                if tries[done] <= self._retries:
+                    queue.appendleft(done)
+                    lost(done, tries[done], str(result))
+                    continue
+                result = WorkerLost(f"{tries[done]} workers died of it: {result}")
             missing -= 1
-            yield done, WorkerLost(f"{tries[done]} workers died of it") if answer is None else answer.value
+            yield done, result
 
     def close(self) -> None:
         """End all workers."""
@@ -160,8 +132,8 @@ class ActorPool:
         actor = self._remote.remote()
         self._running[actor.start.remote(self._make, os.getcwd())] = (actor, None)
 
-    def _next(self) -> tuple[int | None, _Answer | None]:
-        """The item that a worker is done with, and its answer, `None` where it died; no item where it has started."""
+    def _next(self) -> tuple[int | None, Any]:
+        """The item that a worker is done with, and what came of it; no item where a worker has started."""
         import ray
 
         working = any(index is not None for _, index in self._running.values())
@@ -170,30 +142,30 @@ class ActorPool:
             raise NoWorkers(f"no worker could start in {_START_SECONDS} s; free are {ray.available_resources()}")
         actor, index = self._running.pop(ready[0])
         try:
-            answer: _Answer | None = ray.get(ready[0])
+            result = ray.get(ready[0]).value
         except ray.exceptions.RayActorError:
-            answer = None
-        if answer is not None and (index is not None or answer.value is None):
-            self._idle.append(actor)
-        else:
+            result = WorkerLost("its process is gone")
+        if isinstance(result, WorkerLost) or (index is None and result is not None):
             # One that is only out of reach must not go on beside its replacement.
             ray.kill(actor)
+        else:
+            self._idle.append(actor)
         if index is None:
-            self._count_start(answer)
-        return index, answer
+            self._count_start(result)
+        return index, result
 
-    def _count_start(self, answer: _Answer | None) -> None:
-        if answer is None:
+    def _count_start(self, error: Exception | None) -> None:
+        if error is None:
+            self._early_deaths, self._any_started = 0, True
+        elif isinstance(error, WorkerLost):
             self._early_deaths += 1
             if self._early_deaths > self._retries:
-                raise NoWorkers(f"{self._early_deaths} workers died while they started (out of memory?)")
-        elif answer.value is None:
-            self._early_deaths, self._any_started = 0, True
+                raise NoWorkers(f"{self._early_deaths} workers died while they started (out of memory?): {error}")
         elif self._any_started and self.workers > 1:
             self.workers -= 1
-            warnings.warn(f"a worker could not start and is left out: {answer.value}", stacklevel=3)
+            warnings.warn(f"a worker could not start and is left out: {error}", stacklevel=3)
         else:
-            raise answer.value
+            raise error
 
 
 def map_over_actors(
@@ -270,48 +242,3 @@ def _enter(folder: str) -> None:
     except OSError as error:
         reason = f"{folder} is not to be reached on {socket.gethostname()} ({error.strerror})"
         raise OSError(f"{reason}; all nodes must share the working directory") from None
-
-
-def _reach(address: str) -> None:
-    """Make sure that a cluster answers at `address`; by itself Ray tries for minutes.
-
-    Raises:
-        ValueError: none does.
-    """
-    host, _, port = address.rpartition(":")
-    if not host or "/" in address or not port.isdigit() or not 0 < int(port) < 2**16:
-        raise ValueError(f"--ray must be auto, local or HOST:PORT of a cluster, got {address!r}")
-    try:
-        socket.create_connection((host, int(port)), timeout=5).close()
-        command = [sys.executable, "-m", "ray.scripts.scripts", "status", "--address", address]
-        answered = subprocess.run(command, capture_output=True, timeout=_REACH_SECONDS, check=False).returncode == 0
-    except (OSError, subprocess.TimeoutExpired):
-        answered = False
-    if not answered:
-        raise ValueError(f"--ray {address}: no Ray cluster answers there (`ray start --head` starts one)")
-
-
-def _device(device: str, have: Mapping[str, float]) -> str:
-    gpus = have.get("GPU", 0)
-    if device == "auto":
-        return "cuda" if gpus >= 1 else "cpu"
-    if device not in ("cpu", "cuda"):
-        raise ValueError(f"--device must be auto, cpu or cuda with --ray, which chooses the GPU; got {device!r}")
-    if device == "cuda" and gpus < 1:
-        raise ValueError("--device cuda: the Ray cluster has no GPU; use --device cpu, or add nodes with GPUs")
-    return device
-
-
-def _shares(device: str, workers: int | None, have: Mapping[str, float]) -> tuple[int, dict[str, float]]:
-    """How many workers, and what Ray gives each of them."""
-    cores, gpus = have.get("CPU", 0), int(have.get("GPU", 0))
-    if workers is not None and workers < 1:
-        raise ValueError(f"--ray-workers must be at least 1, got {workers}")
-    if device == "cuda":
-        if workers is not None and workers > gpus:
-            raise ValueError(f"--ray-workers must be at most {gpus}, the GPUs of the cluster, got {workers}")
-        return workers or gpus, {"num_gpus": 1, "num_cpus": min(1, cores / gpus)}
-    workers = workers or max(1, int(cores / _CORES_A_WORKER))
-    share = cores / workers
-    # Ray takes fractions below one core and whole numbers above; it sets the worker's threads by it.
-    return workers, {"num_cpus": int(share) if share >= 1 else int(share * 1000) / 1000}

@@ -1,16 +1,17 @@
-"""Calls over Ray actors: each item once, work stealing, lost workers, and what is refused."""
+"""Calls over Ray actors: each item once, work stealing, lost workers."""
 
 import os
 import signal
-import socket
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from dit_sparse import cluster
 from dit_sparse.cluster import ActorPool, NoWorkers, WorkerLost, connect, map_over_actors, portable
+from dit_sparse.cluster.connection import _reach
+from dit_sparse.cluster.pool import _enter
+
+GONE = "its process is gone"
 
 
 class _Odd(Exception):
@@ -44,9 +45,12 @@ class Task:
         raise {"value": ValueError("no such luck"), "odd": _Odd(1, 2)}[kind]
 
     def die(self, often, folder):
+        """Half of the deaths are told of, as by an object that has lost a process of its own."""
         died = len(list(folder.iterdir()))
         if died < often:
             (folder / str(died)).touch()
+            if died % 2:
+                raise WorkerLost(f"death {died}")
             os.kill(os.getpid(), signal.SIGKILL)
         return died
 
@@ -57,6 +61,10 @@ def _refuse(device):
 
 def _die(device):
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _lose(device):
+    raise WorkerLost("a process of its own is gone")
 
 
 def _double(number):
@@ -107,10 +115,10 @@ def test_lost_workers_are_replaced_and_a_deadly_item_given_up(pool, tmp_path):
     items = [(1, tmp_path / "once"), (9, tmp_path / "always"), (0, tmp_path / "once")]
     told = []
     results = dict(pool.map("die", items, lambda *told_of: told.append(told_of)))
-    assert sorted(told) == [(0, 1), (1, 1), (1, 2)]
+    assert sorted(told) == [(0, 1, GONE), (1, 1, GONE), (1, 2, "death 1")]
     assert results[0] == 1
     assert isinstance(results[1], WorkerLost)
-    assert "3 workers died" in str(results[1])
+    assert str(results[1]) == f"3 workers died of it: {GONE}"
     assert results[2] in (0, 1)
     assert len(list((tmp_path / "always").iterdir())) == 3
 
@@ -119,6 +127,8 @@ def test_workers_that_cannot_start(ray_cluster, monkeypatch):
     with ActorPool(_refuse, workers=2) as pool, pytest.raises(OSError, match="no model here"):
         pool.call("double", 1)
     with ActorPool(_die, workers=1, retries=1) as pool, pytest.raises(NoWorkers, match="2 workers died"):
+        pool.call("double", 1)
+    with ActorPool(_lose, workers=1, retries=0) as pool, pytest.raises(NoWorkers, match="a process of its own is gone"):
         pool.call("double", 1)
 
 
@@ -131,60 +141,18 @@ def test_maps_a_function(ray_cluster):
     assert connect() is False
 
 
-@pytest.mark.parametrize(
-    ("device", "workers", "have", "expected"),
-    [
-        ("cuda", None, {"CPU": 32, "GPU": 8}, (8, {"num_gpus": 1, "num_cpus": 1})),
-        ("cuda", 2, {"CPU": 4, "GPU": 8}, (2, {"num_gpus": 1, "num_cpus": 0.5})),
-        ("cpu", None, {"CPU": 64}, (16, {"num_cpus": 4})),
-        ("cpu", None, {"CPU": 2}, (1, {"num_cpus": 2})),
-        ("cpu", 3, {"CPU": 2}, (3, {"num_cpus": 0.666})),
-    ],
-)
-def test_shares_of_a_cluster(device, workers, have, expected):
-    assert cluster._shares(device, workers, have) == expected
-
-
-@pytest.mark.parametrize(
-    ("device", "workers", "have", "message"),
-    [
-        ("cuda", None, {"CPU": 4}, "has no GPU"),
-        ("cuda:1", None, {"CPU": 4, "GPU": 2}, "chooses the GPU"),
-        ("auto", 3, {"CPU": 4, "GPU": 2}, "at most 2"),
-        ("cpu", 0, {"CPU": 4}, "at least 1"),
-    ],
-)
-def test_refuses_what_the_cluster_does_not_have(device, workers, have, message):
-    with pytest.raises(ValueError, match=message):
-        cluster._shares(cluster._device(device, have), workers, have)
-
-
-def test_auto_takes_the_gpus_there_are():
-    assert cluster._device("auto", {"GPU": 1}) == "cuda"
-    assert cluster._device("auto", {"CPU": 8}) == "cpu"
-
-
-def test_addresses_where_no_cluster_answers(monkeypatch):
-    pytest.importorskip("ray", reason="needs Ray: pip install 'dit-sparse[ray]'")
-    monkeypatch.setattr("ray.is_initialized", lambda: False)
-    monkeypatch.setattr(cluster, "_REACH_SECONDS", 2)
-    for address in ("", "cluster", "host:port", "ray://host:10001", "host:99999"):
-        with pytest.raises(ValueError, match="auto, local or HOST:PORT"):
-            connect(address)
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        address = f"127.0.0.1:{server.getsockname()[1]}"
-        with pytest.raises(ValueError, match="no Ray cluster answers"):
-            connect(address)
-    with pytest.raises(ValueError, match="no Ray cluster answers"):
-        connect(address)
-
-
-def test_without_ray_it_says_how_to_get_it(monkeypatch):
-    monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ValueError, match=r"pip install 'dit-sparse\[ray\]'"):
-        connect()
-
-
 def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(OSError, match="must share the working directory"):
-        cluster._enter(str(Path(tmp_path, "none")))
+        _enter(str(Path(tmp_path, "none")))
+
+
+def test_a_cluster_that_wants_its_token_says_so(ray_cluster, monkeypatch):
+    import ray
+
+    if os.environ.get("RAY_AUTH_MODE") != "token":
+        pytest.skip("this Ray has no tokens")
+    address = ray.get_runtime_context().gcs_address
+    _reach(address)
+    monkeypatch.delenv("RAY_AUTH_MODE")
+    with pytest.raises(ValueError, match=f"--ray {address}: the Ray cluster there wants its token: set RAY_AUTH_MODE"):
+        _reach(address)
