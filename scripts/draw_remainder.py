@@ -39,7 +39,7 @@ DRAWN: tuple[Remainder, ...] = ("none", "mean", "value")
 SIDE = 288
 DECADES = (-3, 0)
 KEPT = (225, 229, 233)
-FRAMES = (6, 14, 22)
+FRAMES = (6, 22)
 LOUDER = 5
 
 
