@@ -46,8 +46,8 @@ def test_calibrates_for_a_quality_and_generates_from_the_config(model, capsys):
     run = ["generate", "--prompt", "a ball", "--model", model, *SMALL, "--config", "lea.json", "--out", "out"]
     assert exit_code(*run, "--no-strict") == 0
     capsys.readouterr()
-    assert exit_code(*command[:-1], "neighborhood", "--psnr", "99") == 2
-    assert "psnr must be one that density 0.7 reaches, got 99" in capsys.readouterr().err
+    assert exit_code(*command, "--psnr", "-1") == 2
+    assert "psnr must be a number of dB above 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
