@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from dit_sparse.calibrate.quality import BASE, _threshold, planned_steps
 from dit_sparse.eval.fidelity import psnr
 from dit_sparse.methods.parameters import with_density, with_threshold
 from dit_sparse.pipelines import observe_values
-from dit_sparse.types import Method
+from dit_sparse.types import AttentionPlan, Method
 from tests.calibrate.test_calibrate import ARGUMENTS as OF_CALIBRATION
 
 SCHEDULE = Schedule(Pisa(block=4), warmup=0)
@@ -28,10 +29,13 @@ ARGUMENTS = {**OF_CALIBRATION, "num_inference_steps": 3}
 def errors_of(pipe, schedule: Schedule, method_of: Callable[[Site], Method]) -> list[float]:
     """Relative error of every layer at the planned steps of a dense run, against dense attention in float64."""
     sums: dict[int, list[float]] = {}
+    plans: dict[Any, AttentionPlan] = {}
 
     def watch(site, q, k, v, lse) -> None:
         if site.step in planned_steps(schedule, site.num_steps):
-            plan = method_of(site).plan(q, k, v, site, None)
+            # Both branches of a sample may have one plan, that of the first.
+            key = site.step, site.layer, *([site.branch] if schedule.method.scope == "call" else [])
+            plan = plans[key] = plans.get(key) or method_of(site).plan(q, k, v, site, None)
             q, k, v = (x.double() for x in (q, k, v))
             dense = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(-1) @ v
             own = sums.setdefault(site.layer, [0.0, 0.0])
@@ -73,6 +77,15 @@ def test_each_layer_gets_the_threshold_with_which_it_errs_as_much_as_is_wanted(p
     assert found.measured[0.03] == pytest.approx(measured, rel=1e-3)
     assert all(a > b for a, b in zip(found.kept[0.01], found.kept[0.1], strict=True))
     assert Schedule.from_config(found.schedule.to_config()) == found.schedule
+
+
+def test_prompts_share_no_plan(pipe) -> None:
+    one_step = {**ARGUMENTS, "num_inference_steps": 1}
+    apart = [for_error(pipe, [prompt], BY_ERROR, 0.05, thresholds=(0.02,), **one_step) for prompt in ("a", "a ball")]
+    both = for_error(pipe, ["a", "a ball"], BY_ERROR, 0.05, thresholds=(0.02,), **one_step)
+    kept = zip(*(found.kept[0.02] for found in apart), strict=True)
+    assert both.kept[0.02] == pytest.approx([sum(pair) / 2 for pair in kept])
+    assert apart[0].kept != apart[1].kept
 
 
 @pytest.mark.parametrize(
