@@ -14,7 +14,7 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -88,19 +88,25 @@ def measure(steps: int) -> list[Row]:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """By layer: density at two thresholds, and how many times the reckoned error the true one is."""
-    lines = ["| layer | density at .01 | at .04 | `mean` / reckoned | `value` / reckoned |", "|---|---|---|---|---|"]
-    layers = sorted({row["layer"] for row in rows})
-    for layer in [*layers, None]:
+    """How many times the reckoned error the true one is, by layer and threshold; and what comes with a threshold."""
+    lines = [f"| | {' | '.join(f'{t:g}' for t in THRESHOLDS)} |", "|---" * (1 + len(THRESHOLDS)) + "|"]
+
+    def line(text: str, value: Callable[[Mapping[str, Any]], float], layer: int | None = None) -> None:
         own = [row for row in rows if layer in (None, row["layer"])]
-        cells = [_span([row["density"] for row in own if row["threshold"] == t]) for t in (0.01, 0.04)]
-        cells += [_span([row[kind] / row["reckoned"] for row in own if row["reckoned"]]) for kind in ("mean", "value")]
-        lines.append(f"| {'all' if layer is None else layer} | {' | '.join(cells)} |")
+        cells = (_span([value(row) for row in own if row["threshold"] == t]) for t in THRESHOLDS)
+        lines.append(f"| {text} | {' | '.join(cells)} |")
+
+    for layer in sorted({row["layer"] for row in rows}):
+        line(f"layer {layer}", lambda row: row["value"] / row["reckoned"], layer)
+    line("all layers", lambda row: row["value"] / row["reckoned"])
+    line("with `mean`", lambda row: row["mean"] / row["reckoned"])
+    line("error", lambda row: row["value"])
+    line("density", lambda row: row["density"])
     return "\n".join(lines)
 
 
 def _span(values: Sequence[float]) -> str:
-    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+    return f"{statistics.median(values):.2g} ({min(values):.2g} to {max(values):.2g})"
 
 
 def main() -> int:

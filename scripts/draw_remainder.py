@@ -207,7 +207,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--layer", type=int, default=6)
     parser.add_argument("--head", type=int, default=0)
-    parser.add_argument("--frame", type=int, default=4, help="row of latents that is drawn")
+    parser.add_argument("--frame", type=int, default=4, help="latent frame that is drawn")
     parser.add_argument("--videos", action="store_true", help="draw the videos too")
     parser.add_argument("--out", type=Path, required=True, help="folder of the pictures")
     options = parser.parse_args()

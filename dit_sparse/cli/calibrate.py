@@ -16,7 +16,9 @@ def calibrate(
     prompts: Annotated[Path | None, opt.option("Text file, UTF-8, one prompt a line; one or two are enough.")] = None,
     prompt: opt.Prompt = None,
     model: opt.Model = None,
-    method: Annotated[str, opt.option("paro, or with --error or --psnr a method that takes a density or an error.")] = "paro",
+    method: Annotated[
+        str, opt.option("paro, or with --error or --psnr a method that takes a density or an error.")
+    ] = "paro",
     error: Annotated[
         float | None, opt.option("Relative error of a layer's attention; each gets the threshold or density it needs.")
     ] = None,
