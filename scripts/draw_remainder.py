@@ -39,7 +39,7 @@ DRAWN: tuple[Remainder, ...] = ("none", "mean", "value")
 SIDE = 288
 DECADES = (-3, 0)
 KEPT = (225, 229, 233)
-FRAMES = (6, 14, 22)
+FRAMES = (6, 22)
 LOUDER = 5
 
 
@@ -207,7 +207,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--layer", type=int, default=6)
     parser.add_argument("--head", type=int, default=0)
-    parser.add_argument("--frame", type=int, default=4, help="row of latents that is drawn")
+    parser.add_argument("--frame", type=int, default=4, help="latent frame that is drawn")
     parser.add_argument("--videos", action="store_true", help="draw the videos too")
     parser.add_argument("--out", type=Path, required=True, help="folder of the pictures")
     options = parser.parse_args()

@@ -25,7 +25,7 @@ from dit_sparse.kernels import dense_attention
 from dit_sparse.methods.parameters import accepts_density, takes_error, with_density, with_threshold
 from dit_sparse.pipelines import observe_values
 from dit_sparse.schedule import Schedule
-from dit_sparse.types import Method, Previous, Site
+from dit_sparse.types import Method, PackedPlan, Previous, Site
 
 __all__ = ["DENSITIES", "FACTORS", "THRESHOLDS", "LayerErrors", "Reached", "for_error", "for_psnr"]
 
@@ -76,7 +76,8 @@ class _Sums:
 class LayerErrors:
     """An observer, for `observe_values`, of the errors that variants of a schedule's method would make.
 
-    Plans are made at the steps where the schedule makes them, for both branches, and compared with dense attention.
+    Plans are made at the steps where the schedule makes them, once for all calls that share one, and what they give is
+    compared with dense attention.
 
     Args:
         schedule: its steps and remainder.
@@ -86,18 +87,31 @@ class LayerErrors:
     schedule: Schedule
     variants: Mapping[float, Method]
     _sums: defaultdict[tuple[int, float], _Sums] = field(default_factory=lambda: defaultdict(_Sums), init=False)
+    _plans: dict[Any, PackedPlan] = field(default_factory=dict, init=False)
+    _step: int = field(default=-1, init=False)
 
     def __call__(self, site: Site, q: Tensor, k: Tensor, v: Tensor, lse: Tensor) -> None:
         if site.step not in planned_steps(self.schedule, site.num_steps):
             return
+        if site.step != self._step:
+            self.forget_plans()
+            self._step = site.step
         dense = dense_attention(q, k, v).float()
         for value, method in self.variants.items():
-            plan = self.schedule.finish(method.plan(q, k, v, site, Previous(None, lse, site.step)))
+            key = self.schedule.key(site), value
+            if key not in self._plans:
+                plan = self.schedule.finish(method.plan(q, k, v, site, Previous(None, lse, site.step)))
+                self._plans[key] = plan.pack()
+            plan = self._plans[key].unpack()
             sums = self._sums[site.layer, value]
             sums.error += float((sparse_attention(q, k, v, plan).float() - dense).square().sum())
             sums.output += float(dense.square().sum())
             sums.density += float(plan.density.mean())
             sums.calls += 1
+
+    def forget_plans(self) -> None:
+        """Before each run: the plans of another prompt are not shared."""
+        self._plans.clear()
 
     def relative(self) -> dict[float, list[float]]:
         """By variant, the norm of the error over that of the output of every layer."""
@@ -155,6 +169,7 @@ def for_error(
     listener, errors = listener or Listener(), LayerErrors(schedule, variants)
     with observe_values(pipe, errors):
         for prompt in prompts:
+            errors.forget_plans()
             listener.began("errors", prompt)
             run_dense(pipe, prompt, seed, listener, arguments)
     measured = errors.relative()

@@ -16,9 +16,11 @@ def calibrate(
     prompts: Annotated[Path | None, opt.option("Text file, UTF-8, one prompt a line; one or two are enough.")] = None,
     prompt: opt.Prompt = None,
     model: opt.Model = None,
-    method: Annotated[str, opt.option("paro, or with --error or --psnr a method that takes a density.")] = "paro",
+    method: Annotated[
+        str, opt.option("paro, or with --error or --psnr a method that takes a density or an error.")
+    ] = "paro",
     error: Annotated[
-        float | None, opt.option("Largest relative error of a layer's attention; each gets the density it needs.")
+        float | None, opt.option("Relative error of a layer's attention; each gets the threshold or density it needs.")
     ] = None,
     psnr: Annotated[float | None, opt.option("Least PSNR in dB of every prompt's video against dense.")] = None,
     warmup: Annotated[float, opt.option("With --error or --psnr: share of the steps that run dense.")] = 0.0,
@@ -54,12 +56,12 @@ def calibrate(
     device: opt.Device = "auto",
     offload: opt.Offload = "none",
 ) -> None:
-    """Choose token orders and masks once, for `generate --method paro --plan-file`, or densities for a wanted quality.
+    """Choose token orders and masks once, for `generate --method paro --plan-file`, or settings for a wanted quality.
 
     The model runs dense over the prompts twice. The plan serves this model and size, and any prompt and steps.
 
-    With --error or --psnr it writes a config for `generate --config` instead: the least densities of a method, of each
-    layer or of all, with which the error is small enough or the video near enough to the dense one.
+    With --error or --psnr it writes a config for `generate --config` instead: with lea a threshold for each layer, with
+    other methods the least densities, with which the error is small enough or the video near enough to the dense one.
     """
     console = Console(stderr=True)
     with user_errors():

@@ -3,30 +3,40 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
-from dit_sparse import LeastError, Neighborhood, Paro, Schedule, sparse_attention, sparsify, unsparsify
+from dit_sparse import LeastError, Neighborhood, Paro, Pisa, Schedule, Site, sparse_attention, sparsify, unsparsify
 from dit_sparse.calibrate import for_error, for_psnr
-from dit_sparse.calibrate.quality import planned_steps
+from dit_sparse.calibrate.quality import BASE, _threshold, planned_steps
 from dit_sparse.eval.fidelity import psnr
-from dit_sparse.methods.parameters import with_density
+from dit_sparse.methods.parameters import with_density, with_threshold
 from dit_sparse.pipelines import observe_values
-from tests.calibrate.test_calibrate import ARGUMENTS
+from dit_sparse.types import AttentionPlan, Method
+from tests.calibrate.test_calibrate import ARGUMENTS as OF_CALIBRATION
 
-SCHEDULE = Schedule(LeastError(tile=(1, 4, 4), rows=4), warmup=0)
+SCHEDULE = Schedule(Pisa(block=4), warmup=0)
+BY_ERROR = Schedule(LeastError(tile=(1, 2, 2), rows=4), warmup=0)
 DENSITIES = (0.2, 0.35, 0.6)
 PROMPTS = ["a red ball"]
+ARGUMENTS = {**OF_CALIBRATION, "num_inference_steps": 3}
 
 
-def errors_of(pipe, schedule: Schedule, density: float) -> list[float]:
-    """Relative error of every layer at the planned steps of a dense run."""
+def errors_of(pipe, schedule: Schedule, method_of: Callable[[Site], Method]) -> list[float]:
+    """Relative error of every layer at the planned steps of a dense run, against dense attention in float64."""
     sums: dict[int, list[float]] = {}
+    plans: dict[Any, AttentionPlan] = {}
 
     def watch(site, q, k, v, lse) -> None:
         if site.step in planned_steps(schedule, site.num_steps):
-            plan = with_density(schedule.method, density).plan(q, k, v, site, None)
+            # Both branches of a sample may have one plan, that of the first.
+            key = site.step, site.layer, *([site.branch] if schedule.method.scope == "call" else [])
+            plan = plans[key] = plans.get(key) or method_of(site).plan(q, k, v, site, None)
+            q, k, v = (x.double() for x in (q, k, v))
             dense = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(-1) @ v
             own = sums.setdefault(site.layer, [0.0, 0.0])
             own[0] += float((sparse_attention(q, k, v, plan) - dense).square().sum())
@@ -38,7 +48,8 @@ def errors_of(pipe, schedule: Schedule, density: float) -> list[float]:
 
 
 def test_each_layer_gets_the_least_density_that_errs_little_enough(pipe) -> None:
-    errors = {density: errors_of(pipe, SCHEDULE, density) for density in DENSITIES}
+    methods = {density: with_density(SCHEDULE.method, density) for density in DENSITIES}
+    errors = {density: errors_of(pipe, SCHEDULE, lambda site, own=own: own) for density, own in methods.items()}
     # Between the layers' errors at the middle density, so that they come out differently.
     target = sum(sorted(errors[0.35])[:2]) / 2
     found = for_error(pipe, PROMPTS, SCHEDULE, target, densities=DENSITIES, **ARGUMENTS)
@@ -48,6 +59,71 @@ def test_each_layer_gets_the_least_density_that_errs_little_enough(pipe) -> None
     assert len(set(want)) > 1
     assert found.schedule.layer_densities == tuple(1.0 if d is None else d for d in want)
     assert found.schedule.dense_layers == tuple(n for n, d in enumerate(want) if d is None)
+
+
+def test_each_layer_gets_the_threshold_with_which_it_errs_as_much_as_is_wanted(pipe) -> None:
+    thresholds = (0.01, 0.03, 0.1)
+    wanted = 0.05
+    found = for_error(pipe, PROMPTS, BY_ERROR, wanted, thresholds=thresholds, **ARGUMENTS)
+    chosen = found.schedule.layer_thresholds
+    assert found.varied == "threshold"
+    assert chosen is not None
+    assert len(set(chosen)) > 1
+    assert found.schedule.layer_densities is None
+    assert found.schedule.dense_layers == ()
+    errors = errors_of(pipe, BY_ERROR, found.schedule.method_for)
+    assert errors == pytest.approx([wanted] * len(chosen), rel=0.2)
+    measured = errors_of(pipe, BY_ERROR, lambda site: with_threshold(BY_ERROR.method, 0.03))
+    assert found.measured[0.03] == pytest.approx(measured, rel=1e-3)
+    assert all(a > b for a, b in zip(found.kept[0.01], found.kept[0.1], strict=True))
+    assert Schedule.from_config(found.schedule.to_config()) == found.schedule
+
+
+def test_prompts_share_no_plan(pipe) -> None:
+    one_step = {**ARGUMENTS, "num_inference_steps": 1}
+    apart = [for_error(pipe, [prompt], BY_ERROR, 0.05, thresholds=(0.02,), **one_step) for prompt in ("a", "a ball")]
+    both = for_error(pipe, ["a", "a ball"], BY_ERROR, 0.05, thresholds=(0.02,), **one_step)
+    kept = zip(*(found.kept[0.02] for found in apart), strict=True)
+    assert both.kept[0.02] == pytest.approx([sum(pair) / 2 for pair in kept])
+    assert apart[0].kept != apart[1].kept
+
+
+@pytest.mark.parametrize(
+    ("errors", "wanted", "want"),
+    [
+        ((0.1, 0.2, 0.4), 0.2, 2.0),
+        ((0.1, 0.2, 0.4), 0.3, 2.0 * 1.5),
+        ((0.1, 0.1, 0.4), 0.2, 2.0 * 2**0.5),
+        ((0.1, 0.2, 0.4), 0.5, 4.0),
+        ((0.1, 0.2, 0.4), 0.05, None),
+        ((0.0, 0.2, 0.4), 0.1, 1.0),
+    ],
+)
+def test_thresholds_are_interpolated(errors, wanted, want) -> None:
+    # 0.3 lies log2(1.5) of the way from 0.2 to 0.4, and 2 * 2**log2(1.5) is 3.
+    assert _threshold((1.0, 2.0, 4.0), errors, wanted) == (want if want is None else pytest.approx(want))
+
+
+def test_thresholds_are_scaled_until_a_prompt_falls_short(pipe) -> None:
+    factors = (0.5, 2.0)
+    quiet = {"thresholds": (0.02, 0.1), "factors": factors}
+    base = for_error(pipe, PROMPTS, BY_ERROR, BASE, thresholds=quiet["thresholds"], **ARGUMENTS).schedule
+
+    def video(schedule: Schedule | None):
+        if schedule is not None:
+            sparsify(pipe, schedule)
+        made = pipe(PROMPTS[0], generator=torch.Generator().manual_seed(0), output_type="np", **ARGUMENTS).frames[0]
+        unsparsify(pipe)
+        return made.clip(0, 1)
+
+    scaled = [tuple(factor * value for value in base.layer_thresholds) for factor in factors]
+    dense = video(None)
+    values = [psnr(video(replace(base, layer_thresholds=own)), dense) for own in scaled]
+    assert values[0] > values[1]
+    found = for_psnr(pipe, PROMPTS, BY_ERROR, sum(values) / 2, **quiet, **ARGUMENTS)
+    assert found.varied == "factor"
+    assert found.schedule.layer_thresholds == pytest.approx(scaled[0])
+    assert [found.measured[factor][0] for factor in factors] == pytest.approx(values, abs=0.01)
 
 
 def test_the_density_is_the_least_that_every_prompt_reaches(pipe) -> None:
@@ -74,12 +150,13 @@ def test_the_density_is_the_least_that_every_prompt_reaches(pipe) -> None:
         (for_error, 1e-9, SCHEDULE, "some layer reaches"),
         (for_psnr, float("nan"), SCHEDULE, "psnr must be a number"),
         (for_psnr, 99.9, SCHEDULE, "psnr must be one that density 0.2 reaches"),
-        (for_error, 0.1, Schedule(Paro(plan_file="x"), warmup=0), "method must be one with a density"),
-        (for_psnr, 30.0, Schedule(Neighborhood(window=3), warmup=0), "method must be one with a density"),
+        (for_error, 1e-9, BY_ERROR, "some layer reaches"),
+        (for_error, 0.1, Schedule(Paro(plan_file="x"), warmup=0), "method must be one with a density or an error"),
+        (for_psnr, 30.0, Schedule(Neighborhood(window=3), warmup=0), "method must be one with a density or an error"),
     ],
 )
 def test_names_what_does_not_fit(pipe, make, target, schedule, message) -> None:
     with pytest.raises(ValueError, match=message):
-        make(pipe, PROMPTS, schedule, target, densities=(0.2,), **ARGUMENTS)
+        make(pipe, PROMPTS, schedule, target, densities=(0.2,), thresholds=(0.02,), **ARGUMENTS)
     with pytest.raises(ValueError, match="prompts must be a list"):
         make(pipe, "a red ball", schedule, target, **ARGUMENTS)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dit_sparse.calibrate.quality import DENSITIES
+from dit_sparse.calibrate.quality import THRESHOLDS
 from tests.cli.command import SMALL, exit_code, prompts_file
 
 
@@ -41,12 +41,13 @@ def test_calibrates_for_a_quality_and_generates_from_the_config(model, capsys):
     assert "config: lea.json" in output
     config = json.loads(Path("lea.json").read_text())
     assert (config["method"], config["warmup"]) == ("lea", 0)
-    assert set(config["layer_densities"]) <= {*DENSITIES, 1.0}
+    assert min(THRESHOLDS) <= min(config["layer_thresholds"])
+    assert max(config["layer_thresholds"]) <= max(THRESHOLDS)
     run = ["generate", "--prompt", "a ball", "--model", model, *SMALL, "--config", "lea.json", "--out", "out"]
     assert exit_code(*run, "--no-strict") == 0
     capsys.readouterr()
-    assert exit_code(*command, "--psnr", "99") == 2
-    assert "psnr must be one that density 0.7 reaches, got 99" in capsys.readouterr().err
+    assert exit_code(*command, "--psnr", "-1") == 2
+    assert "psnr must be a number of dB above 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,19 @@ def test_a_density_that_falls_over_the_run_is_judged_step_by_step(pipe, render, 
     assert dense == {step for step, pay in enumerate(pays) if not pay}
 
 
+def test_an_error_that_rises_over_the_run_is_judged_part_by_part(pipe, render, costs, recwarn) -> None:
+    """The verdict on the first steps, which keep more, does not stand for the others."""
+    costs(kernel={"1": 1.0}, call=1e-9)
+    schedule = Schedule(LeastError(error=0.1, early=100, tile=(1, 2, 4), rows=8), warmup=0)
+    render(sparsify(pipe, schedule), steps=10)
+    kept = {record.step: float(record.density.mean()) for record in statistics(pipe).records if record.layer == 0}
+    assert kept[0] > 1.2 * kept[9]
+    costs(kernel={"1": 2 / (kept[0] + kept[9])}, call=1e-9)
+    render(sparsify(pipe, schedule), steps=10)
+    reasons = {record.step: record.reason for record in statistics(pipe).records if record.layer == 0}
+    assert (reasons[0], reasons[9]) == (NOT_FASTER, "")
+
+
 @pytest.mark.parametrize(("cost", "is_dense"), [(1.1, False), (1.3, True)])
 def test_a_methods_own_remainder_counts(pipe, render, costs, recwarn, cost, is_dense) -> None:
     """Blocks of 16: four times what it costs with 64."""
