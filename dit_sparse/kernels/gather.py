@@ -65,12 +65,21 @@ class GatherBackend:
         if dtype == torch.float16:
             # Half products on CPU are slower than converting once and computing in float32.
             q, k, v = q.float(), k.float(), v.float()
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        q = q.contiguous()
+        if plan.remainder == "none":  # else they are copied with the means
+            k, v = k.contiguous(), v.contiguous()
         out = q.new_empty(*q.shape[:-1], v.shape[-1])
         lse = torch.empty(q.shape[:-1], dtype=_compute_dtype(q.dtype))
         rows = prepared(plan, max(k.shape[-1], v.shape[-1]), torch.get_num_threads())
         _Call(q, k, v, out, lse, rows, plan, scale, return_lse).run()
         return out.to(dtype), lse if return_lse else None
+
+
+def _bias(rest: HeadRemainder, batch: Batch) -> Tensor:
+    """`[n, 1, means + f]` added to the scores of each row's means, and -inf to those of what fills it up."""
+    own = rest.bias.index_select(0, batch.blocks)
+    hidden = own.new_zeros(batch.filling.shape).masked_fill_(batch.filling, float("-inf"))
+    return torch.cat([own, hidden], 1)[:, None]
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -79,25 +88,22 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 @dataclass(frozen=True)
 class _Source:
-    """Keys or values of one head, `[N, D]` and by units, and a buffer `[size, keys, D]` for a group's, the same way."""
+    """Keys or values of one head `[N, D]`, also by units, and a buffer with room for those of any group of a batch."""
 
     tokens: Tensor
     units: Tensor
-    copy: Tensor
-    copy_units: Tensor
-    unit: int
+    room: Tensor
 
     def take(self, group: Group) -> Tensor:
         """`[g, keys, D]` tokens of a group: a view where they are one run, else a copy in the buffer."""
-        count = group.k_units.numel()
+        count, dim = group.k_units.numel(), self.tokens.shape[-1]
         if group.k_start is not None:
-            run = self.tokens[group.k_start * self.unit : (group.k_start + count) * self.unit]
-            return run.view(-1, *self.copy.shape[1:])
-        if count == len(self.copy_units):
-            torch.index_select(self.units, 0, group.k_units, out=self.copy_units)
-            return self.copy
-        torch.index_select(self.units, 0, group.k_units, out=self.copy_units[:count])
-        return self.copy[: count * len(self.copy) // len(self.copy_units)]
+            unit = self.units.shape[-1] // dim
+            run = self.tokens[group.k_start * unit : (group.k_start + count) * unit]
+            return run.view(-1, group.keys, dim)
+        copy = self.room[:count]
+        torch.index_select(self.units, 0, group.k_units, out=copy)
+        return copy.view(-1, group.keys, dim)
 
 
 @dataclass(frozen=True)
@@ -189,29 +195,30 @@ class _Call:
         """Write output `[n, m, D]` and row sums `[n, m]` of the queries `rows`."""
         k, v = self._source("k", head.k, batch), self._source("k", head.v, batch)
         rows = rows.to(out.dtype)
-        buffer = self._buffer("scores", (batch.size, rows.shape[1], batch.keys), out.dtype)
+        sizes = [group.rows.stop - group.rows.start for group in batch.groups]
+        most = max(size * group.keys for size, group in zip(sizes, batch.groups, strict=True))
+        room = self._buffer("scores", (rows.shape[1] * most,), out.dtype)
         means, rest = self.prepared.means, head.remainder
-        blocks = None if rest is None else self._blocks(rest, batch)
-        for group, q, attended in zip(batch.groups, rows.split(batch.size), out.split(batch.size), strict=True):
-            scores = buffer[: len(q)]
+        bias = None if rest is None else _bias(rest, batch)
+        first = None if rest is None or rest.first_order is None else self._queries(rest.first_order, batch)
+        for group, q, attended in zip(batch.groups, rows.split(sizes), out.split(sizes), strict=True):
             keys = k.take(group).to(out.dtype)
+            scores = room[: q.shape[0] * q.shape[1] * group.keys].view(*q.shape[:2], group.keys)
             torch.baddbmm(scores, q, keys.transpose(1, 2), beta=0, alpha=self.scale, out=scores)
-            if rest is not None and blocks is not None:
-                scores[..., :means] += rest.bias[blocks[group.rows]]
-            nothing = None
+            if bias is not None:
+                scores[..., : group.biased] += bias[group.rows, :, : group.biased]
             if batch.partial:
                 allowed = self._allowed(b, h, batch, group)
                 scores[..., -batch.partial :].masked_fill_(~allowed, float("-inf"))
-            if batch.partial + means == batch.keys:
-                nothing = scores.amax(-1).isneginf()  # rows without a key
+            nothing = scores.amax(-1).isneginf() if group.may_be_empty else None
             sums = scores.amax(-1) if lse is not None else None
             torch.softmax(scores, -1, out=scores)
             if sums is not None:
                 sums -= scores.amax(-1).log_()
             torch.bmm(scores, v.take(group).to(out.dtype), out=attended)
-            if rest is not None and rest.first_order is not None:
+            if first is not None:
                 share = scores[..., :means].sum(-1, keepdim=True)
-                attended.addcmul_(share, self._queries(rest.first_order, batch)[group.rows])
+                attended.addcmul_(share, first[group.rows])
             if nothing is not None:
                 attended.masked_fill_(nothing[..., None], 0.0)
                 if sums is not None:
@@ -219,16 +226,11 @@ class _Call:
             if lse is not None and sums is not None:
                 lse[group.rows] = sums
 
-    def _blocks(self, rest: HeadRemainder, batch: Batch) -> Tensor:
-        """`[n, 1]` int64 query block of each row."""
-        starts = rest.layout.offsets[0, 0, 1:].long()
-        return torch.searchsorted(starts, batch.q_units[:, :1] * self.prepared.q_unit, right=True)
-
     def _source(self, name: str, x: Tensor, batch: Batch) -> _Source:
         """Tokens of `x` `[N, D]` for a batch's rows, copied group by group into the buffer `name`."""
-        unit = self.prepared.k_unit
-        copy = self._buffer(name, (batch.size, batch.keys, x.shape[-1]), x.dtype)
-        return _Source(x, x.view(-1, unit * x.shape[-1]), copy, copy.view(-1, unit * x.shape[-1]), unit)
+        width = self.prepared.k_unit * x.shape[-1]
+        most = max(group.k_units.numel() for group in batch.groups)
+        return _Source(x, x.view(-1, width), self._buffer(name, (most, width), x.dtype))
 
     def _queries(self, x: Tensor, batch: Batch) -> Tensor:
         """`[n, m, D]` rows of `x` `[N, D]`: a view where they are one run, else a copy."""

@@ -26,7 +26,7 @@ from dit_sparse.types import TokenOrder
 
 __all__ = ["Probes", "attend_rows", "output_errors", "scattered_rows"]
 
-_CHUNK_SCORES = 1 << 20
+_CHUNK_SCORES = 1 << 18  # with what is made of them they stay in a core's cache
 _CHUNK_SCORES_GPU = 1 << 26
 _SPAN = 32  # key blocks that one program goes through
 
@@ -104,15 +104,17 @@ def output_errors(
     if k.shape != v.shape[:3] + k.shape[3:] or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
         raise ValueError(f"q, k, v must agree in [B, H, N, D], got {[tuple(x.shape) for x in (q, k, v)]}")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    probes = attend_rows(q, k, v, q_order, rows, scale) if probes is None else probes
     q_layout, k_layout = (BlockLayout.of_head(order, 0, 0) for order in (q_order, kv_order))
     nothing = torch.zeros(1, dtype=torch.bool, device=q.device)
     terms = remainder_terms(q, k, v, q_layout, k_layout, nothing, scale, "mean")
     means = _Means(terms.keys, terms.values, terms.bias)
     if use_triton(backend, q, k, v):
+        probes = attend_rows(q, k, v, q_order, rows, scale) if probes is None else probes
         errors = _by_triton(probes, means, k, v, kv_order, rows, scale)
     else:
-        errors = _by_chunks(probes, means, k, v, k_layout, rows, scale)
+        # It comes by the output and row sums on its way.
+        sampled = q.index_select(2, _positions(q_order, rows)) if probes is None else probes.q
+        errors = _by_chunks(sampled, means, k, v, k_layout, rows, scale)
     return errors.unflatten(2, (-1, rows)).mean(3) * q_order.block_sizes[..., None]
 
 
@@ -157,36 +159,55 @@ def _positions(order: TokenOrder, rows: int) -> Tensor:
     return known[rows]
 
 
-def _by_chunks(
-    probes: Probes, means: _Means, k: Tensor, v: Tensor, layout: BlockLayout, rows: int, scale: float
-) -> Tensor:
-    """`[B, H, R, Mk]` in plain torch, a few rows of scores at a time."""
+def _by_chunks(q: Tensor, means: _Means, k: Tensor, v: Tensor, layout: BlockLayout, rows: int, scale: float) -> Tensor:
+    """`[B, H, R, Mk]` of the queries `q` `[B, H, R, D]` in plain torch, a few rows of scores at a time."""
     compute = torch.float64 if k.dtype == torch.float64 else torch.float32
-    batch, heads, count = probes.lse.shape
+    batch, heads, count, _ = q.shape
     found = torch.empty(batch, heads, count, means.keys.shape[2], dtype=compute, device=k.device)
     limit = _CHUNK_SCORES if k.device.type == "cpu" else _CHUNK_SCORES_GPU
     step = max(1, limit // max(1, k.shape[2] * rows)) * rows
-    place = torch.arange(layout.blocks.largest, device=k.device)
-    outside = None if layout.is_even else place >= layout.sizes[0, 0, :, None]
     for b in range(batch):
         for h in range(heads):
             keys, values = (layout.split(x[b : b + 1, h : h + 1].to(compute))[0, 0] for x in (k, v))
-            middle, bias = (x[b, h].to(compute) for x in (means.values, means.bias))
-            of_means = means.keys[b, h].to(compute)
+            own = _Means(*(x[b, h].to(compute) for x in means))
+            apart = values - own.values[:, None]
+            keys = keys.flatten(0, 1).T.contiguous()
             for start in range(0, count, step):
-                part = (b, h, slice(start, start + step))
-                q, out, lse = (x[part].to(compute) for x in probes)
-                q = q * scale
-                weights = (q @ keys.flatten(0, 1).T).sub_(lse[:, None]).exp_().unflatten(1, keys.shape[:2])
-                if outside is not None:
-                    weights.masked_fill_(outside, 0.0)
-                own = bias[start // rows : start // rows + -(-len(q) // rows)].repeat_interleave(rows, 0)
-                a = (q @ of_means.T + own - lse[:, None]).exp_()
-                change = torch.bmm(weights.transpose(0, 1), values)  # [Mk, r, DV]
-                change.sub_(a.T[..., None] * middle[:, None])
-                change.sub_((weights.sum(-1) - a).T[..., None] * out)
-                found[part] = change.square_().sum(-1).T
+                part = slice(start, start + step)
+                queries = q[b, h, part].to(compute) * scale
+                bias = own.bias[start // rows : start // rows + -(-len(queries) // rows)].repeat_interleave(rows, 0)
+                found[b, h, part] = _errors(queries, keys, apart, own._replace(bias=bias), layout)
     return found
+
+
+def _errors(q: Tensor, keys: Tensor, apart: Tensor, means: _Means, layout: BlockLayout) -> Tensor:
+    """`[R, Mk]` of a few queries of one head.
+
+    The error is that of the values around their mean and that of the weight: p is exact, a that of the mean key,
+
+        sum of p_t (v_t - o) - a (v_j - o) = sum of p_t (v_t - v_j) + (sum of p_t - a) (v_j - o).
+
+    Args:
+        q: `[R, D]`, scaled.
+        keys: `[D, Mk * L]`.
+        apart: `[Mk, L, DV]`, values less their block's mean.
+        means: of the blocks, `bias` `[R, Mk]`.
+        layout: the key blocks.
+    """
+    scores = q @ keys
+    if not layout.is_even:
+        outside = torch.arange(layout.blocks.largest, device=q.device) >= layout.sizes[0, 0, :, None]
+        scores.masked_fill_(outside.flatten(), -math.inf)
+    largest = scores.amax(-1, keepdim=True)
+    weights = torch.softmax(scores, -1, out=scores)
+    lse = largest - weights.amax(-1, keepdim=True).log_()
+    weights = weights.unflatten(1, apart.shape[:2])
+    mass = weights.sum(-1)
+    change = torch.bmm(weights.transpose(0, 1), apart)  # [Mk, R, DV]
+    out = change.sum(0) + mass @ means.values
+    missing = mass - (q @ means.keys.T + means.bias - lse).exp_()
+    change.addcmul_(missing.T[..., None], means.values[:, None]).addcmul_(missing.T[..., None], out, value=-1)
+    return change.square_().sum(-1).T
 
 
 def _by_triton(
