@@ -143,16 +143,23 @@ class _Call:
         k, v = self.k[b, h], self.v[b, h]
         if not self.prepared.means:
             return _Head(k, v, None)
-        rest = head_remainder(self.q, self.k, self.v, self.plan, self.scale, b, h, self.lse.dtype)
-        spare = self.prepared.means - rest.values.shape[0]
-        k, v = (
-            torch.cat([x, F.pad(means, (0, 0, 0, spare)).to(x.dtype)], out=self._extended(name, x))
-            for name, x, means in (("k and means", k, rest.keys), ("v and means", v, rest.values))
-        )
-        return _Head(k, v, replace(rest, bias=F.pad(rest.bias, (0, spare), value=float("-inf"))))
+        tokens = k.shape[0]
+        k, v = self._extended("k and means", k), self._extended("v and means", v)
+        own = (self.q[b : b + 1, h : h + 1], k[None, None, :tokens], v[None, None, :tokens])
+        rest = head_remainder(*own, self.plan, self.scale, b, h, self.lse.dtype)
+        blocks = rest.keys.shape[0]
+        for x, means in ((k, rest.keys), (v, rest.values)):
+            x[tokens : tokens + blocks] = means
+            x[tokens + blocks :] = 0.0
+        bias = F.pad(rest.bias, (0, self.prepared.means - blocks), value=float("-inf"))
+        return _Head(k, v, replace(rest, bias=bias))
 
     def _extended(self, name: str, x: Tensor) -> Tensor:
-        return self._buffer(name, (x.shape[0] + self.prepared.means, x.shape[1]), x.dtype)
+        """`x` `[N, D]` with room for means behind it."""
+        tokens = x.shape[0]
+        extended = self._buffer(name, (tokens + self.prepared.means, x.shape[1]), x.dtype)
+        extended[:tokens] = x
+        return extended
 
     def _fill_empty(self, b: int, h: int, units: Tensor) -> None:
         if units.numel():

@@ -108,14 +108,21 @@ class HeadRemainder:
 def head_remainder(
     q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, batch: int, head: int, dtype: torch.dtype
 ) -> HeadRemainder:
-    """The remainder of one head of `plan`, as the slopes of all take much room; arguments as in `Backend.forward`."""
-    own = (slice(batch, batch + 1), slice(head, head + 1))
+    """The remainder of one head, as the slopes of all take much room.
+
+    Args:
+        q, k, v: `[1, 1, N, D]` of this head, in the plan's orders.
+        plan, scale: as in `Backend.forward`.
+        batch, head: which it is.
+        dtype: that the remainder is computed in.
+    """
     q_layout, k_layout = (BlockLayout.of_head(order, batch, head) for order in (plan.q_order, plan.kv_order))
-    kept = plan.block_mask.kept_blocks.expand(*q.shape[:2], -1, -1)[own]
-    terms = remainder_terms(q[own], k[own], v[own], q_layout, k_layout, kept, scale, plan.remainder)
+    kept = plan.block_mask.kept_blocks
+    kept = kept[batch % kept.shape[0], head % kept.shape[1]][None, None]
+    terms = remainder_terms(q, k, v, q_layout, k_layout, kept, scale, plan.remainder)
     first_order = None
     if terms.slopes is not None:
-        first_order = q_layout.join(q_layout.split(q[own].to(dtype)) @ terms.slopes.to(dtype))[0, 0]
+        first_order = q_layout.join(q_layout.split(q.to(dtype)) @ terms.slopes.to(dtype))[0, 0]
     keys, values, bias = (x[0, 0].to(dtype) for x in (terms.keys, terms.values, terms.bias))
     return HeadRemainder(keys, values, bias, first_order, q_layout)
 
@@ -136,7 +143,8 @@ def add_remainder(
     """
     merged, total = torch.empty_like(out, dtype=lse.dtype), torch.empty_like(lse)
     for b, h in itertools.product(*map(range, q.shape[:2])):
-        head = head_remainder(q, k, v, plan, scale, b, h, lse.dtype)
+        own = (x[b : b + 1, h : h + 1] for x in (q, k, v))
+        head = head_remainder(*own, plan, scale, b, h, lse.dtype)
         found, sums = _attend(q[b, h].to(lse.dtype) * scale, head)
         merged[b, h], total[b, h] = _merge(out[b, h].to(lse.dtype), lse[b, h], found, sums)
     return merged, total
