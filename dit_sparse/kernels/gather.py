@@ -207,7 +207,7 @@ class _Call:
         room = self._buffer("scores", (rows.shape[1] * most,), out.dtype)
         means, rest = self.prepared.means, head.remainder
         bias = None if rest is None else _bias(rest, batch)
-        first = None if rest is None or rest.first_order is None else self._queries(rest.first_order, batch)
+        slopes = None if rest is None or rest.slopes is None else rest.slopes.index_select(0, batch.blocks)
         for group, q, attended in zip(batch.groups, rows.split(sizes), out.split(sizes), strict=True):
             keys = k.take(group).to(out.dtype)
             scores = room[: q.shape[0] * q.shape[1] * group.keys].view(*q.shape[:2], group.keys)
@@ -223,9 +223,9 @@ class _Call:
             if sums is not None:
                 sums -= scores.amax(-1).log_()
             torch.bmm(scores, v.take(group).to(out.dtype), out=attended)
-            if first is not None:
+            if slopes is not None:
                 share = scores[..., :means].sum(-1, keepdim=True)
-                attended.addcmul_(share, first[group.rows])
+                attended.baddbmm_(q * share, slopes[group.rows])
             if nothing is not None:
                 attended.masked_fill_(nothing[..., None], 0.0)
                 if sums is not None:
