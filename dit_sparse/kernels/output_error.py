@@ -26,7 +26,7 @@ from dit_sparse.types import TokenOrder
 
 __all__ = ["Probes", "attend_rows", "output_errors", "scattered_rows"]
 
-_CHUNK_SCORES = 1 << 18  # with what is made of them they stay in a core's cache
+_CHUNK_SCORES = 3 << 17  # with what is made of them they stay in a core's cache
 _CHUNK_SCORES_GPU = 1 << 26
 _SPAN = 32  # key blocks that one program goes through
 
@@ -166,48 +166,50 @@ def _by_chunks(q: Tensor, means: _Means, k: Tensor, v: Tensor, layout: BlockLayo
     found = torch.empty(batch, heads, count, means.keys.shape[2], dtype=compute, device=k.device)
     limit = _CHUNK_SCORES if k.device.type == "cpu" else _CHUNK_SCORES_GPU
     step = max(1, limit // max(1, k.shape[2] * rows)) * rows
+    outside = None
+    if not layout.is_even:
+        place = torch.arange(layout.blocks.largest, device=k.device)
+        outside = (place >= layout.sizes[0, 0, :, None]).flatten()
     for b in range(batch):
         for h in range(heads):
             keys, values = (layout.split(x[b : b + 1, h : h + 1].to(compute))[0, 0] for x in (k, v))
-            own = _Means(*(x[b, h].to(compute) for x in means))
-            apart = values - own.values[:, None]
-            keys = keys.flatten(0, 1).T.contiguous()
+            of_keys, of_values, bias = (x[b, h].to(compute) for x in means)
+            apart, keys = values - of_values[:, None], keys.flatten(0, 1).T.contiguous()
+            queries = q[b, h].to(compute) * scale
+            mean_scores = queries @ of_keys.T + bias.repeat_interleave(rows, 0)
             for start in range(0, count, step):
                 part = slice(start, start + step)
-                queries = q[b, h, part].to(compute) * scale
-                bias = own.bias[start // rows : start // rows + -(-len(queries) // rows)].repeat_interleave(rows, 0)
-                found[b, h, part] = _errors(queries, keys, apart, own._replace(bias=bias), layout)
+                scores = queries[part] @ keys
+                if outside is not None:
+                    scores.masked_fill_(outside, -math.inf)
+                found[b, h, part] = _errors(scores, mean_scores[part], apart, of_values)
     return found
 
 
-def _errors(q: Tensor, keys: Tensor, apart: Tensor, means: _Means, layout: BlockLayout) -> Tensor:
+def _errors(scores: Tensor, mean_scores: Tensor, apart: Tensor, means: Tensor) -> Tensor:
     """`[R, Mk]` of a few queries of one head.
 
-    The error is that of the values around their mean and that of the weight: p is exact, a that of the mean key,
+    An error is that of the values around their mean and that of the weight of the mean,
 
-        sum of p_t (v_t - o) - a (v_j - o) = sum of p_t (v_t - v_j) + (sum of p_t - a) (v_j - o).
+        sum of p_t (v_t - o) - a (v_j - o) = sum of p_t (v_t - v_j) + (sum of p_t - a) (v_j - o),
+
+    and everything but `o` may be larger by the sum of a query's weights until the end.
 
     Args:
-        q: `[R, D]`, scaled.
-        keys: `[D, Mk * L]`.
-        apart: `[Mk, L, DV]`, values less their block's mean.
-        means: of the blocks, `bias` `[R, Mk]`.
-        layout: the key blocks.
+        scores: `[R, Mk * L]` with all keys, overwritten; -inf where there is none.
+        mean_scores: `[R, Mk]` with the blocks' means, their bias added.
+        apart: `[Mk, L, DV]` values less their block's mean.
+        means: `[Mk, DV]` of the values.
     """
-    scores = q @ keys
-    if not layout.is_even:
-        outside = torch.arange(layout.blocks.largest, device=q.device) >= layout.sizes[0, 0, :, None]
-        scores.masked_fill_(outside.flatten(), -math.inf)
     largest = scores.amax(-1, keepdim=True)
-    weights = torch.softmax(scores, -1, out=scores)
-    lse = largest - weights.amax(-1, keepdim=True).log_()
-    weights = weights.unflatten(1, apart.shape[:2])
+    weights = scores.sub_(largest).exp_().unflatten(1, apart.shape[:2])
     mass = weights.sum(-1)
+    total = mass.sum(-1, keepdim=True)
     change = torch.bmm(weights.transpose(0, 1), apart)  # [Mk, R, DV]
-    out = change.sum(0) + mass @ means.values
-    missing = mass - (q @ means.keys.T + means.bias - lse).exp_()
-    change.addcmul_(missing.T[..., None], means.values[:, None]).addcmul_(missing.T[..., None], out, value=-1)
-    return change.square_().sum(-1).T
+    out = (change.sum(0) + mass @ means) / total
+    missing = (mass - (mean_scores - largest).exp_()).T[..., None]
+    change.addcmul_(missing, means[:, None]).addcmul_(missing, out, value=-1)
+    return change.square_().sum(-1).T / total.square()
 
 
 def _by_triton(

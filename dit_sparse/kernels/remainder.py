@@ -169,8 +169,8 @@ def add_remainder(
     """
     merged, total = torch.empty_like(out, dtype=lse.dtype), torch.empty_like(lse)
     for b, h in itertools.product(*map(range, q.shape[:2])):
-        own = (x[b : b + 1, h : h + 1] for x in (q, k, v))
-        head = head_remainder(*own, plan, scale, b, h, lse.dtype)
+        own_q, own_k, own_v = (x[b : b + 1, h : h + 1] for x in (q, k, v))
+        head = head_remainder(own_q, own_k, own_v, plan, scale, b, h, lse.dtype)
         found, sums = _attend(q[b, h].to(lse.dtype), head, scale)
         merged[b, h], total[b, h] = _merge(out[b, h].to(lse.dtype), lse[b, h], found, sums)
     return merged, total
