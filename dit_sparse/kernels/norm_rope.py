@@ -61,11 +61,10 @@ def _turns_as_complex(x: Tensor, table: Tensor) -> bool:
     That is so on a CPU with vectors of up to 64 bytes, where pairs fill whole ones; the rest of a row is rounded
     otherwise. Compilers take complex numbers apart again.
     """
-    whole = x.shape[-1] * x.element_size() % 64 == 0 and x.stride(-1) == 1
-    plain = x.dtype == table.dtype == torch.float32 and not torch.compiler.is_compiling()
-    return (
-        x.device.type == "cpu" and whole and plain and all(n % 2 == 0 for n in (*x.stride()[:-1], x.storage_offset()))
-    )
+    if x.device.type != "cpu" or not x.dtype == table.dtype == torch.float32 or torch.compiler.is_compiling():
+        return False
+    whole = x.shape[-1] % 16 == 0 and x.stride(-1) == 1
+    return whole and all(n % 2 == 0 for n in (*x.stride()[:-1], x.storage_offset()))
 
 
 def norm_rope_by_triton(x: Tensor, weight: Tensor, eps: float, cos: Tensor | None, sin: Tensor | None) -> Tensor:
