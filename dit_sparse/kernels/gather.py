@@ -65,10 +65,10 @@ class GatherBackend:
         if dtype == torch.float16:
             # Half products on CPU are slower than converting once and computing in float32.
             q, k, v = q.float(), k.float(), v.float()
-        q = q.contiguous()
         if plan.remainder == "none":  # else they are copied with the means
             k, v = k.contiguous(), v.contiguous()
-        out = q.new_empty(*q.shape[:-1], v.shape[-1])
+        # Strides as of `q`, so that a model's `[B, N, H, D]` comes back as one and need not be copied.
+        out = torch.empty_like(q) if q.shape[-1] == v.shape[-1] else q.new_empty(*q.shape[:-1], v.shape[-1])
         lse = torch.empty(q.shape[:-1], dtype=_compute_dtype(q.dtype))
         rows = prepared(plan, max(k.shape[-1], v.shape[-1]), torch.get_num_threads())
         _Call(q, k, v, out, lse, rows, plan, scale, return_lse).run()
@@ -244,11 +244,11 @@ class _Call:
         unit, rows = self.prepared.q_unit, batch.q_units.shape[0]
         if batch.q_start is not None:
             return x[batch.q_start * unit :][: batch.q_units.numel() * unit].view(rows, -1, x.shape[-1])
-        return x.view(-1, unit * x.shape[-1]).index_select(0, batch.q_units.view(-1)).view(rows, -1, x.shape[-1])
+        return x.unflatten(0, (-1, unit)).index_select(0, batch.q_units.view(-1)).view(rows, -1, x.shape[-1])
 
     def _destination(self, target: Tensor, batch: Batch, dtype: torch.dtype) -> Tensor:
         """Where to compute a batch's output `[n, m, D]`: its rows of `target` `[N, D]` where those are one run."""
-        if batch.q_start is not None and dtype == target.dtype:
+        if batch.q_start is not None and dtype == target.dtype and target.is_contiguous():
             return self._queries(target, batch)
         shape = (batch.q_units.shape[0], batch.q_units.shape[1] * self.prepared.q_unit, target.shape[-1])
         return self._buffer("out", shape, dtype)
