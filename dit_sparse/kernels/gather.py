@@ -213,7 +213,7 @@ class _Call:
             scores = room[: q.shape[0] * q.shape[1] * group.keys].view(*q.shape[:2], group.keys)
             torch.baddbmm(scores, q, keys.transpose(1, 2), beta=0, alpha=self.scale, out=scores)
             if bias is not None:
-                scores[..., : group.biased] += bias[group.rows, :, : group.biased]
+                scores[..., : group.biased].add_(bias[group.rows, :, : group.biased])
             if batch.partial:
                 allowed = self._allowed(b, h, batch, group)
                 scores[..., -batch.partial :].masked_fill_(~allowed, float("-inf"))
