@@ -1,6 +1,7 @@
-"""What to start from with a public checkpoint: method, schedule, size and steps, found by the checkpoint's name.
+"""What to start from with a model: method, schedule, size and steps, found by the checkpoint's name.
 
-The settings are conservative readings of published ones; docs/presets.md says for each what was measured and what not.
+Those of public checkpoints are conservative readings of published ones; docs/presets.md says for each what was measured
+and what not.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from dit_sparse.methods import AdaSpa, Neighborhood, nearest
+from dit_sparse.methods import AdaSpa, LeastError, Neighborhood, nearest
 from dit_sparse.schedule import Schedule
 
 __all__ = ["PRESETS", "Defaults", "Preset", "find_preset", "preset"]
@@ -40,7 +41,8 @@ class Preset:
 
     Args:
         name: what it is called here.
-        models: repositories on the hub; a model is recognised by what stands after the last slash.
+        models: repositories on the hub; a model is recognised by what stands after the last slash. The demo model's is
+            a word alone.
         schedule: the method and when it applies.
         defaults: size, steps and guidance that the checkpoint is published with.
         source: the papers that method, density, warm-up and dense layers come from.
@@ -74,6 +76,14 @@ class Preset:
 
 
 _PRESETS = (
+    Preset(
+        "demo",
+        ("demo",),
+        Schedule(LeastError(density=0.0625, early=2.0), warmup=0),
+        Defaults(96, 128, 29, 20, 3.5, 16),
+        "our own choice, on this model",
+        "speed and quality on a CPU",
+    ),
     Preset(
         "wan2.1-1.3b",
         ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers",),
@@ -169,5 +179,10 @@ def preset(name: str) -> Schedule:
 def find_preset(model: str) -> Preset | None:
     """The preset for a hub id, or for a folder that bears the repository's name; `None` where there is none."""
     last = model.rstrip("/").rpartition("/")[2].lower()
-    own = (p for p in _PRESETS if last in (known.rpartition("/")[2].lower() for known in p.models))
+    # A folder that somebody called "demo" is no demo model.
+    own = (p for p in _PRESETS if any(_known(name, model, last) for name in p.models))
     return next(own, None)
+
+
+def _known(name: str, model: str, last: str) -> bool:
+    return name == model if "/" not in name else name.rpartition("/")[2].lower() == last

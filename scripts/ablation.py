@@ -35,7 +35,7 @@ class ByMass(LeastError):
 
     name: ClassVar[str] = "lea by mass"
 
-    def errors(self, q: Tensor, k: Tensor, v: Tensor, orders: Orders, probes: Probes) -> Tensor:
+    def errors(self, q: Tensor, k: Tensor, v: Tensor, orders: Orders, probes: Probes | None) -> Tensor:
         lse = dense_attention(q, k, v, return_lse=True)[1]
         return block_mass(q, k, lse, orders[0].offsets, orders[1].offsets, scale=q.shape[-1] ** -0.5)
 
@@ -46,7 +46,7 @@ class ByMeanQuery(LeastError):
 
     name: ClassVar[str] = "lea by mean query"
 
-    def errors(self, q: Tensor, k: Tensor, v: Tensor, orders: Orders, probes: Probes) -> Tensor:
+    def errors(self, q: Tensor, k: Tensor, v: Tensor, orders: Orders, probes: Probes | None) -> Tensor:
         return remainder_errors(q, k, v, *orders).exp() * orders[0].block_sizes[..., None].float()
 
 
@@ -56,7 +56,7 @@ class ByEveryQuery(LeastError):
 
     name: ClassVar[str] = "lea by every query"
 
-    def errors(self, q: Tensor, k: Tensor, v: Tensor, orders: Orders, probes: Probes) -> Tensor:
+    def errors(self, q: Tensor, k: Tensor, v: Tensor, orders: Orders, probes: Probes | None) -> Tensor:
         return output_errors(q, k, v, *orders, rows=orders[0].geometry.largest)
 
 

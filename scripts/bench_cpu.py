@@ -3,7 +3,7 @@
     python scripts/bench_cpu.py                  # the table, about three minutes on two cores
     python scripts/bench_cpu.py --quick          # the demo model's shape only
     python scripts/bench_cpu.py --flex --out cpu.json
-    python scripts/bench_cpu.py --quick --remainder mean value mass  # what they cost over none, in the same turns
+    python scripts/bench_cpu.py --quick --remainder mean value mass  # what each costs over none, in the same turns
 
 Masks are random a head and keep equally many blocks a row. Each result is compared with the reference backend before it
 is timed. Dense and sparse calls take turns, and the medians are reported, so that a busy machine slows both alike.
@@ -28,27 +28,30 @@ from rich.table import Table
 from torch import Tensor
 
 from dit_sparse.bench.report import commit
-from dit_sparse.kernels import block_mass, dense_attention, get_backend, refusal
+from dit_sparse.kernels import block_mass, dense_attention, get_backend, output_errors, refusal
 from dit_sparse.kernels.reference import mask_rows
 from dit_sparse.types import REMAINDERS, AttentionPlan, Remainder, TokenOrder
 
-DENSITIES = (1.0, 0.5, 0.25, 0.125)
+DENSITIES = (1.0, 0.5, 0.25, 0.125, 0.0625)
+SEARCHED = 8  # queries a key block that output_errors looks at, an eighth of 64
 
 
 @dataclass(frozen=True)
 class Case:
-    """One shape; blocks are square."""
+    """One shape; `block` tokens to a key block, and `times` as many to a query block."""
 
     tokens: int
     dim: int
     heads: int
     dtype: str
     block: int
+    times: int = 1
 
 
 DEMO = Case(6144, 64, 3, "float32", 64)
 CASES = (
     DEMO,
+    Case(6144, 64, 3, "float32", 64, 2),
     Case(6144, 64, 3, "float32", 128),
     Case(8192, 128, 1, "float32", 64),
     Case(8192, 128, 1, "float32", 128),
@@ -59,7 +62,7 @@ CASES = (
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement; times in milliseconds, medians. `ideal_ratio` is over density x dense, empty for block_mass."""
+    """One measurement; times in milliseconds, medians. `ideal_ratio` is over density x dense, empty for searches."""
 
     case: Case
     kernel: str
@@ -78,11 +81,16 @@ def even_order(tokens: int, block: int) -> TokenOrder:
 
 def random_plan(case: Case, density: float) -> AttentionPlan:
     """Plan with random blocks a head, equally many in every row."""
-    order = even_order(case.tokens, case.block)
-    blocks = order.num_blocks
-    scores = torch.rand(1, case.heads, blocks, blocks)
-    top = scores.topk(max(1, round(density * blocks)), -1).indices
-    return AttentionPlan.from_kept(order, torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, top, True))
+    q_order, kv_order = orders(case)
+    scores = torch.rand(1, case.heads, q_order.num_blocks, kv_order.num_blocks)
+    top = scores.topk(max(1, round(density * kv_order.num_blocks)), -1).indices
+    kept = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, top, True)
+    return AttentionPlan.from_kept(q_order, kept, kv_order=kv_order)
+
+
+def orders(case: Case) -> tuple[TokenOrder, TokenOrder]:
+    """Of queries and of keys."""
+    return even_order(case.tokens, case.block * case.times), even_order(case.tokens, case.block)
 
 
 def interleaved_medians(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
@@ -123,11 +131,12 @@ def measure(case: Case, backends: list[str], remainders: list[Remainder], rounds
     dtype = getattr(torch, case.dtype)
     q, k, v = (torch.randn(1, case.heads, case.tokens, case.dim).to(dtype) for _ in range(3))
     scale = case.dim**-0.5
-    offsets = even_order(case.tokens, case.block).offsets
+    both = q_order, kv_order = orders(case)
     lse = dense_attention(q, k, v, return_lse=True)[1]
     calls: dict[str, Callable[[], object]] = {
         "dense": lambda: dense_attention(q, k, v),
-        "block_mass": lambda: block_mass(q, k, lse, offsets, offsets, scale=scale),
+        "block_mass": lambda: block_mass(q, k, lse, q_order.offsets, kv_order.offsets, scale=scale),
+        "output_errors": lambda: output_errors(q, k, v, *both, rows=SEARCHED * case.times, scale=scale),
     }
     plans: dict[str, AttentionPlan] = {}
     for density in DENSITIES:
@@ -160,6 +169,7 @@ def table(rows: list[Row]) -> Table:
         "heads",
         "dtype",
         "block",
+        "times",
         "kernel",
         "remainder",
         "density",
@@ -200,7 +210,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="the demo model's shape only")
     parser.add_argument("--flex", action="store_true", help="time compiled FlexAttention too; compiles once a shape")
-    parser.add_argument("--remainder", nargs="+", choices=REMAINDERS[1:], default=[], help="time these remainders too")
+    parser.add_argument("--remainder", nargs="+", choices=REMAINDERS[1:], default=["value"], help="beside none")
     parser.add_argument("--rounds", type=int, default=9, help="timed calls of each kernel")
     parser.add_argument("--out", type=Path, help="write the rows and the environment to this JSON file")
     options = parser.parse_args()

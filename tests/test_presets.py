@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from dit_sparse import Schedule, cli, preset, sparsify, statistics
+from dit_sparse.demo import demo_defaults
 from dit_sparse.pipelines.families import FAMILIES as ADAPTERS
 from dit_sparse.presets import PRESETS, find_preset
 from tests.pipelines.families import FAMILIES
@@ -30,6 +31,7 @@ COGVIDEOX, COGVIDEOX_1_5 = (
 )
 # Family, sizes, transformer blocks, and tokens of the video that the preset makes.
 CHECKPOINTS = {
+    "demo": ("wan", _pipe({"patch_size": (1, 1, 1)}, 4, 4), 8, 6_144),
     "wan2.1-1.3b": ("wan", WAN, 30, 32_760),
     "wan2.1-14b": ("wan", WAN, 40, 75_600),
     "wan2.2-5b": ("wan", WAN_5B, 30, 27_280),
@@ -51,7 +53,7 @@ def test_a_preset_fits_its_checkpoint(name: str) -> None:
     grid = adapter.token_grid(pipe, defaults.height, defaults.width, defaults.frames)
     assert grid.video_len == tokens
     PRESETS[name].schedule.check(grid, layers)
-    assert 0 < PRESETS[name].schedule.warmup_steps(defaults.steps) < defaults.steps
+    assert PRESETS[name].schedule.warmup_steps(defaults.steps) < defaults.steps
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -61,7 +63,7 @@ def test_a_preset_runs(name: str) -> None:
     pipe = sparsify(family.make(), preset(name))
     family.run(pipe)
     schedule, run = PRESETS[name].schedule, statistics(pipe)
-    wanted = {"warm-up", "layer"} if schedule.dense_layers else {"warm-up"}
+    wanted = ({"layer"} if schedule.dense_layers else set()) | ({"warm-up"} if schedule.warmup else set())
     assert set(run.dense_calls) <= wanted | {"every block kept"}
     assert wanted <= set(run.dense_calls)
 
@@ -70,11 +72,17 @@ def test_found_by_repository_or_by_a_folder_of_its_name() -> None:
     for name, entry in PRESETS.items():
         for model in entry.models:
             assert find_preset(model) is entry
-            assert find_preset(f"/models/{model.rpartition('/')[2].lower()}/") is entry
+            assert (find_preset(f"/models/{model.rpartition('/')[2].lower()}/") is entry) == ("/" in model)
             assert preset(model) == preset(name.upper()) == entry.schedule
-    for model in ("demo", "Wan-AI/Wan2.1-T2V-14B-Diffusers-lora", "some/Wan2.1", "", "14b"):
+    for model in ("demo/", "./demo", "Wan-AI/Wan2.1-T2V-14B-Diffusers-lora", "some/Wan2.1", "", "14b"):
         assert find_preset(model) is None
-    assert len({model for entry in PRESETS.values() for model in entry.models}) == 15
+    assert len({model for entry in PRESETS.values() for model in entry.models}) == 16
+
+
+def test_the_demo_model_has_the_defaults_of_its_package() -> None:
+    sizes = PRESETS["demo"].defaults
+    names = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale")
+    assert dict(zip(names, sizes[:5], strict=True)) == dict(demo_defaults)
 
 
 def test_an_unknown_preset_is_told_the_nearest() -> None:

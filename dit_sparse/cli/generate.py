@@ -76,6 +76,7 @@ def generate(
     with interruptible(console, out):
         with user_errors():
             from dit_sparse.generate.config import build_schedule, split_arguments
+            from dit_sparse.generate.models import DEMO
             from dit_sparse.generate.report import preset_line
             from dit_sparse.generate.request import Request
             from dit_sparse.presets import find_preset
@@ -86,7 +87,7 @@ def generate(
             if no_strict:
                 options["strict"] = "false"
             prompts = opt.collect_prompts(positional, prompt)
-            preset = None if model is None else find_preset(model)
+            preset = find_preset(DEMO if model is None else model)
             takes_method = method is None and config is None
             start = preset.schedule if preset is not None and takes_method else None
             schedule = build_schedule(method, config, options, own, start)

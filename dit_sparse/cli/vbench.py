@@ -107,6 +107,7 @@ def generate(
     with interruptible(console, out):
         with user_errors():
             from dit_sparse.generate.config import build_schedule, read_config, split_arguments
+            from dit_sparse.generate.models import DEMO
             from dit_sparse.generate.request import Request
             from dit_sparse.presets import find_preset
             from dit_sparse.vbench.clips import parse_shard, shard_clips
@@ -119,7 +120,7 @@ def generate(
                 options.setdefault("never_slower", "false")
             part = parse_shard(shard)
             samples = _samples(positional, dimension, vbench_python)
-            preset = None if model is None else find_preset(model)
+            preset = find_preset(DEMO if model is None else model)
             start = preset.schedule if preset is not None and method is None and config is None else None
             request = Request(
                 prompts=tuple(dict.fromkeys(sample.prompt.text for sample in samples)),

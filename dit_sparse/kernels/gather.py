@@ -65,12 +65,21 @@ class GatherBackend:
         if dtype == torch.float16:
             # Half products on CPU are slower than converting once and computing in float32.
             q, k, v = q.float(), k.float(), v.float()
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        out = q.new_empty(*q.shape[:-1], v.shape[-1])
+        if plan.remainder == "none":  # else they are copied with the means
+            k, v = k.contiguous(), v.contiguous()
+        # Strides as of `q`, so that a model's `[B, N, H, D]` comes back as one and need not be copied.
+        out = torch.empty_like(q) if q.shape[-1] == v.shape[-1] else q.new_empty(*q.shape[:-1], v.shape[-1])
         lse = torch.empty(q.shape[:-1], dtype=_compute_dtype(q.dtype))
         rows = prepared(plan, max(k.shape[-1], v.shape[-1]), torch.get_num_threads())
         _Call(q, k, v, out, lse, rows, plan, scale, return_lse).run()
         return out.to(dtype), lse if return_lse else None
+
+
+def _bias(rest: HeadRemainder, batch: Batch) -> Tensor:
+    """`[n, 1, means + f]` added to the scores of each row's means, and -inf to those of what fills it up."""
+    own = rest.bias.index_select(0, batch.blocks)
+    hidden = own.new_zeros(batch.filling.shape).masked_fill_(batch.filling, float("-inf"))
+    return torch.cat([own, hidden], 1)[:, None]
 
 
 def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -79,25 +88,22 @@ def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 @dataclass(frozen=True)
 class _Source:
-    """Keys or values of one head, `[N, D]` and by units, and a buffer `[size, keys, D]` for a group's, the same way."""
+    """Keys or values of one head `[N, D]`, also by units, and a buffer with room for those of any group of a batch."""
 
     tokens: Tensor
     units: Tensor
-    copy: Tensor
-    copy_units: Tensor
-    unit: int
+    room: Tensor
 
     def take(self, group: Group) -> Tensor:
         """`[g, keys, D]` tokens of a group: a view where they are one run, else a copy in the buffer."""
-        count = group.k_units.numel()
+        count, dim = group.k_units.numel(), self.tokens.shape[-1]
         if group.k_start is not None:
-            run = self.tokens[group.k_start * self.unit : (group.k_start + count) * self.unit]
-            return run.view(-1, *self.copy.shape[1:])
-        if count == len(self.copy_units):
-            torch.index_select(self.units, 0, group.k_units, out=self.copy_units)
-            return self.copy
-        torch.index_select(self.units, 0, group.k_units, out=self.copy_units[:count])
-        return self.copy[: count * len(self.copy) // len(self.copy_units)]
+            unit = self.units.shape[-1] // dim
+            run = self.tokens[group.k_start * unit : (group.k_start + count) * unit]
+            return run.view(-1, group.keys, dim)
+        copy = self.room[:count]
+        torch.index_select(self.units, 0, group.k_units, out=copy)
+        return copy.view(-1, group.keys, dim)
 
 
 @dataclass(frozen=True)
@@ -137,16 +143,23 @@ class _Call:
         k, v = self.k[b, h], self.v[b, h]
         if not self.prepared.means:
             return _Head(k, v, None)
-        rest = head_remainder(self.q, self.k, self.v, self.plan, self.scale, b, h, self.lse.dtype)
-        spare = self.prepared.means - rest.values.shape[0]
-        k, v = (
-            torch.cat([x, F.pad(means, (0, 0, 0, spare)).to(x.dtype)], out=self._extended(name, x))
-            for name, x, means in (("k and means", k, rest.keys), ("v and means", v, rest.values))
-        )
-        return _Head(k, v, replace(rest, bias=F.pad(rest.bias, (0, spare), value=float("-inf"))))
+        tokens = k.shape[0]
+        k, v = self._extended("k and means", k), self._extended("v and means", v)
+        own = (self.q[b : b + 1, h : h + 1], k[None, None, :tokens], v[None, None, :tokens])
+        rest = head_remainder(*own, self.plan, self.scale, b, h, self.lse.dtype)
+        blocks = rest.keys.shape[0]
+        for x, means in ((k, rest.keys), (v, rest.values)):
+            x[tokens : tokens + blocks] = means
+            x[tokens + blocks :] = 0.0
+        bias = F.pad(rest.bias, (0, self.prepared.means - blocks), value=float("-inf"))
+        return _Head(k, v, replace(rest, bias=bias))
 
     def _extended(self, name: str, x: Tensor) -> Tensor:
-        return self._buffer(name, (x.shape[0] + self.prepared.means, x.shape[1]), x.dtype)
+        """`x` `[N, D]` with room for means behind it."""
+        tokens = x.shape[0]
+        extended = self._buffer(name, (tokens + self.prepared.means, x.shape[1]), x.dtype)
+        extended[:tokens] = x
+        return extended
 
     def _fill_empty(self, b: int, h: int, units: Tensor) -> None:
         if units.numel():
@@ -189,29 +202,30 @@ class _Call:
         """Write output `[n, m, D]` and row sums `[n, m]` of the queries `rows`."""
         k, v = self._source("k", head.k, batch), self._source("k", head.v, batch)
         rows = rows.to(out.dtype)
-        buffer = self._buffer("scores", (batch.size, rows.shape[1], batch.keys), out.dtype)
+        sizes = [group.rows.stop - group.rows.start for group in batch.groups]
+        most = max(size * group.keys for size, group in zip(sizes, batch.groups, strict=True))
+        room = self._buffer("scores", (rows.shape[1] * most,), out.dtype)
         means, rest = self.prepared.means, head.remainder
-        blocks = None if rest is None else self._blocks(rest, batch)
-        for group, q, attended in zip(batch.groups, rows.split(batch.size), out.split(batch.size), strict=True):
-            scores = buffer[: len(q)]
+        bias = None if rest is None else _bias(rest, batch)
+        slopes = None if rest is None or rest.slopes is None else rest.slopes.index_select(0, batch.blocks)
+        for group, q, attended in zip(batch.groups, rows.split(sizes), out.split(sizes), strict=True):
             keys = k.take(group).to(out.dtype)
+            scores = room[: q.shape[0] * q.shape[1] * group.keys].view(*q.shape[:2], group.keys)
             torch.baddbmm(scores, q, keys.transpose(1, 2), beta=0, alpha=self.scale, out=scores)
-            if rest is not None and blocks is not None:
-                scores[..., :means] += rest.bias[blocks[group.rows]]
-            nothing = None
+            if bias is not None:
+                scores[..., : group.biased].add_(bias[group.rows, :, : group.biased])
             if batch.partial:
                 allowed = self._allowed(b, h, batch, group)
                 scores[..., -batch.partial :].masked_fill_(~allowed, float("-inf"))
-            if batch.partial + means == batch.keys:
-                nothing = scores.amax(-1).isneginf()  # rows without a key
+            nothing = scores.amax(-1).isneginf() if group.may_be_empty else None
             sums = scores.amax(-1) if lse is not None else None
             torch.softmax(scores, -1, out=scores)
             if sums is not None:
                 sums -= scores.amax(-1).log_()
             torch.bmm(scores, v.take(group).to(out.dtype), out=attended)
-            if rest is not None and rest.first_order is not None:
+            if slopes is not None:
                 share = scores[..., :means].sum(-1, keepdim=True)
-                attended.addcmul_(share, self._queries(rest.first_order, batch)[group.rows])
+                attended.baddbmm_(q * share, slopes[group.rows])
             if nothing is not None:
                 attended.masked_fill_(nothing[..., None], 0.0)
                 if sums is not None:
@@ -219,27 +233,22 @@ class _Call:
             if lse is not None and sums is not None:
                 lse[group.rows] = sums
 
-    def _blocks(self, rest: HeadRemainder, batch: Batch) -> Tensor:
-        """`[n, 1]` int64 query block of each row."""
-        starts = rest.layout.offsets[0, 0, 1:].long()
-        return torch.searchsorted(starts, batch.q_units[:, :1] * self.prepared.q_unit, right=True)
-
     def _source(self, name: str, x: Tensor, batch: Batch) -> _Source:
         """Tokens of `x` `[N, D]` for a batch's rows, copied group by group into the buffer `name`."""
-        unit = self.prepared.k_unit
-        copy = self._buffer(name, (batch.size, batch.keys, x.shape[-1]), x.dtype)
-        return _Source(x, x.view(-1, unit * x.shape[-1]), copy, copy.view(-1, unit * x.shape[-1]), unit)
+        width = self.prepared.k_unit * x.shape[-1]
+        most = max(group.k_units.numel() for group in batch.groups)
+        return _Source(x, x.view(-1, width), self._buffer(name, (most, width), x.dtype))
 
     def _queries(self, x: Tensor, batch: Batch) -> Tensor:
         """`[n, m, D]` rows of `x` `[N, D]`: a view where they are one run, else a copy."""
         unit, rows = self.prepared.q_unit, batch.q_units.shape[0]
         if batch.q_start is not None:
             return x[batch.q_start * unit :][: batch.q_units.numel() * unit].view(rows, -1, x.shape[-1])
-        return x.view(-1, unit * x.shape[-1]).index_select(0, batch.q_units.view(-1)).view(rows, -1, x.shape[-1])
+        return x.unflatten(0, (-1, unit)).index_select(0, batch.q_units.view(-1)).view(rows, -1, x.shape[-1])
 
     def _destination(self, target: Tensor, batch: Batch, dtype: torch.dtype) -> Tensor:
         """Where to compute a batch's output `[n, m, D]`: its rows of `target` `[N, D]` where those are one run."""
-        if batch.q_start is not None and dtype == target.dtype:
+        if batch.q_start is not None and dtype == target.dtype and target.is_contiguous():
             return self._queries(target, batch)
         shape = (batch.q_units.shape[0], batch.q_units.shape[1] * self.prepared.q_unit, target.shape[-1])
         return self._buffer("out", shape, dtype)

@@ -1,6 +1,7 @@
 """How the gather backend cuts a plan into batches of equal rows; done once, as plans last many steps.
 
-With a remainder the block means stand behind the keys as more key units, and every row begins with them.
+With a remainder the block means stand behind the keys as more key units, and every row begins with them. Their scores
+get a bias anyway, which can hide keys too: so rows of unlike length run together, the shorter ones filled up.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,34 +35,41 @@ class Group:
 
     Args:
         rows: which rows of the batch.
-        k_units: int64 key units of each row in turn, first those of block means, last those of partial blocks.
+        k_units: int64 key units of each row in turn, first those of block means, then what fills the row up, last those
+            of partial blocks.
         k_start: the first of them where they are one run, so that a view does; else `None`.
+        keys: key tokens of a row, block means and filling among them.
+        biased: of those the first, which means and filling lie in.
+        may_be_empty: whether a query may find none of the keys of its row allowed.
     """
 
     rows: slice
     k_units: Tensor
     k_start: int | None
+    keys: int
+    biased: int
+    may_be_empty: bool
     allowed: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of one head with equally many queries and keys.
+    """Rows of one head with equally many queries, and without block means equally many keys.
 
     Args:
         q_units: `[n, mq]` int64 query units of each row.
         q_start: the first of them where they are one run; else `None`.
-        keys: key tokens of a row, block means among them.
+        blocks: `[n]` int64 query block of each row, the first one of stacked ones.
+        filling: `[n, f]` bool, which of the keys behind the means only fill up a row.
         partial: tokens at the end of each row that the predicate refines.
-        size: rows in a group; the last may have fewer.
         groups: all rows in turn.
     """
 
     q_units: Tensor
     q_start: int | None
-    keys: int
+    blocks: Tensor
+    filling: Tensor
     partial: int
-    size: int
     groups: list[Group]
 
 
@@ -123,6 +132,15 @@ def _unit(offsets: Tensor) -> int:
     return max(1, int(np.gcd.reduce(offsets.numpy().ravel())))
 
 
+class _Row(NamedTuple):
+    """Query blocks that keep the same keys, and the key units of their whole and partial blocks."""
+
+    blocks: np.ndarray
+    q_units: np.ndarray
+    whole: np.ndarray
+    partial: np.ndarray
+
+
 @dataclass(frozen=True)
 class _Rows:
     """Block bounds of one head in units, and how its rows become batches."""
@@ -137,24 +155,19 @@ class _Rows:
 
     def cut(self, whole: list[np.ndarray], parts: list[np.ndarray]) -> tuple[list[Batch], Tensor]:
         """Batches of the rows that keep the key blocks `whole` and `parts`, and the query units that keep nothing."""
-        classes: dict[tuple[int, int, int], list[tuple[np.ndarray, np.ndarray]]] = defaultdict(list)
+        classes: dict[tuple[int, ...], list[_Row]] = defaultdict(list)
         empty = [np.empty(0, np.int64)]
-        means = np.arange(self.means // self.k_unit) + self.k_bounds[-1]
-        for q_units, keys, partial in self._stacked(whole, parts):
-            k_units = np.concatenate([means, _units(self.k_bounds, keys)])
-            refined = _units(self.k_bounds, partial)
-            if k_units.size + refined.size == 0:
-                empty.append(q_units)
-            elif q_units.size:
-                row = (q_units, np.concatenate([k_units, refined]))
-                classes[q_units.size, k_units.size, refined.size].append(row)
-        batches = [self._batch(rows, refined) for (_, _, refined), rows in classes.items()]
+        for row in self._stacked(whole, parts):
+            if self.means + row.whole.size + row.partial.size == 0:
+                empty.append(row.q_units)
+            elif row.q_units.size:
+                length = () if self.means else (row.whole.size,)
+                classes[row.q_units.size, row.partial.size, *length].append(row)
+        batches = [self._batch(sorted(rows, key=lambda row: -row.whole.size)) for rows in classes.values()]
         return batches, torch.from_numpy(np.concatenate(empty))
 
-    def _stacked(
-        self, whole: list[np.ndarray], parts: list[np.ndarray]
-    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """(query units, whole key blocks, partial key blocks), the query blocks that keep the same keys as one row.
+    def _stacked(self, whole: list[np.ndarray], parts: list[np.ndarray]) -> Iterator[_Row]:
+        """The rows, query blocks that keep the same keys as one.
 
         Not so with block means, whose bias is the query block's own: such rows go through matmul, which holds all their
         scores, and stacked ones would have too many.
@@ -164,21 +177,51 @@ class _Rows:
         for i, keys in enumerate(whole):
             partial = parts[i] if parts else nothing
             if partial.size or self.means:
-                yield _units(self.q_bounds, np.array([i])), keys, partial
+                yield self._row([i], keys, partial)
             else:
                 same[keys.tobytes()].append(i)
         for blocks in same.values():
-            yield _units(self.q_bounds, np.array(blocks)), whole[blocks[0]], nothing
+            yield self._row(blocks, whole[blocks[0]], nothing)
 
-    def _batch(self, rows: list[tuple[np.ndarray, np.ndarray]], refined: int) -> Batch:
-        q_units, k_units = (np.stack(units) for units in zip(*rows, strict=True))
-        keys = k_units.shape[1] * self.k_unit
-        size = min(len(rows), self._group_size(q_units.shape[1] * self.q_unit, keys))
-        groups = []
-        for start in range(0, len(rows), size):
-            part = k_units[start : start + size].ravel()
-            groups.append(Group(slice(start, start + size), torch.from_numpy(part), _run_start(part)))
-        return Batch(torch.from_numpy(q_units), _run_start(q_units), keys, refined * self.k_unit, size, groups)
+    def _row(self, blocks: list[int], keys: np.ndarray, partial: np.ndarray) -> _Row:
+        own = np.array(blocks)
+        return _Row(own, _units(self.q_bounds, own), _units(self.k_bounds, keys), _units(self.k_bounds, partial))
+
+    def _batch(self, rows: list[_Row]) -> Batch:
+        """A batch of `rows`, the longest first."""
+        q_units = np.stack([row.q_units for row in rows])
+        lengths = np.array([row.whole.size for row in rows])
+        groups, filling = [], np.zeros_like(lengths)
+        start = 0
+        while start < len(rows):
+            longest = self._keys(rows[start])
+            size = min(len(rows) - start, self._group_size(q_units.shape[1] * self.q_unit, longest))
+            part = slice(start, start + size)
+            filling[part] = lengths[start] - lengths[part]
+            groups.append(self._group(part, rows[part], filling[part]))
+            start += size
+        hidden = np.arange(filling.max(initial=0) * self.k_unit) < filling[:, None] * self.k_unit
+        blocks = torch.tensor([row.blocks[0] for row in rows])
+        refined = rows[0].partial.size * self.k_unit
+        return Batch(torch.from_numpy(q_units), _run_start(q_units), blocks, torch.from_numpy(hidden), refined, groups)
+
+    def _group(self, part: slice, rows: list[_Row], filling: np.ndarray) -> Group:
+        """The rows that are `part` of a batch, each with `filling` units behind the means; any units do, its own least.
+
+        A key that is not its own could bring it a NaN.
+        """
+        means = np.arange(self.means // self.k_unit) + self.k_bounds[-1]
+        units = [
+            np.concatenate([means, np.resize(np.append(row.whole, means), fill), row.whole, row.partial])
+            for row, fill in zip(rows, filling, strict=True)
+        ]
+        k_units = np.concatenate(units)
+        biased = self.means + int(filling.max()) * self.k_unit
+        may_be_empty = rows[-1].whole.size == 0
+        return Group(part, torch.from_numpy(k_units), _run_start(k_units), self._keys(rows[0]), biased, may_be_empty)
+
+    def _keys(self, row: _Row) -> int:
+        return self.means + (row.whole.size + row.partial.size) * self.k_unit
 
     def _group_size(self, queries: int, keys: int) -> int:
         if queries >= FLASH_ROWS:

@@ -54,11 +54,11 @@ def block_moments(
         return moments_by_triton(x, layout, v, centred=centred, products=products)
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     parts, sizes = layout.split(x.to(compute)), layout.sizes[..., None]
-    # Small pieces, because fresh memory costs more than the arithmetic.
+    # In pieces that stay in the cache, because fresh memory costs more than the arithmetic.
     step = max(1, _CHUNK_ELEMENTS // max(1, parts[:, :, :1].numel()))
     values = [None] * parts.shape[2] if v is None else layout.split(v.to(compute)).split(step, 2)
     given = zip(parts.split(step, 2), values, sizes.split(step, 2), strict=False)
-    pieces = [_moments(part, value, size, centred, products) for part, value, size in given]
+    pieces = [_moments(*piece, centred, products, layout.is_even) for piece in given]
 
     def joined(name: str) -> Tensor:
         return torch.cat([getattr(piece, name) for piece in pieces], 2)
@@ -67,20 +67,23 @@ def block_moments(
     return Moments(joined("mean"), joined("square"), None if v is None else joined("v_mean"), found)
 
 
-def _moments(parts: Tensor, values: Tensor | None, sizes: Tensor, centred: bool, products: bool) -> Moments:
-    """Moments of blocks `[B, H, M, L, D]` of `sizes` `[B|1, H|1, M, 1]`, padded with zeros."""
+def _moments(
+    parts: Tensor, values: Tensor | None, sizes: Tensor, centred: bool, products: bool, is_even: bool
+) -> Moments:
+    """Moments of blocks `[B, H, M, L, D]` of `sizes` `[B|1, H|1, M, 1]`, padded with zeros unless they are even."""
     count = sizes.clamp(min=1).to(parts.dtype)
-    mean = parts.sum(3) / count
+    mean = parts.sum(3).div_(count)
     apart = parts
     if centred:
-        # The padding of short blocks is no token, so it must not differ from the mean.
-        inside = torch.arange(parts.shape[3], device=parts.device) < sizes
-        apart = (parts - mean[..., None, :]) * inside[..., None]
-    square = apart.square().sum(3) / count
+        apart = parts - mean[..., None, :]
+        if not is_even:
+            # The padding of short blocks is no token, so it must not differ from the mean.
+            apart *= (torch.arange(parts.shape[3], device=parts.device) < sizes)[..., None]
+    square = apart.square().sum(3).div_(count)
     if values is None:
         return Moments(mean, square)
-    found = apart.transpose(-1, -2) @ values / count[..., None] if products else None
-    return Moments(mean, square, values.sum(3) / count, found)
+    found = (apart.transpose(-1, -2) @ values).div_(count[..., None]) if products else None
+    return Moments(mean, square, values.sum(3).div_(count), found)
 
 
 def moments_by_triton(

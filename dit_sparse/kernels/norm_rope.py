@@ -46,10 +46,25 @@ def norm_rope_by_torch(x: Tensor, weight: Tensor, eps: float, cos: Tensor | None
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """`x` `[B, N, H, D]` with pairs of channels turned by tables `[1, N, 1, D]` or `[N, D]`, each angle twice."""
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = (table.reshape(1, x.shape[1], 1, x.shape[-1]) for table in (cos, sin))
     cos, sin = cos[..., 0::2], sin[..., 1::2]
+    if _turns_as_complex(x, cos):
+        pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2)
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x)
+
+
+def _turns_as_complex(x: Tensor, table: Tensor) -> bool:
+    """Whether a product of complex numbers turns `x` in one pass instead of eight, and by the same roundings.
+
+    That is so on a CPU with vectors of up to 64 bytes, where pairs fill whole ones; the rest of a row is rounded
+    otherwise. Compilers take complex numbers apart again.
+    """
+    if x.device.type != "cpu" or not x.dtype == table.dtype == torch.float32 or torch.compiler.is_compiling():
+        return False
+    whole = x.shape[-1] % 16 == 0 and x.stride(-1) == 1
+    return whole and all(n % 2 == 0 for n in (*x.stride()[:-1], x.storage_offset()))
 
 
 def norm_rope_by_triton(x: Tensor, weight: Tensor, eps: float, cos: Tensor | None, sin: Tensor | None) -> Tensor:

@@ -28,7 +28,7 @@ from dit_sparse.types import TokenOrder
 
 __all__ = ["Probes", "attend_rows", "output_errors", "scattered_rows"]
 
-_CHUNK_SCORES = 1 << 20
+_CHUNK_SCORES = 3 << 17  # with what is made of them they stay in a core's cache
 _CHUNK_SCORES_GPU = 1 << 26
 _SPAN = 128  # key blocks that one program goes through
 
@@ -107,9 +107,9 @@ def output_errors(
     if k.shape != v.shape[:3] + k.shape[3:] or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
         raise ValueError(f"q, k, v must agree in [B, H, N, D], got {[tuple(x.shape) for x in (q, k, v)]}")
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    probes = attend_rows(q, k, v, q_order, rows, scale) if probes is None else probes
     q_layout, k_layout = (BlockLayout.of_head(order, 0, 0) for order in (q_order, kv_order))
     if use_triton(backend, q, k, v):
+        probes = attend_rows(q, k, v, q_order, rows, scale) if probes is None else probes
         given = (probes.q.contiguous(), probes.out.contiguous(), probes.lse.contiguous())
         spread = score_spread(block_moments(q, q_layout, centred=False), block_moments(k, k_layout), scale)
         if backend == "auto" and hopper_takes(k, v, kv_order):
@@ -117,7 +117,9 @@ def output_errors(
         return _by_triton(given, k, v, spread, q_order, kv_order, rows, scale)
     nothing = torch.zeros(1, dtype=torch.bool, device=q.device)
     terms = remainder_terms(q, k, v, q_layout, k_layout, nothing, scale, "mean")
-    errors = _by_chunks(probes, _Means(terms.keys, terms.values, terms.bias), k, v, k_layout, rows, scale)
+    # It comes by the output and row sums on its way.
+    sampled = q.index_select(2, _positions(q_order, rows)) if probes is None else probes.q
+    errors = _by_chunks(sampled, _Means(terms.keys, terms.values, terms.bias), k, v, k_layout, rows, scale)
     return errors.unflatten(2, (-1, rows)).mean(3) * q_order.block_sizes[..., None]
 
 
@@ -162,36 +164,57 @@ def _positions(order: TokenOrder, rows: int) -> Tensor:
     return known[rows]
 
 
-def _by_chunks(
-    probes: Probes, means: _Means, k: Tensor, v: Tensor, layout: BlockLayout, rows: int, scale: float
-) -> Tensor:
-    """`[B, H, R, Mk]` in plain torch, a few rows of scores at a time."""
+def _by_chunks(q: Tensor, means: _Means, k: Tensor, v: Tensor, layout: BlockLayout, rows: int, scale: float) -> Tensor:
+    """`[B, H, R, Mk]` of the queries `q` `[B, H, R, D]` in plain torch, a few rows of scores at a time."""
     compute = torch.float64 if k.dtype == torch.float64 else torch.float32
-    batch, heads, count = probes.lse.shape
+    batch, heads, count, _ = q.shape
     found = torch.empty(batch, heads, count, means.keys.shape[2], dtype=compute, device=k.device)
     limit = _CHUNK_SCORES if k.device.type == "cpu" else _CHUNK_SCORES_GPU
     step = max(1, limit // max(1, k.shape[2] * rows)) * rows
-    place = torch.arange(layout.blocks.largest, device=k.device)
-    outside = None if layout.is_even else place >= layout.sizes[0, 0, :, None]
+    outside = None
+    if not layout.is_even:
+        place = torch.arange(layout.blocks.largest, device=k.device)
+        outside = (place >= layout.sizes[0, 0, :, None]).flatten()
     for b in range(batch):
         for h in range(heads):
             keys, values = (layout.split(x[b : b + 1, h : h + 1].to(compute))[0, 0] for x in (k, v))
-            middle, bias = (x[b, h].to(compute) for x in (means.values, means.bias))
-            of_means = means.keys[b, h].to(compute)
+            of_keys, of_values, bias = (x[b, h].to(compute) for x in means)
+            apart, keys = values - of_values[:, None], keys.flatten(0, 1).T.contiguous()
+            queries = q[b, h].to(compute) * scale
+            mean_scores = queries @ of_keys.T + bias.repeat_interleave(rows, 0)
             for start in range(0, count, step):
-                part = (b, h, slice(start, start + step))
-                q, out, lse = (x[part].to(compute) for x in probes)
-                q = q * scale
-                weights = (q @ keys.flatten(0, 1).T).sub_(lse[:, None]).exp_().unflatten(1, keys.shape[:2])
+                part = slice(start, start + step)
+                scores = queries[part] @ keys
                 if outside is not None:
-                    weights.masked_fill_(outside, 0.0)
-                own = bias[start // rows : start // rows + -(-len(q) // rows)].repeat_interleave(rows, 0)
-                a = (q @ of_means.T + own - lse[:, None]).exp_()
-                change = torch.bmm(weights.transpose(0, 1), values)  # [Mk, r, DV]
-                change.sub_(a.T[..., None] * middle[:, None])
-                change.sub_((weights.sum(-1) - a).T[..., None] * out)
-                found[part] = change.square_().sum(-1).T
+                    scores.masked_fill_(outside, -math.inf)
+                found[b, h, part] = _errors(scores, mean_scores[part], apart, of_values)
     return found
+
+
+def _errors(scores: Tensor, mean_scores: Tensor, apart: Tensor, means: Tensor) -> Tensor:
+    """`[R, Mk]` of a few queries of one head.
+
+    An error is that of the values around their mean and that of the weight of the mean,
+
+        sum of p_t (v_t - o) - a (v_j - o) = sum of p_t (v_t - v_j) + (sum of p_t - a) (v_j - o),
+
+    and everything but `o` may be larger by the sum of a query's weights until the end.
+
+    Args:
+        scores: `[R, Mk * L]` with all keys, overwritten; -inf where there is none.
+        mean_scores: `[R, Mk]` with the blocks' means, their bias added.
+        apart: `[Mk, L, DV]` values less their block's mean.
+        means: `[Mk, DV]` of the values.
+    """
+    largest = scores.amax(-1, keepdim=True)
+    weights = scores.sub_(largest).exp_().unflatten(1, apart.shape[:2])
+    mass = weights.sum(-1)
+    total = mass.sum(-1, keepdim=True)
+    change = torch.bmm(weights.transpose(0, 1), apart)  # [Mk, R, DV]
+    out = (change.sum(0) + mass @ means) / total
+    missing = (mass - (mean_scores - largest).exp_()).T[..., None]
+    change.addcmul_(missing, means[:, None]).addcmul_(missing, out, value=-1)
+    return change.square_().sum(-1).T / total.square()
 
 
 def _by_triton(

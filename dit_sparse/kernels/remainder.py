@@ -24,6 +24,7 @@ LARGEST_SPREAD = 2.0
 """Of `m_Ij`; above it a block leaves no remainder for a query block. The scores then vary by 2 around their mean."""
 
 _CHUNK_SCORES = 1 << 19
+_CHUNK_PRODUCTS = 1 << 17  # so that they stay in the cache
 
 
 @dataclass(frozen=True)
@@ -66,14 +67,10 @@ def remainder_terms(
     keys = block_moments(k, k_layout, v, products=first_order)
     queries = block_moments(q, q_layout, centred=False)
     assert keys.v_mean is not None
-    log_sizes = k_layout.sizes.to(keys.mean.dtype).log()[..., None, :]  # -inf for an empty block
-    spread = score_spread(queries, keys, scale)
-    out = (spread > LARGEST_SPREAD).logical_or_(kept)
-    bias = log_sizes + torch.minimum(spread, log_sizes) if remainder == "mass" else log_sizes.expand(spread.shape)
-    bias = bias.masked_fill(out, -math.inf)
+    bias = _bias(queries, keys, k_layout, kept, scale, remainder)
     if keys.products is None:
         return RemainderTerms(keys.mean, keys.v_mean, bias, None)
-    weights = _softmax((queries.mean * scale) @ keys.mean.transpose(-1, -2) + bias)
+    weights = _weights(queries, keys, bias, scale)
     products = keys.products.flatten(3)
     weights = torch.nn.functional.pad(weights * scale, (0, products.shape[2] - weights.shape[-1]))
     slopes = (weights.to(products.dtype) @ products).unflatten(-1, keys.products.shape[3:])
@@ -85,8 +82,20 @@ def score_spread(queries: Moments, keys: Moments, scale: float) -> Tensor:
     return queries.square @ (keys.square * (scale * scale / 2)).transpose(-1, -2)
 
 
-def _softmax(scores: Tensor) -> Tensor:
-    """Softmax over the last dimension; zeros in a row of -inf."""
+def _bias(
+    queries: Moments, keys: Moments, k_layout: BlockLayout, kept: Tensor, scale: float, remainder: Remainder
+) -> Tensor:
+    """`[B, H, Mq, Mk]` added to the scores of the blocks' means."""
+    log_sizes = k_layout.sizes.to(keys.mean.dtype).log()[..., None, :]  # -inf for an empty block
+    spread = score_spread(queries, keys, scale)
+    out = (spread > LARGEST_SPREAD).logical_or_(kept)
+    bias = log_sizes + torch.minimum(spread, log_sizes) if remainder == "mass" else log_sizes.expand(spread.shape)
+    return bias.masked_fill(out, -math.inf)
+
+
+def _weights(queries: Moments, keys: Moments, bias: Tensor, scale: float) -> Tensor:
+    """`[B, H, Mq, Mk]`, what each block is worth to the mean query; zeros in a row without a remainder."""
+    scores = (queries.mean * scale) @ keys.mean.transpose(-1, -2) + bias
     empty = scores.isneginf().all(-1, keepdim=True)
     return scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
 
@@ -99,30 +108,54 @@ class HeadRemainder:
         keys: `[Mk, D]` block means.
         values: `[Mk, DV]`.
         bias: `[Mq, Mk]`.
-        first_order: `[Nq, DV]` each query times its block's slopes; `None` for "mean".
+        slopes: `[Mq, D, DV]` `scale * C_I`; `None` for "mean".
         layout: the query blocks.
     """
 
     keys: Tensor
     values: Tensor
     bias: Tensor
-    first_order: Tensor | None
+    slopes: Tensor | None
     layout: BlockLayout
 
 
 def head_remainder(
     q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, batch: int, head: int, dtype: torch.dtype
 ) -> HeadRemainder:
-    """The remainder of one head of `plan`, as the slopes of all take much room; arguments as in `Backend.forward`."""
-    own = (slice(batch, batch + 1), slice(head, head + 1))
+    """The remainder of one head, as the slopes of all take much room.
+
+    Args:
+        q, k, v: `[1, 1, N, D]` of this head, in the plan's orders.
+        plan, scale: as in `Backend.forward`.
+        batch, head: which it is.
+        dtype: that the remainder is computed in.
+    """
     q_layout, k_layout = (BlockLayout.of_head(order, batch, head) for order in (plan.q_order, plan.kv_order))
-    kept = plan.block_mask.kept_blocks.expand(*q.shape[:2], -1, -1)[own]
-    terms = remainder_terms(q[own], k[own], v[own], q_layout, k_layout, kept, scale, plan.remainder)
-    first_order = None
-    if terms.slopes is not None:
-        first_order = q_layout.join(q_layout.split(q[own].to(dtype)) @ terms.slopes.to(dtype))[0, 0]
-    keys, values, bias = (x[0, 0].to(dtype) for x in (terms.keys, terms.values, terms.bias))
-    return HeadRemainder(keys, values, bias, first_order, q_layout)
+    kept = plan.block_mask.kept_blocks
+    kept = kept[batch % kept.shape[0], head % kept.shape[1]][None, None]
+    keys, queries = block_moments(k, k_layout, v), block_moments(q, q_layout, centred=False)
+    assert keys.v_mean is not None
+    bias = _bias(queries, keys, k_layout, kept, scale, plan.remainder)
+    slopes = None
+    if plan.remainder != "mean":
+        shares = _weights(queries, keys, bias, scale) * scale / k_layout.sizes.clamp(min=1)[..., None, :]
+        slopes = _sum_of_products(k, v, k_layout, keys.mean, shares[0, 0]).to(dtype)
+    means, values, bias = (x[0, 0].to(dtype) for x in (keys.mean, keys.v_mean, bias))
+    return HeadRemainder(means, values, bias, slopes, q_layout)
+
+
+def _sum_of_products(k: Tensor, v: Tensor, layout: BlockLayout, mean: Tensor, shares: Tensor) -> Tensor:
+    """`[Mq, D, DV]` sum over the blocks of `shares` `[Mq, Mk]` times `(k - mean)^T v`, which never lie there all."""
+    keys, values = (layout.split(x)[0, 0] for x in (k, v))
+    step = max(1, _CHUNK_PRODUCTS // (k.shape[-1] * max(keys.shape[1], v.shape[-1])))
+    total = shares.new_zeros(shares.shape[0], k.shape[-1] * v.shape[-1])
+    for start in range(0, len(keys), step):
+        part = slice(start, start + step)
+        # The padding of short blocks has values of zero.
+        apart = keys[part] - mean[0, 0, part, None]
+        products = torch.bmm(apart.transpose(1, 2), values[part].to(apart.dtype))
+        total.addmm_(shares[:, part], products.flatten(1))
+    return total.unflatten(1, (k.shape[-1], -1))
 
 
 def add_remainder(
@@ -141,14 +174,15 @@ def add_remainder(
     """
     merged, total = torch.empty_like(out, dtype=lse.dtype), torch.empty_like(lse)
     for b, h in itertools.product(*map(range, q.shape[:2])):
-        head = head_remainder(q, k, v, plan, scale, b, h, lse.dtype)
-        found, sums = _attend(q[b, h].to(lse.dtype) * scale, head)
+        own_q, own_k, own_v = (x[b : b + 1, h : h + 1] for x in (q, k, v))
+        head = head_remainder(own_q, own_k, own_v, plan, scale, b, h, lse.dtype)
+        found, sums = _attend(q[b, h].to(lse.dtype), head, scale)
         merged[b, h], total[b, h] = _merge(out[b, h].to(lse.dtype), lse[b, h], found, sums)
     return merged, total
 
 
-def _attend(q: Tensor, head: HeadRemainder) -> tuple[Tensor, Tensor]:
-    """The remainder alone: output `[Nq, DV]` and row sums `[Nq]` of the scaled queries `[Nq, D]`."""
+def _attend(q: Tensor, head: HeadRemainder, scale: float) -> tuple[Tensor, Tensor]:
+    """The remainder alone: output `[Nq, DV]` and row sums `[Nq]` of the queries `[Nq, D]`."""
     queries = head.layout.split(q[None, None])[0, 0]
     out, sums = q.new_empty(*queries.shape[:2], head.values.shape[-1]), q.new_empty(queries.shape[:2])
     chunk = max(1, _CHUNK_SCORES // (queries.shape[1] * max(1, head.values.shape[0])))
@@ -156,14 +190,15 @@ def _attend(q: Tensor, head: HeadRemainder) -> tuple[Tensor, Tensor]:
         part = slice(start, start + chunk)
         own = head.bias[part, None]
         empty = own.isneginf().all(-1, keepdim=True)
-        scores = torch.baddbmm(own.masked_fill(empty, 0.0), queries[part], head.keys.T.expand(len(own), -1, -1))
+        keys = head.keys.T.expand(len(own), -1, -1)
+        scores = torch.baddbmm(own.masked_fill(empty, 0.0), queries[part], keys, alpha=scale)
         weights = scores.softmax(-1)
         out[part] = weights @ head.values
+        if head.slopes is not None:
+            out[part] += queries[part] @ head.slopes[part]
         # The row sum is the largest score less the log of its weight.
         sums[part] = (scores.amax(-1) - weights.amax(-1).log()).masked_fill(empty[..., 0], -math.inf)
-    found = head.layout.join(out[None, None])[0, 0]
-    found = found if head.first_order is None else found + head.first_order
-    return found, head.layout.join(sums[None, None, ..., None])[0, 0, :, 0]
+    return head.layout.join(out[None, None])[0, 0], head.layout.join(sums[None, None, ..., None])[0, 0, :, 0]
 
 
 def _merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:

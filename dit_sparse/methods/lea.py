@@ -135,13 +135,13 @@ class LeastError(AnyGrid):
             return AttentionPlan(q_order, kv_order, BlockMask.full(q_order.offsets, kv_order.offsets))
         if not site.in_order:
             q, k, v = (kv_order.permute(x) for x in (q, k, v))
-        probes = attend_rows(q, k, v, q_order, self.rows)
+        probes = None if self.error is None else attend_rows(q, k, v, q_order, self.rows)
         errors = self.errors(q, k, v, orders, probes)
         # Both branches of a sample have one plan also where they come in one batch.
         branches = 2 if site.branch == "cond_uncond" and q.shape[0] % 2 == 0 else 1
         errors = errors.unflatten(0, (branches, -1)).sum(0)
         errors = errors if site.heads is None else site.heads.gather(errors)
-        if (error := self.threshold_at(site)) is None:
+        if (error := self.threshold_at(site)) is None or probes is None:
             kept = self.choose(errors, self.density_at(site), orders, site.grid)
         else:
             output = probes.squares(q_order).unflatten(0, (branches, -1)).sum((0, 2, 3))
@@ -150,7 +150,7 @@ class LeastError(AnyGrid):
         kept = (kept if site.heads is None else site.heads.own(kept)).repeat(branches, 1, 1, 1)
         return AttentionPlan.from_kept(q_order, kept, kv_order=kv_order, remainder=self.own_remainder)
 
-    def errors(self, q: Tensor, k: Tensor, v: Tensor, orders: Orders, probes: Probes) -> Tensor:
+    def errors(self, q: Tensor, k: Tensor, v: Tensor, orders: Orders, probes: Probes | None) -> Tensor:
         """`[B, H, Mq, Mk]` float32: what leaving each block to its mean costs, of tokens in the orders' positions."""
         return output_errors(q, k, v, *orders, rows=self.rows, probes=probes)
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -102,6 +103,16 @@ def test_a_checkpoint_takes_its_preset(capsys):
     assert (line["config"]["method"], line["config"]["warmup"], line["steps"]) == ("adaspa", 0.2, 4)
     Path("config.json").write_text('{"method": "dense"}')
     assert made("--config", "config.json")[1]["config"]["method"] == "dense"
+
+
+def test_the_demo_model_takes_its_preset(capsys):
+    command = ["generate", "--prompt", "a red ball", "--height", "32", "--width", "32", "--frames", "5", "--steps", "2"]
+    assert exit_code(*command, "--never-slower", "false") == 0
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("preset")]
+    assert said.startswith("preset demo: lea, density")
+    line = json.loads(Path("videos/manifest.jsonl").read_text())
+    assert line["config"] == replace(preset("demo"), never_slower=False).to_config()
+    assert (line["model"], line["guidance"], line["dense_calls"]) == ("demo", 3.5, {})
 
 
 def test_a_failing_prompt_gives_exit_code_1(model, capsys, monkeypatch):

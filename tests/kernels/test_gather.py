@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dit_sparse.kernels import gather, gather_rows, get_backend
-from dit_sparse.types import AttentionPlan, BlockMask, Remainder
+from dit_sparse.types import AttentionPlan, BlockMask, Remainder, TokenOrder
 from tests.kernels import cases
 
 GATHER = get_backend("gather")
@@ -231,6 +231,28 @@ def test_rows_with_a_remainder_are_not_stacked() -> None:
     assert all(batch.q_units.shape[1] == 1 for batch in batches)
     q, k, v = cases.inputs(plan, 1, 1, 16)
     cases.assert_plan_as_good_as_torch(run(q, k, v, plan), q, k, v, plan, 0.3)
+
+
+def test_rows_of_unlike_length_run_together_where_there_is_a_remainder() -> None:
+    kept = torch.rand(1, 2, 3, 6, generator=cases.generator()) < 0.5
+    kept[0, 0, 0], kept[0, 0, 1] = True, False
+    keys = TokenOrder.from_index(torch.arange(96), torch.tensor(cases.EVEN), is_identity=True)
+    queries = TokenOrder.from_index(torch.arange(96), torch.tensor(cases.EVEN[::2]), is_identity=True)
+    plan = AttentionPlan.from_kept(queries, kept, kv_order=keys, remainder="value")
+    (batch,) = gather_rows.prepared(plan, 16, torch.get_num_threads()).batches[0][0]
+    assert len(batch.groups) == 1
+    assert batch.filling.sum(-1).tolist()[::2] == [0, 96]
+    q, k, v = cases.inputs(plan, 1, 2, 16)
+    cases.assert_plan_as_good_as_torch(run(q, k, v, plan), q, k, v, plan, 0.3)
+
+
+@pytest.mark.parametrize("remainder", ["none", "value"])
+def test_the_output_lies_as_the_queries_do(remainder: Remainder) -> None:
+    plan = cases.random_plan(cases.RAGGED, heads=2).with_remainder(remainder)
+    q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in cases.inputs(plan, 2, 2, 16))
+    out, lse = run(q, k, v, plan)
+    assert out.stride() == q.stride()
+    cases.assert_plan_as_good_as_torch((out, lse), q, k, v, plan, 0.3)
 
 
 def test_a_remainder_needs_no_row_sums_from_the_caller() -> None:

@@ -8,7 +8,7 @@ from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor
 
 from dit_sparse.kernels import norm_rope
-from dit_sparse.kernels.norm_rope import norm_rope_by_torch, norm_rope_by_triton
+from dit_sparse.kernels.norm_rope import norm_rope_by_torch, norm_rope_by_triton, rotate
 from tests.kernels.test_block_mass import needs_interpreter
 
 TOKENS, HEADS, DIM = 11, 3, 20
@@ -73,6 +73,18 @@ def test_torchs_path_is_diffusers_bit_for_bit(dtype) -> None:
     want = apply_rotary_emb(norm(x), (cos[0, :, 0], sin[0, :, 0]), sequence_dim=1)
     with torch.no_grad():
         assert torch.equal(norm_rope(x, weight, 1e-6, cos[0, :, 0], sin[0, :, 0]), want)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 16), (17, 1, 32), (33, 3, 48), (9, 4, 64), (5, 2, 128), (6, 2, 24)], ids=str)
+@pytest.mark.parametrize("start", [0, 1, 4])
+def test_turning_is_diffusers_bit_for_bit_however_it_is_computed(shape, start) -> None:
+    tokens, heads, dim = shape
+    g = torch.Generator().manual_seed(0)
+    angles = torch.randn(tokens, dim // 2, generator=g).repeat_interleave(2, -1) * 100
+    fused = torch.randn(2, tokens, 3 * heads * dim + start, generator=g)
+    x = fused[..., start : start + heads * dim].unflatten(2, (heads, dim))  # as of one projection
+    want = apply_rotary_emb(x, (angles.cos(), angles.sin()), sequence_dim=1)
+    assert torch.equal(rotate(x, angles.cos(), angles.sin()), want)
 
 
 def test_gradients_pass_through() -> None:
