@@ -89,11 +89,16 @@ def cut_plan(plan: AttentionPlan, chunks: Sequence[Chunk], rank: int) -> list[At
     """For each chunk of keys the plan of the queries of chunk `rank`; made once a plan.
 
     Raises:
-        ValueError: a plan with a remainder, which is of whole blocks.
+        ValueError: a plan with a remainder or one that skips blocks, which are of whole blocks.
     """
     if plan.remainder != "none":
         raise ValueError(
             f"remainder must be 'none' in a ring, got {plan.remainder!r}: it is of whole blocks; use ulysses"
+        )
+    if plan.skip_threshold:
+        raise ValueError(
+            f"skip_threshold must be 0 in a ring, got {plan.skip_threshold:g}: whole blocks are skipped, and each rank "
+            "sees parts of them; use ulysses"
         )
     if "ring" not in plan.derived:
         device = plan.q_order.index.device

@@ -18,6 +18,7 @@ from dit_sparse.kernels import (
     output_error_kernel,
     remainder_error_kernels,
     remainder_kernels,
+    skip_kernel,
     triton_kernels,
 )
 
@@ -26,7 +27,18 @@ ROW_STRIDES += [f"{name}_{dim}" for name in ("mk", "mv", "slope", "x", "m", "vm"
 ROW_STRIDES += ["slope_sd", "x_sn", "p_sd"]
 DATA = ("q", "k", "v", "out", "x", "mean_k", "mean_v", "slopes", "products", "means")
 FLOATS = ("lse", "bias", "mean", "square", "v_mean", "middle", "norms", "overlaps", "errors", "sums")
-LISTS = ("counts", "indices", "partial_counts", "partial_indices", "bits", "q_offsets", "k_offsets", "offsets", "pace")
+LISTS = (
+    "skips",
+    "counts",
+    "indices",
+    "partial_counts",
+    "partial_indices",
+    "bits",
+    "q_offsets",
+    "k_offsets",
+    "offsets",
+    "pace",
+)
 
 
 def signature(kernel, constants: dict, special: dict[str, str], data: str) -> dict[str, str]:
@@ -39,8 +51,8 @@ def signature(kernel, constants: dict, special: dict[str, str], data: str) -> di
             types[name] = special[name]
         elif name in LISTS:
             types[name] = "*i32"
-        elif name in ("scale", *FLOATS):
-            types[name] = "fp32" if name == "scale" else "*fp32"
+        elif name in ("scale", "floor", *FLOATS):
+            types[name] = "*fp32" if name in FLOATS else "fp32"
         else:
             types[name] = f"*{data}" if name in DATA else "i32"
     return types
@@ -53,6 +65,14 @@ def portable(job: dict):
         MEANS=job["remainder"] != "none", SLOPES=job["remainder"] == "value", UPCAST=False,
     )  # fmt: skip
     return triton_source(triton_kernels.forward_kernel, constants, job), options_of(job)
+
+
+def skipping(job: dict):
+    constants = dict(
+        D=job["dim"], DV=job["dim"], BLOCK_D=job["padded"], BLOCK_DV=job["padded"], BLOCK_M=job["block_m"],
+        BLOCK_N=job["block_n"], PARTIAL=job["partial"], RETURN_LSE=True, UPCAST=False,
+    )  # fmt: skip
+    return triton_source(skip_kernel.skip_kernel, constants, job), options_of(job)
 
 
 def moments(job: dict):
@@ -115,7 +135,14 @@ def hopper(job: dict):
 
 
 def report(job: dict) -> dict:
-    kinds = {"triton": portable, "moments": moments, "errors": errors, "changes": changes, "hopper": hopper}
+    kinds = {
+        "triton": portable,
+        "moments": moments,
+        "errors": errors,
+        "changes": changes,
+        "hopper": hopper,
+        "skip": skipping,
+    }
     source, options = kinds[job["kernel"]](job)
     log = io.StringIO()
     with contextlib.redirect_stdout(log):
