@@ -101,6 +101,22 @@ def skipping_attention(
     return out, skipped
 
 
+def attend(
+    backend: str, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, in_order: bool
+) -> tuple[Tensor, str, Tensor | None]:
+    """For those who keep account of what is computed; arguments as in `sparse_attention`.
+
+    Returns:
+        Output, the name of the backend that computed it, and `[B, H]` int64 how many pairs were skipped, or `None` for
+        a plan that skips nothing.
+    """
+    name = select(backend, q, k, v, plan).name
+    if not plan.skip_threshold:
+        return sparse_attention(q, k, v, plan, backend=name, in_order=in_order), name, None
+    out, skipped = skipping_attention(q, k, v, plan, backend=name, in_order=in_order)
+    return out, name, skipped.sum(-1)
+
+
 def _attend(
     q: Tensor,
     k: Tensor,
