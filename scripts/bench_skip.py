@@ -16,13 +16,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import bench_cpu
 import torch
-from bench_cpu import environment
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from dit_sparse import SkipSoftmax, skipping_attention, sparse_attention
+from dit_sparse.bench.report import environment
 from dit_sparse.bench.timing import check, in_turns
 from dit_sparse.kernels import dense_attention
 from dit_sparse.types import AttentionPlan, Site, TokenGrid
@@ -112,7 +113,8 @@ def main() -> None:
     Console(width=100).print(table(rows))
     if options.out is not None:
         shape = {"tokens": options.tokens, "heads": HEADS, "dim": DIM}
-        report = {"environment": environment(), "shape": shape, "rounds": options.rounds}
+        where = environment(torch.device(options.device)) if options.device != "cpu" else bench_cpu.environment()
+        report = {"environment": where, "shape": shape, "rounds": options.rounds}
         report["rows"] = [asdict(row) for row in rows]
         options.out.write_text(json.dumps(report, indent=2) + "\n")
 

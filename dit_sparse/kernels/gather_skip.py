@@ -47,35 +47,51 @@ def attend_skipping(
                 continue
             sizes = k_bounds[blocks + 1] - k_bounds[blocks]
             tokens = _tokens(k_bounds, blocks, sizes)
-            scores = torch.matmul(queries[rows] * scale, keys[tokens].T)
-            pairs = sizes * len(scores)
+            # A block's scores for all rows lie together: its maximum is taken, and it is left out, at full speed.
+            scores = keys[tokens] @ (queries[rows] * scale).T
+            pairs = sizes * scores.shape[1]
             for n, end in enumerate(np.cumsum(sizes)[len(whole) :], len(whole)):
                 columns = slice(int(k_bounds[blocks[n]]), int(k_bounds[blocks[n] + 1]))
                 allowed = allowed_pairs(plan, b, h, rows, columns)
                 pairs[n] = int(allowed.sum())
-                scores[:, end - sizes[n] : end].masked_fill_(~allowed, -math.inf)
-            needed = _needed(scores, sizes, log_threshold(plan))
+                scores[end - sizes[n] : end].masked_fill_(~allowed.T, -math.inf)
+            largest = _largest(scores, sizes)
+            needed = _needed(largest, log_threshold(plan))
             if not needed.all():
                 skipped[b, h, i] = int(pairs[~needed].sum())
-                scores = scores[:, torch.from_numpy(np.repeat(needed, sizes))]
+                scores = _of_blocks(scores, sizes, needed)
                 tokens = _tokens(k_bounds, blocks[needed], sizes[needed])
-            sums = scores.logsumexp(-1)
-            weights = (scores - sums.masked_fill(sums.isneginf(), 0.0)[:, None]).exp_()
-            out[b, h, rows], lse[b, h, rows] = weights @ values[tokens], sums
+            peaks = largest.amax(0)
+            empty = peaks.isneginf()
+            weights = scores.sub_(peaks.masked_fill_(empty, 0.0)).exp_()
+            sums = weights.sum(0)
+            out[b, h, rows] = (weights.T @ values[tokens]) / sums.masked_fill(empty, 1.0)[:, None]
+            lse[b, h, rows] = peaks + sums.log()
     return skipped
 
 
-def _needed(scores: Tensor, sizes: np.ndarray, threshold: float) -> np.ndarray:
-    """`[blocks]` bool: which of the blocks of `sizes` keys that `scores` `[rows, keys]` hold are not skipped."""
-    starts = np.cumsum(sizes) - sizes
+def _largest(scores: Tensor, sizes: np.ndarray) -> Tensor:
+    """`[blocks, rows]` largest score of each block of `sizes` keys that `scores` `[keys, rows]` hold."""
     if (sizes == sizes[0]).all():
-        largest = scores.unflatten(1, (len(sizes), -1)).amax(-1)
-    else:
-        largest = torch.from_numpy(np.maximum.reduceat(scores.numpy(), starts, axis=1))
+        return scores.unflatten(0, (len(sizes), -1)).amax(1)
+    return torch.from_numpy(np.maximum.reduceat(scores.numpy(), np.cumsum(sizes) - sizes, axis=0))
+
+
+def _needed(largest: Tensor, threshold: float) -> np.ndarray:
+    """`[blocks]` bool: which are not skipped."""
     before = torch.full_like(largest, -math.inf)
-    before[:, 1:] = largest.cummax(1).values[:, :-1]
-    needed: np.ndarray = (~(largest < before + threshold)).any(0).numpy()
+    before[1:] = largest.cummax(0).values[:-1]
+    needed: np.ndarray = (~(largest < before + threshold)).any(1).numpy()
     return needed
+
+
+def _of_blocks(scores: Tensor, sizes: np.ndarray, chosen: np.ndarray) -> Tensor:
+    """The rows of the `chosen` blocks of `scores` `[keys, rows]`."""
+    if (sizes == sizes[0]).all():
+        return (
+            scores.unflatten(0, (len(sizes), -1)).index_select(0, torch.from_numpy(chosen.nonzero()[0])).flatten(0, 1)
+        )
+    return scores[torch.from_numpy(np.repeat(chosen, sizes))]
 
 
 def _kept(plan: AttentionPlan, b: int, h: int, i: int) -> tuple[np.ndarray, np.ndarray]:
