@@ -16,32 +16,41 @@ from dit_sparse.kernels.triton_kernels import allowed_pairs, load_tile, multiply
 
 @triton.jit
 def attend_needed(
-    q, m, total, acc, skipped, k, v, start, end, inside, k_stride, v_stride, scale, floor, allowed,
+    q, m, total, acc, skipped, k, v, start, end, inside, num_rows, k_stride, v_stride, scale, floor, allowed,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
-    PARTIAL: tl.constexpr, UPCAST: tl.constexpr,
+    MASKED: tl.constexpr, PARTIAL: tl.constexpr, PREFETCH: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """As `attend_tile` where a row `inside` has a score of `floor` below its maximum or more; else `skipped` pairs."""
     positions = start + tl.arange(0, BLOCK_N)
-    keys = load_tile(k, positions, end, k_stride, D, BLOCK_D, True)
-    pairs = inside[:, None] & (positions < end)[None, :]
+    keys = load_tile(k, positions, end, k_stride, D, BLOCK_D, MASKED)
+    if PREFETCH:
+        values = load_tile(v, positions, end, v_stride, DV, BLOCK_DV, MASKED)
+    scores = multiply(q, tl.trans(keys), UPCAST)
+    if MASKED:
+        scores = tl.where((positions < end)[None, :], scores, -float("inf"))
     if PARTIAL:
-        pairs = pairs & allowed
-    scores = tl.where(pairs, multiply(q, tl.trans(keys), UPCAST), -float("inf"))
+        scores = tl.where(allowed, scores, -float("inf"))
     peak = tl.max(scores, 1) * scale
     # Not `>=`: a NaN is needed, so that it is seen.
     needed = inside & ((peak < m + floor) == 0)
     if tl.max(needed.to(tl.int32), 0) > 0:
         peak = tl.maximum(m, peak)
-        # A row that has seen no key yet: -inf less -inf would be NaN.
-        shift = tl.where(peak == -float("inf"), 0.0, peak)
+        shift = peak
+        if MASKED or PARTIAL:
+            # A row that has seen no key yet: -inf less -inf would be NaN.
+            shift = tl.where(peak == -float("inf"), 0.0, peak)
         weights = tl.exp2(scores * scale - shift[:, None])
         keep = tl.exp2(m - shift)
-        values = load_tile(v, positions, end, v_stride, DV, BLOCK_DV, True)
+        if not PREFETCH:
+            values = load_tile(v, positions, end, v_stride, DV, BLOCK_DV, MASKED)
         acc = acc * keep[:, None] + multiply(weights.to(values.dtype), values, UPCAST)
         total = total * keep + tl.sum(weights, 1)
         m = peak
-    else:
+    elif PARTIAL:
+        pairs = allowed & inside[:, None] & (positions < end)[None, :]
         skipped += tl.sum(tl.sum(pairs.to(tl.int32), 1), 0)
+    else:
+        skipped += (end - start) * num_rows
     return m, total, acc, skipped
 
 
@@ -49,6 +58,7 @@ def attend_needed(
 PLAIN_NUMBERS = [
     "lse_sb", "lse_sh", "s_sb", "s_sh", "qo_sb", "qo_sh", "ko_sb", "ko_sh", "c_sb", "c_sh", "i_sb", "i_sh", "i_sm",
     "pc_sb", "pc_sh", "pi_sb", "pi_sh", "pi_sm", "bits_sb", "bits_sh", "bits_sm", "bits_sl", "words", "q_block",
+    "run_start", "run_end",
 ]  # fmt: skip
 
 
@@ -58,9 +68,10 @@ def skip_kernel(
     q_offsets, k_offsets, counts, indices, partial_counts, partial_indices, bits,
     q_sb, q_sh, q_sn, k_sb, k_sh, k_sn, v_sb, v_sh, v_sn, o_sb, o_sh, o_sn, lse_sb, lse_sh, s_sb, s_sh,
     qo_sb, qo_sh, ko_sb, ko_sh, c_sb, c_sh, i_sb, i_sh, i_sm, pc_sb, pc_sh, pi_sb, pi_sh, pi_sm,
-    bits_sb, bits_sh, bits_sm, bits_sl, words, q_block, scale, floor,
+    bits_sb, bits_sh, bits_sm, bits_sl, words, q_block, run_start, run_end, scale, floor,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, PARTIAL: tl.constexpr, RETURN_LSE: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_N: tl.constexpr, PARTIAL: tl.constexpr, RETURN_LSE: tl.constexpr, PREFETCH: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Output, row sums and skipped pairs of one query block."""
     b, h, block = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(0)
@@ -69,7 +80,7 @@ def skip_kernel(
     if start >= end:
         return
     rows = start + tl.arange(0, BLOCK_M)
-    inside = rows < end
+    inside, num_rows = rows < end, end - start
     queries = load_tile(q + b * q_sb + h * q_sh, rows, end, q_sn, D, BLOCK_D, True)
     k += b * k_sb + h * k_sh
     v += b * v_sb + h * v_sh
@@ -82,17 +93,35 @@ def skip_kernel(
     count = tl.load(counts + b * c_sb + h * c_sh + block)
     indices += b * i_sb + h * i_sh + block * i_sm
     last = tl.maximum(count - 1, 0)
-    bound = k_offsets + tl.load(indices)
-    k_start, k_end = tl.load(bound), tl.load(bound + 1)
-    for i in tl.range(0, count):
-        # Where the next block lies is read a step ahead: copies that wait for another load are not pipelined.
-        bound = k_offsets + tl.load(indices + tl.minimum(i + 1, last))
-        start_next, end_next = tl.load(bound), tl.load(bound + 1)
+    # Indices ascend, so the blocks that need no mask stand together.
+    plain_start = 0
+    while (plain_start < count) & (tl.load(indices + tl.minimum(plain_start, last)) < run_start):
+        plain_start += 1
+    plain_end = count
+    while (plain_end > plain_start) & (tl.load(indices + tl.maximum(plain_end - 1, 0)) >= run_end):
+        plain_end -= 1
+    for i in tl.range(0, plain_start, num_stages=1):
+        bound = k_offsets + tl.load(indices + i)
         m, total, acc, skipped = attend_needed(
-            queries, m, total, acc, skipped, k, v, k_start, k_end, inside, k_sn, v_sn, scale, floor, None,
-            D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, False, UPCAST,
+            queries, m, total, acc, skipped, k, v, tl.load(bound), tl.load(bound + 1), inside, num_rows, k_sn, v_sn,
+            scale, floor, None, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, True, False, PREFETCH, UPCAST,
         )  # fmt: skip
-        k_start, k_end = start_next, end_next
+    origin = tl.load(k_offsets + run_start) - run_start * BLOCK_N
+    k_start = origin + tl.load(indices + tl.minimum(plain_start, last)) * BLOCK_N
+    for i in tl.range(plain_start, plain_end):
+        # Where the next block lies is read a step ahead: copies that wait for another load are not pipelined.
+        following = origin + tl.load(indices + tl.minimum(i + 1, last)) * BLOCK_N
+        m, total, acc, skipped = attend_needed(
+            queries, m, total, acc, skipped, k, v, k_start, k_start + BLOCK_N, inside, num_rows, k_sn, v_sn, scale,
+            floor, None, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, False, False, PREFETCH, UPCAST,
+        )  # fmt: skip
+        k_start = following
+    for i in tl.range(plain_end, count, num_stages=1):
+        bound = k_offsets + tl.load(indices + i)
+        m, total, acc, skipped = attend_needed(
+            queries, m, total, acc, skipped, k, v, tl.load(bound), tl.load(bound + 1), inside, num_rows, k_sn, v_sn,
+            scale, floor, None, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, True, False, PREFETCH, UPCAST,
+        )  # fmt: skip
     if PARTIAL:
         count = tl.load(partial_counts + b * pc_sb + h * pc_sh + block)
         partial_indices += b * pi_sb + h * pi_sh + block * pi_sm
@@ -101,8 +130,8 @@ def skip_kernel(
             bound = k_offsets + tl.load(partial_indices + i)
             allowed = allowed_pairs(bits + i * bits_sl, tl.arange(0, BLOCK_M), 0, q_block, words, BLOCK_M, BLOCK_N)
             m, total, acc, skipped = attend_needed(
-                queries, m, total, acc, skipped, k, v, tl.load(bound), tl.load(bound + 1), inside, k_sn, v_sn, scale,
-                floor, allowed, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, True, UPCAST,
+                queries, m, total, acc, skipped, k, v, tl.load(bound), tl.load(bound + 1), inside, num_rows, k_sn,
+                v_sn, scale, floor, allowed, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, True, True, PREFETCH, UPCAST,
             )  # fmt: skip
 
     empty = total == 0.0
