@@ -15,7 +15,6 @@ from dit_sparse.types import AttentionPlan
 __all__ = ["SkipLaunch", "launch", "refusal", "skip_configuration"]
 
 _LARGEST_BLOCK = 128
-_PREFETCH = True
 
 
 class SkipLaunch(NamedTuple):
@@ -63,7 +62,7 @@ def launch(call: Call) -> None:
         call.q_blocks.largest, *run, call.scale * math.log2(math.e), math.log2(call.skip_threshold),
         D=q.shape[-1], DV=v.shape[-1], BLOCK_D=padded(q.shape[-1]), BLOCK_DV=padded(v.shape[-1]),
         BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
-        PARTIAL=call.bits is not None, RETURN_LSE=call.lse is not None, PREFETCH=_PREFETCH, UPCAST=interpreted(),
+        PARTIAL=call.bits is not None, RETURN_LSE=call.lse is not None, UPCAST=interpreted(),
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
 

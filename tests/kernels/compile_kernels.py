@@ -70,7 +70,7 @@ def portable(job: dict):
 def skipping(job: dict):
     constants = dict(
         D=job["dim"], DV=job["dim"], BLOCK_D=job["padded"], BLOCK_DV=job["padded"], BLOCK_M=job["block_m"],
-        BLOCK_N=job["block_n"], PARTIAL=job["partial"], RETURN_LSE=True, PREFETCH=True, UPCAST=False,
+        BLOCK_N=job["block_n"], PARTIAL=job["partial"], RETURN_LSE=True, UPCAST=False,
     )  # fmt: skip
     return triton_source(skip_kernel.skip_kernel, constants, job), options_of(job)
 
