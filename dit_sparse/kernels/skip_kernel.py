@@ -124,7 +124,7 @@ def skip_kernel(
         )  # fmt: skip
     origin = tl.load(k_offsets + run_start) - run_start * BLOCK_N
     k_start = origin + tl.load(indices + tl.minimum(plain_start, last)) * BLOCK_N
-    # A block's scores are computed while the values of the one before it are on their way; none where there is no block.
+    # A block's scores are computed while the values of the one before it are on their way.
     k_end = tl.where(plain_start < plain_end, k_start + BLOCK_N, k_start)
     scores = score_block(queries, k, k_start, k_end, k_sn, None, D, BLOCK_D, BLOCK_N, True, False, UPCAST)
     for i in tl.range(plain_start, plain_end):
