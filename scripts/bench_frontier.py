@@ -2,6 +2,7 @@
 
     python scripts/bench_frontier.py --fidelity docs/fidelity*.json --model wan-1.3b --layers 2 --out docs/frontier.json
     python scripts/bench_frontier.py --table --out docs/frontier.json      # the table of an earlier run, in Markdown
+    python scripts/bench_frontier.py --merge a.json b.json --out docs/frontier.json   # runs of one machine as one
 
 The settings and their PSNR are those of the reports of `bench_fidelity.py`, made on the demo model; later reports win.
 The demo model is too small for its time to mean anything on a GPU, so every setting runs a whole denoising loop of as
@@ -122,6 +123,8 @@ def table(report: Mapping[str, Any]) -> str:
 def _name(row: Mapping[str, Any]) -> str:
     config = row["config"]
     asked = f" {config['density']:g}" if config.get("density") is not None else ""
+    if config.get("window"):
+        asked = f" {'x'.join(map(str, config['window']))}"
     remainder = "" if config.get("remainder", "method") == "method" else f", remainder {config['remainder']}"
     return f"{row['method']}{asked}{remainder}"
 
@@ -167,6 +170,23 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     return report
 
 
+def merge(parts: Sequence[Path]) -> dict[str, Any]:
+    """One report of several; a setting that several have is that of the last. Each row keeps the speed-up of its run.
+
+    Raises:
+        ValueError: no reports, or of different devices, versions, models or steps.
+    """
+    reports = [read_frontier(part) for part in parts]
+    first = reports[0]
+    for part, report in zip(parts, reports, strict=True):
+        for name in ("environment", "model", "layers", "steps"):
+            if report[name] != first[name]:
+                raise ValueError(f"--merge: the {name} of {part} is not that of {parts[0]}: merge like with like")
+    rows = {row["label"]: row for report in reports for row in report["rows"]}
+    left_out = {label: text for report in reports for label, text in report["left_out"].items() if label not in rows}
+    return first | {"rows": list(rows.values()), "left_out": left_out, "dense": [report["dense"] for report in reports]}
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fidelity", nargs="+", type=Path, default=[], help="reports of bench_fidelity.py")
@@ -175,13 +195,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--commit", help="recorded where there is no checkout to ask")
+    parser.add_argument("--merge", nargs="+", type=Path, metavar="PART", help="make --out of these; times nothing")
     parser.add_argument("--table", action="store_true", help="print the table of --out and run nothing")
     parser.add_argument("--out", type=Path, required=True, help="the report, JSON")
     options = parser.parse_args(arguments)
-    if not options.table and not options.fidelity:
+    if not options.table and not options.merge and not options.fidelity:
         parser.error("--fidelity must name at least one report, got none")
     try:
-        report = read_frontier(options.out) if options.table else run(options)
+        if options.merge:
+            report = merge(options.merge)
+            write_report(report, options.out)
+        else:
+            report = read_frontier(options.out) if options.table else run(options)
     except ValueError as error:
         parser.error(str(error))
     sys.stdout.write(table(report))
