@@ -37,7 +37,7 @@ RayWorkers = Annotated[
     option(
         "Ray workers, each with the model; with --parallel each is a group of ranks.",
         MACHINE,
-        default="one a GPU, or for four cores, a rank",
+        default="as many as have a GPU, or four cores, a rank",
     ),
 ]
 Trace = Annotated[

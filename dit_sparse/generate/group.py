@@ -62,7 +62,7 @@ class RankGroup:
         try:
             port = self._answer()
             for pipe in self._pipes[1:]:
-                pipe.send(_Answer(port))
+                _send(pipe, _Answer(port))
             self._answer()
         except BaseException:
             self.stop()
@@ -74,9 +74,7 @@ class RankGroup:
         Raises:
             WorkerLost: as above; the other ranks are then ended.
         """
-        # Whether rank 0 is there to take it shows below.
-        with suppress(OSError):
-            self._pipes[0].send((method, arguments))
+        _send(self._pipes[0], (method, arguments))
         return self._answer()
 
     def stop(self) -> None:
@@ -115,6 +113,12 @@ class RankGroup:
 @dataclass(frozen=True)
 class _Answer:
     value: Any
+
+
+def _send(pipe: Connection, what: Any) -> None:
+    # That nobody is there to take it shows when an answer is awaited.
+    with suppress(OSError):
+        pipe.send(what)
 
 
 def _run_rank(rank: int, count: int, pipe: Connection, request: Request, make: Callable[[Renderer], Any]) -> None:

@@ -14,7 +14,6 @@ from tests.pipelines.tiny import make_tiny_wan
 from tests.processes import alive, within
 
 
-@pytest.mark.timeout(200)
 def test_ranks_take_calls_until_one_is_killed(tmp_path):
     size = {"height": 64, "width": 64, "frames": 9, "steps": 2, "guidance": 5.0}
     config = {"method": "adaspa", "density": 0.3, "block": 8}
@@ -51,7 +50,7 @@ def test_busy_ranks_end_when_the_process_that_started_them_is_killed(tmp_path):
     parent = multiprocessing.get_context("spawn").Process(target=hold_sleeping_ranks, args=(request, tmp_path))
     parent.start()
     try:
-        assert within(100, lambda: len(list(tmp_path.iterdir())) >= 2 or not parent.is_alive())
+        assert within(200, lambda: len(list(tmp_path.iterdir())) >= 2 or not parent.is_alive())
         ranks = [int(path.name) for path in tmp_path.iterdir()]
         assert len(list(filter(alive, ranks))) >= 2
     finally:

@@ -84,7 +84,6 @@ def test_a_killed_worker_and_a_bad_prompt(request_for):
     assert len(_lines()) == 21
 
 
-@pytest.mark.timeout(200)
 def test_groups_of_ranks(request_for, model, capsys):
     """Of two groups of two ranks one is killed; the videos are those of one process."""
     prompts = [*PROMPTS[4:8], "a green ball", *PROMPTS[8:10]]

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from diffusers import FirstBlockCacheConfig
+from diffusers import ContextParallelConfig, FirstBlockCacheConfig
+from diffusers.models._modeling_parallel import ParallelConfig
 
 from dit_sparse import (
     AdaSpa,
@@ -32,6 +33,7 @@ from dit_sparse.generate.ranks import Leader, become_rank, follow, join
 from dit_sparse.generate.render import LocalExecutor
 from dit_sparse.head_shard import HeadShard
 from dit_sparse.pipelines import observe, session_of
+from dit_sparse.pipelines.context_parallel import _on_any_device
 from tests.pipelines.families import FAMILIES
 from tests.pipelines.tiny import tiny_wan
 from tests.pipelines.tiny_families import tiny_cogvideox, tiny_flux, tiny_hunyuan_video, tiny_ltx_video
@@ -95,6 +97,21 @@ def render(
     calls = statistics(pipe).records
     densities = [[-1.0] if call.density is None else call.density.mean(0).tolist() for call in calls]
     return Rendered(latents, densities, sum(context.moves for context in session_of(pipe).contexts))
+
+
+def render_with_diffusers_own_plan(family: str, method: Any) -> Rendered:
+    """A run over two ranks for which diffusers' own method was called, and not `parallelize`."""
+    own = next(f for f in FAMILIES if f.name == family)
+    pipe = MAKERS[family](heads=4)
+    sparsify(pipe, Schedule(method, warmup=0.3))
+    config = ParallelConfig(context_parallel_config=ContextParallelConfig(ulysses_degree=2, mesh=_mesh(2, 1)))
+    with _on_any_device(pipe.transformer):
+        pipe.transformer.enable_parallelism(config=config)
+    with torch.no_grad():
+        latents = own.run(pipe, "a red ball", steps=3)
+    return Rendered(
+        latents, [call.density.mean(0).tolist() for call in statistics(pipe).records if call.density is not None]
+    )
 
 
 def render_with_a_dear_half(schedule: Schedule, balance: bool = True) -> Rendered:

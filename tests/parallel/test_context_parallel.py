@@ -115,6 +115,16 @@ def test_parallelize_comes_before_or_after_sparsify(ranks: Ranks) -> None:
         check(got, alone(family, STATIC))
 
 
+@pytest.mark.parametrize("family", ["wan", "flux"])
+def test_diffusers_own_switch_works_where_it_has_a_plan(ranks: Ranks, family: str) -> None:
+    want = alone(family, CACHED)
+    for result in ranks.run(cases.render_with_diffusers_own_plan, family, CACHED):
+        if isinstance(result, Exception):
+            raise result
+        assert (result.latents - want.latents).abs().max() <= TOLERANCE * want.latents.abs().max()
+        assert result.densities == [pytest.approx(call) for call in want.densities if call != [-1.0]]
+
+
 def test_heads_and_tokens_need_not_divide(ranks: Ranks) -> None:
     """Three heads over two ranks, and text, frames and rows that four ranks cannot share evenly."""
     check(ranks.run(render, "wan", CACHED, 2, 1, heads=3), alone("wan", CACHED, heads=3))
