@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from dit_sparse.attention import sparse_attention
+    from dit_sparse.attention import skipping_attention, sparse_attention
     from dit_sparse.methods import (
         AdaSpa,
         AnchorAttention,
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         RadialAttention,
         Sale,
         SeerAttention,
+        SkipSoftmax,
         SlidingTile,
         SolAttention,
         SpargeAttention,
@@ -65,7 +66,7 @@ if TYPE_CHECKING:
 
 # Names load on first use: kernels alone need no diffusers, and the command line's help needs no torch.
 _HOMES = {
-    "attention": ("sparse_attention",),
+    "attention": ("skipping_attention", "sparse_attention"),
     "methods": (
         "SeerAttention",
         "Sale",
@@ -86,6 +87,7 @@ _HOMES = {
         "SparseVideoGen",
         "SparseVideoGen2",
         "RadialAttention",
+        "SkipSoftmax",
         "SlidingTile",
         "XAttention",
         "DraftAttention",
@@ -149,6 +151,7 @@ __all__ = [
     "Schedule",
     "SeerAttention",
     "Site",
+    "SkipSoftmax",
     "SlidingTile",
     "SolAttention",
     "SpargeAttention",
@@ -173,6 +176,7 @@ __all__ = [
     "parallelize",
     "preset",
     "save_plan",
+    "skipping_attention",
     "sparse_attention",
     "sparsify",
     "statistics",

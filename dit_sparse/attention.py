@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Literal, cast, overload
 
 import torch
 from torch import Tensor
 
-from dit_sparse.kernels import permute, restore, select
+from dit_sparse.kernels import CountingBackend, permute, restore, select
 from dit_sparse.types import AttentionPlan
 
 
@@ -67,19 +67,84 @@ def sparse_attention(
         ValueError: tensors or a plan that do not fit each other, or a backend that cannot compute this call.
         BackendUnavailableError: a backend asked for by name that is not there; the message says how to get it.
     """
+    out, lse, _ = _attend(q, k, v, plan, scale, backend, in_order, return_lse)
+    return out if lse is None else (out, lse)
+
+
+def skipping_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: AttentionPlan,
+    *,
+    scale: float | None = None,
+    backend: str = "auto",
+    in_order: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """As `sparse_attention`, and what was skipped.
+
+    Args:
+        q, k, v, scale, backend, in_order: as there.
+        plan: with a `skip_threshold`.
+
+    Returns:
+        `out` `[B, H, N, D]`, and `[B, H, Mq]` int32 or int64 how many of the query-key pairs that `plan` keeps each
+        query block has skipped: their scores were computed, but no product with values.
+
+    Raises:
+        ValueError, BackendUnavailableError: as there; a plan without a `skip_threshold` too.
+    """
+    if not plan.skip_threshold:
+        raise ValueError("plan must have a skip_threshold above 0, got 0; use sparse_attention")
+    out, _, skipped = _attend(q, k, v, plan, scale, backend, in_order, False)
+    assert skipped is not None
+    return out, skipped
+
+
+def attend(
+    backend: str, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, in_order: bool
+) -> tuple[Tensor, str, Tensor | None]:
+    """For those who keep account of what is computed; arguments as in `sparse_attention`.
+
+    Returns:
+        Output, the name of the backend that computed it, and `[B, H]` int64 how many pairs were skipped, or `None` for
+        a plan that skips nothing.
+    """
+    name = select(backend, q, k, v, plan).name
+    if not plan.skip_threshold:
+        return sparse_attention(q, k, v, plan, backend=name, in_order=in_order), name, None
+    out, skipped = skipping_attention(q, k, v, plan, backend=name, in_order=in_order)
+    return out, name, skipped.sum(-1)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: AttentionPlan,
+    scale: float | None,
+    backend: str,
+    in_order: bool,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Output, row sums where wanted, and skipped pairs where the plan skips."""
     _validate(q, k, v, plan)
     chosen = select(backend, q, k, v, plan)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if not in_order:
         q, k, v = _permuted(q, k, v, plan)
-    out, lse = chosen.forward(q, k, v, plan, scale=scale, return_lse=return_lse)
+    skipped = None
+    if plan.skip_threshold:
+        counting = cast(CountingBackend, chosen)
+        out, lse, skipped = counting.forward_counting(q, k, v, plan, scale=scale, return_lse=return_lse)
+    else:
+        out, lse = chosen.forward(q, k, v, plan, scale=scale, return_lse=return_lse)
+    if return_lse and lse is None:
+        raise ValueError(f"return_lse must be False with backend {chosen.name!r}, which has no LSE; got True")
     if not in_order:
         (out,) = restore(plan.q_order, out)
-    if not return_lse:
-        return out
-    if lse is None:
-        raise ValueError(f"return_lse must be False with backend {chosen.name!r}, which has no LSE; got True")
-    return out, lse if in_order else plan.q_order.restore(lse)
+        lse = None if lse is None else plan.q_order.restore(lse)
+    return out, lse, skipped
 
 
 def _permuted(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> tuple[Tensor, ...]:

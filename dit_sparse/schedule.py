@@ -10,7 +10,15 @@ from typing import Any, Literal
 import torch
 
 from dit_sparse.methods import find_method, nearest, read_parameter
-from dit_sparse.methods.parameters import check_share, takes_density, threshold_name, with_density, with_threshold
+from dit_sparse.methods.parameters import (
+    check_share,
+    check_skip_factor,
+    skip_threshold,
+    takes_density,
+    threshold_name,
+    with_density,
+    with_threshold,
+)
 from dit_sparse.types import REMAINDERS, AttentionPlan, Method, Previous, Remainder, Site, TokenGrid, TokenOrder
 
 Action = Literal["dense", "reuse", "plan"]
@@ -47,6 +55,9 @@ class Schedule:
             part has its density. Where a part begins, a plan is made anew. (0.5, 0.4, 0.3, 0.2) goes from 0.5 to 0.2.
         remainder: what stands in for the blocks that the method does not keep, as in `AttentionPlan`; "method" leaves
             it to the method, of which most say "none".
+        skip_factor: on top of the method, key blocks are skipped as attention is computed (see `AttentionPlan`), with
+            this over the number of tokens as the threshold, or 1 if that is more; `None` leaves it to the method, of
+            which most skip nothing, and 0 skips nothing.
         drift: a plan is kept until the mean queries and keys of its layer have moved by more than this share of what
             they were when it was made, instead of at the method's own `refresh`; see `pipelines.drift`.
         noise_densities: densities at pure noise and without any, in place of the method's own; a plan has that of the
@@ -60,12 +71,13 @@ class Schedule:
             error; otherwise the statistics count it.
         never_slower: whether a layer for which the cost model predicts no gain runs dense; the statistics say so.
 
-    Source: HEART (arXiv 2605.14513) for `drift`, iCATS for `noise_densities`.
+    Source: BLASST (arXiv 2512.12087) for `skip_factor`, HEART (arXiv 2605.14513) for `drift`, iCATS for
+    `noise_densities`.
 
     Raises:
         ValueError: a number outside its range, an unknown remainder, or an option that the method cannot follow: a
             density for one that has none to change, a threshold for one that goes by density, a `drift` or
-            `noise_densities` for one whose plan does not depend on the call.
+            `noise_densities` for one whose plan does not depend on the call, or a remainder where blocks are skipped.
     """
 
     method: Method
@@ -81,6 +93,10 @@ class Schedule:
     remainder: Literal["method", "none", "mean", "value", "mass"] = field(
         default="method",
         metadata={"help": "what stands in for blocks not kept: none, mean, value or mass; method: as the method says"},
+    )
+    skip_factor: float | None = field(
+        default=None,
+        metadata={"help": "key blocks are skipped with this over the tokens as threshold; none: as the method says"},
     )
     drift: float | None = field(
         default=None, metadata={"help": "a plan is kept until mean queries and keys move by this share; none: refresh"}
@@ -111,6 +127,13 @@ class Schedule:
             if not (_is_number(at) and (0 <= at < 1 or (at >= 1 and at == int(at)))):
                 raise ValueError(f"refresh must be shares below 1, or whole steps from 1 on, got {at!r}")
         self._check_densities()
+        if self.skip_factor is not None:
+            check_skip_factor("skip_factor", self.skip_factor)
+        if self.skips and self.planned_remainder != "none":
+            raise ValueError(
+                f"remainder must be 'none' where blocks are skipped, got {self.planned_remainder!r} for "
+                f"{self.method.name!r}: a skipped block leaves nothing; set remainder to none, or the factor to 0"
+            )
         if self.drift is not None and (not _is_number(self.drift) or self.drift < 0):
             raise ValueError(f"drift must be a number from 0 on, got {self.drift!r}: 0.1 is a tenth")
         if not _is_number(self.noise_slope) or self.noise_slope <= 0:
@@ -267,16 +290,29 @@ class Schedule:
         """The remainder of this schedule's plans: the one asked for, or the method's own, its `own_remainder`."""
         return getattr(self.method, "own_remainder", "none") if self.remainder == "method" else self.remainder
 
+    @property
+    def skips(self) -> bool:
+        """Whether plans skip blocks, by the method itself, its `own_skip_factor`, or by this schedule."""
+        own = getattr(self.method, "own_skip_factor", 0)
+        return bool(own if self.skip_factor is None else self.skip_factor)
+
     def finish(self, plan: AttentionPlan) -> AttentionPlan:
-        """What a method planned, with the remainder that this schedule asks for."""
-        return plan if self.remainder == "method" else plan.with_remainder(self.remainder)
+        """What a method planned, with the remainder and the skipping that this schedule asks for."""
+        if self.remainder != "method":
+            plan = plan.with_remainder(self.remainder)
+        if self.skip_factor is None:
+            return plan
+        return plan.with_skip(skip_threshold(self.skip_factor, plan.kv_order.num_tokens))
 
     def key(self, site: Site) -> tuple[Any, ...]:
         """What shares a plan with this site: branches, layers and models never mix unless the method is static."""
         scope = self.method.scope
         if scope == "grid":
+            method = self.method_for(site)
+            if self.layer_thresholds is not None:
+                return (site.grid, getattr(method, threshold_name(method) or ""))
             varies = self.ramp is not None or self.layer_densities is not None
-            return (site.grid, *([self.method_for(site).density] if varies else []))  # type: ignore[attr-defined]
+            return (site.grid, *([method.density] if varies else []))  # type: ignore[attr-defined]
         return (site.grid, site.model, site.layer) + ((site.branch,) if scope == "call" else ())
 
     def unit(self, model: str, layer: int, branch: str) -> tuple[Any, ...]:

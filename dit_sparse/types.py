@@ -143,22 +143,33 @@ class AttentionPlan:
     A query of which every block is kept has no remainder; one that keeps nothing has the remainder alone. Row sums
     count the weights `a_ij`. With one-token blocks all but "none" equal dense attention.
 
+    With a `skip_threshold` some of the kept blocks are skipped while attention is computed: their scores are, but no
+    weight, and their values are not read. A query block goes over its key blocks in turn, first those kept whole and
+    then those kept in part, each by ascending index. Let `m_i` be the largest score that its query i has had so far,
+    -inf at first, and `s_i` the largest that it has in the next block. Where `s_i < m_i + ln(skip_threshold)` for every
+    query i of the block, the key block is skipped for all of them: it adds nothing to output and row sums. So whole
+    blocks of the plan are skipped or not, whatever the tiles of a kernel. Scores of queries and keys that a predicate
+    hides from each other are -inf. Source: BLASST (arXiv 2512.12087), algorithm 1.
+
     Args:
         q_order, kv_order: orders of the query and of the key/value tokens.
         block_mask: which key blocks each query block keeps; its offsets are those of the orders.
         remainder: "none", "mean", "value" or "mass".
+        skip_threshold: from 0, where nothing is skipped, to 1; then `remainder` must be "none".
 
     Attributes:
         derived: what kernels have made of this plan, to be made once; it goes when the plan goes.
 
     Raises:
-        ValueError: the mask's block counts are not the orders', or an unknown remainder.
+        ValueError: the mask's block counts are not the orders', an unknown remainder, a `skip_threshold` outside
+            [0, 1], or one beside a remainder.
     """
 
     q_order: TokenOrder
     kv_order: TokenOrder
     block_mask: BlockMask
     remainder: Remainder = "none"
+    skip_threshold: float = 0.0
     derived: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -168,6 +179,13 @@ class AttentionPlan:
             raise ValueError(f"block_mask must have the orders' {want[0]} x {want[1]} blocks, got {got[0]} x {got[1]}")
         if self.remainder not in REMAINDERS:
             raise ValueError(f"remainder must be one of {', '.join(REMAINDERS)}, got {self.remainder!r}")
+        if not 0 <= self.skip_threshold <= 1:
+            raise ValueError(f"skip_threshold must be from 0 to 1, got {self.skip_threshold!r}")
+        if self.skip_threshold and self.remainder != "none":
+            raise ValueError(
+                f"remainder must be 'none' where blocks are skipped, got {self.remainder!r} with skip_threshold "
+                f"{self.skip_threshold:g}: a skipped block leaves nothing"
+            )
         for order in (self.q_order, self.kv_order):
             order.geometry  # noqa: B018  # read once here, so that no later call waits for the device
 
@@ -190,16 +208,25 @@ class AttentionPlan:
         """This plan with another remainder."""
         return self if remainder == self.remainder else replace(self, remainder=remainder)
 
+    def with_skip(self, skip_threshold: float) -> AttentionPlan:
+        """This plan with another `skip_threshold`."""
+        return self if skip_threshold == self.skip_threshold else replace(self, skip_threshold=skip_threshold)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether dense attention is known to compute the same: every block is kept, and none is skipped."""
+        return self.block_mask.is_full and not self.skip_threshold
+
     @cached_property
     def density(self) -> Tensor:
-        """`[B|1, H|1]` float64 share of query-key pairs kept, exact in tokens."""
+        """`[B|1, H|1]` float64 share of query-key pairs kept, exact in tokens; skipped ones are kept ones here."""
         return self.block_mask.density(self.q_order.index, self.kv_order.index)
 
     def pack(self) -> PackedPlan:
         """This plan at rest; how many pairs it keeps is counted first, so that nobody need do it again."""
         pairs = self.block_mask.count_pairs(self.q_order.index, self.kv_order.index)
         mask = replace(self.block_mask, kept_pairs=pairs).pack()
-        return PackedPlan(self.q_order, self.kv_order, mask, self.remainder)
+        return PackedPlan(self.q_order, self.kv_order, mask, self.remainder, self.skip_threshold)
 
     def unpack(self) -> AttentionPlan:
         """This plan, which is not at rest."""
@@ -213,7 +240,7 @@ class AttentionPlan:
             q_order = self.q_order.of_heads(heads)
             kv_order = q_order if self.kv_order is self.q_order else self.kv_order.of_heads(heads)
             self.derived["heads", heads] = AttentionPlan(
-                q_order, kv_order, self.block_mask.of_heads(heads), self.remainder
+                q_order, kv_order, self.block_mask.of_heads(heads), self.remainder, self.skip_threshold
             )
         return self.derived["heads", heads]
 
@@ -236,7 +263,7 @@ class AttentionPlan:
         """The same plan on another device."""
         q_order = self.q_order.to(device)
         kv_order = q_order if self.kv_order is self.q_order else self.kv_order.to(device)
-        return AttentionPlan(q_order, kv_order, self.block_mask.to(device), self.remainder)
+        return AttentionPlan(q_order, kv_order, self.block_mask.to(device), self.remainder, self.skip_threshold)
 
 
 @dataclass(frozen=True, eq=False)
@@ -250,10 +277,12 @@ class PackedPlan:
     kv_order: TokenOrder
     block_mask: PackedBlockMask
     remainder: Remainder = "none"
+    skip_threshold: float = 0.0
 
     def unpack(self) -> AttentionPlan:
         """The plan itself, equal to the one that was packed."""
-        return AttentionPlan(self.q_order, self.kv_order, self.block_mask.unpack(), self.remainder)
+        mask = self.block_mask.unpack()
+        return AttentionPlan(self.q_order, self.kv_order, mask, self.remainder, self.skip_threshold)
 
 
 @dataclass(frozen=True, eq=False)

@@ -89,6 +89,7 @@ LATE = {
     "remainder_error_kernels.py",
     "remainder_kernels.py",
     "score_kernels.py",
+    "skip_kernel.py",
     "triton_kernels.py",
 }
 OPTIONAL = {

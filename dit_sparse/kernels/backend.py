@@ -18,7 +18,9 @@ __all__ = [
     "BACKENDS",
     "Backend",
     "BackendUnavailableError",
+    "CountingBackend",
     "check_remainder",
+    "check_skips",
     "get_backend",
     "refusal",
     "register",
@@ -37,7 +39,8 @@ class Backend(Protocol):
     Attributes:
         name: what users ask for it by.
 
-    One that computes remainders names them in an attribute `remainders`; without it "none" is the only one.
+    One that computes remainders names them in an attribute `remainders`; without it "none" is the only one. One that
+    skips blocks is a `CountingBackend`.
     """
 
     name: str
@@ -65,6 +68,21 @@ class Backend(Protocol):
         Returns:
             Output `[B, H, Nq, D]` in the query order and the dtype of `q`, and the natural-log row sums `[B, H, Nq]`
             in float32 (float64 for float64 inputs), or `None`. A row that keeps nothing gives zeros and -inf.
+        """
+        ...
+
+
+@runtime_checkable
+class CountingBackend(Backend, Protocol):
+    """A backend that computes plans with a `skip_threshold`, and counts what it skips."""
+
+    def forward_counting(
+        self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, *, scale: float, return_lse: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """As `forward`, for a plan with a `skip_threshold`.
+
+        Returns:
+            Output and row sums, and `[B, H, Mq]` int32 or int64 how many query-key pairs each query block skips.
         """
         ...
 
@@ -100,8 +118,8 @@ def select(name: str, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> B
     """The backend for a call: `name`, or for "auto" the default of the device and the plan.
 
     On CUDA "auto" is the first that runs there and can compute the call: of "fa3", "hopper" and "sdpa" for a plan known
-    to keep everything, of "hopper", "triton" and "flex" for others. On a CPU it is "sdpa" or "gather". Arguments as in
-    `Backend.forward`.
+    to be dense, "triton" for one that skips blocks, and of "hopper", "triton" and "flex" for others. On a CPU it is
+    "sdpa" or "gather". Arguments as in `Backend.forward`.
 
     Raises:
         ValueError: unknown name, or a call that the backend cannot compute.
@@ -118,8 +136,10 @@ def select(name: str, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> B
 
 
 def refusal(backend: Backend, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> str | None:
-    """Why `backend` cannot compute this call, its remainder included; `None` when it can."""
+    """Why `backend` cannot compute this call, remainder and skipping included; `None` when it can."""
     lacks = None if plan.block_mask.is_full else _lacks(backend, plan.remainder)
+    if plan.skip_threshold:
+        lacks = lacks or _cannot_skip(backend)
     return lacks or backend.refuses(q, k, v, plan)
 
 
@@ -132,6 +152,24 @@ def check_remainder(name: str, remainder: Remainder) -> None:
     lacks = None if name == "auto" else _lacks(get_backend(name), remainder)
     if lacks is not None:
         raise ValueError(f"backend {name!r} cannot be used: {lacks}")
+
+
+def check_skips(name: str) -> None:
+    """Whether the backend called `name` skips blocks; for callers who want to know before a run.
+
+    Raises:
+        ValueError: it does not, or there is no such backend.
+    """
+    lacks = None if name == "auto" else _cannot_skip(get_backend(name))
+    if lacks is not None:
+        raise ValueError(f"backend {name!r} cannot be used: {lacks}")
+
+
+def _cannot_skip(backend: Backend) -> str | None:
+    if hasattr(backend, "forward_counting"):
+        return None
+    able = [name for name, other in BACKENDS.items() if hasattr(other, "forward_counting")]
+    return f"it skips no blocks; use {' or '.join(map(repr, able))}, or no skip threshold"
 
 
 def _lacks(backend: Backend, remainder: Remainder) -> str | None:
@@ -148,9 +186,11 @@ def _missing(name: str, device: torch.device) -> str | None:
 
 
 def _default_name(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> str:
-    full = plan.block_mask.is_full
+    full = plan.is_dense
     if q.device.type != "cuda":
         return "sdpa" if full else "gather"
+    if plan.skip_threshold:
+        return "triton"
     for name in ("fa3", "hopper") if full else ("hopper", "triton"):
         backend = BACKENDS[name]
         if _missing(name, q.device) is None and refusal(backend, q, k, v, plan) is None:

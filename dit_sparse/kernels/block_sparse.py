@@ -38,6 +38,8 @@ class Call:
         q_blocks, k_blocks: sizes of the blocks.
         scale: factor of the scores, above 0.
         terms: of the remainder, means and slopes in the dtype of `q`; `None` without one.
+        skip_threshold: as in `AttentionPlan`; above 0 the kernel skips.
+        skipped: `[B, H, Mq]` int32, how many query-key pairs each query block skips; `None` where nothing is.
     """
 
     q: Tensor
@@ -56,6 +58,8 @@ class Call:
     k_blocks: BlockGeometry
     scale: float
     terms: RemainderTerms | None = None
+    skip_threshold: float = 0.0
+    skipped: Tensor | None = None
 
     def heads(self, start: int, stop: int) -> "Call":
         """The call of some heads alone."""
@@ -68,14 +72,14 @@ _launchers: dict[str, Callable[[Call], None]] = {}
 
 
 def register_launcher(kernel: str, launch: Callable[[Call], None]) -> None:
-    """Make `launch` the kernel that `block_sparse` calls by the name `kernel`; it fills `out` and `lse`."""
+    """Make `launch` the kernel that `block_sparse` calls by the name `kernel`; it fills `out`, `lse` and `skipped`."""
     _launchers[kernel] = launch
 
 
 def block_sparse(
     kernel: str, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, return_lse: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Attention under `plan` by one of the registered kernels; arguments and results as in `Backend.forward`."""
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Attention under `plan` by one of the registered kernels; arguments and results as in `CountingBackend`."""
     mask = plan.block_mask
     bits = partial_bits(plan, q.shape[0], q.shape[1])
     partial = (None, None) if bits is None else (mask.partial_counts, mask.partial_indices)
@@ -85,8 +89,9 @@ def block_sparse(
     lists = mask.q_offsets, mask.k_offsets, mask.kv_counts, mask.kv_indices, *partial, bits, kept
     # Only a compiler needs the operator, and its dispatch costs time on the host.
     attend = _operator if torch.compiler.is_compiling() else _attend
-    out, lse = attend(q, k, v, *lists, q_blocks, k_blocks, scale, remainder, return_lse, kernel)
-    return out, lse if return_lse else None
+    options = scale, remainder, plan.skip_threshold, return_lse, kernel
+    out, lse, skipped = attend(q, k, v, *lists, q_blocks, k_blocks, *options)
+    return out, lse if return_lse else None, skipped
 
 
 def _attend(
@@ -105,10 +110,11 @@ def _attend(
     k_blocks: list[int],
     scale: float,
     remainder: str,
+    skip_threshold: float,
     return_lse: bool,
     kernel: str,
-) -> tuple[Tensor, Tensor]:
-    out, lse = _outputs(q, v, return_lse)
+) -> tuple[Tensor, Tensor, Tensor]:
+    out, lse, skipped = _outputs(q, v, q_offsets, skip_threshold, return_lse)
     if indices.shape[-1] == 0:  # a mask that keeps nothing may have lists without room
         indices = indices.new_zeros(*indices.shape[:-1], 1)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
@@ -130,11 +136,13 @@ def _attend(
         q_blocks=BlockGeometry(*q_blocks),
         k_blocks=BlockGeometry(*k_blocks),
         scale=scale,
+        skip_threshold=skip_threshold,
+        skipped=skipped if skip_threshold else None,
     )
     with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
         for part in _with_terms(call, kept, cast(Remainder, remainder)):
             _launchers[kernel](part)
-    return out, lse
+    return out, lse, skipped
 
 
 def _with_terms(call: Call, kept: Tensor | None, remainder: Remainder) -> Iterator[Call]:
@@ -163,17 +171,22 @@ _operator = torch.library.custom_op("dit_sparse::block_sparse", mutates_args=())
 
 
 @_operator.register_fake
-def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
-    return _outputs(q, v, bool(rest[-2]))
+def _fake(q: Tensor, k: Tensor, v: Tensor, q_offsets: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
+    skip_threshold, return_lse = cast(tuple[float, bool], rest[-3:-1])
+    return _outputs(q, v, q_offsets, skip_threshold, return_lse)
 
 
 def _packed(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _outputs(q: Tensor, v: Tensor, return_lse: bool) -> tuple[Tensor, Tensor]:
-    """Output with the strides of `q` where it may have them, and the row sums, empty if they are not wanted."""
+def _outputs(
+    q: Tensor, v: Tensor, q_offsets: Tensor, skip_threshold: float, return_lse: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output with the strides of `q` where it may have them, and row sums and skipped pairs, empty where not wanted."""
     out = torch.empty_like(q) if v.shape[-1] == q.shape[-1] else q.new_empty(*q.shape[:-1], v.shape[-1])
     if out.stride(-1) != 1:
         out = torch.empty_like(out, memory_format=torch.contiguous_format)
-    return out, q.new_empty(q.shape[:-1] if return_lse else (0, 0, 0), dtype=torch.float32)
+    lse = q.new_empty(q.shape[:-1] if return_lse else (0, 0, 0), dtype=torch.float32)
+    counted = (*q.shape[:2], q_offsets.shape[-1] - 1) if skip_threshold else (0, 0, 0)
+    return out, lse, q.new_zeros(counted, dtype=torch.int32)

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from dit_sparse.kernels.dense import flash_cpu, has_flash_cpu
 from dit_sparse.kernels.gather_rows import FLASH_ROWS, Batch, Group, Prepared, prepared
+from dit_sparse.kernels.gather_skip import attend_skipping
 from dit_sparse.kernels.remainder import HeadRemainder, head_remainder
 from dit_sparse.types import REMAINDERS, AttentionPlan
 
@@ -57,10 +58,15 @@ class GatherBackend:
             return "it has no backward; use torch.no_grad() or 'reference'"
         return None
 
-    @torch.no_grad()
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, *, scale: float, return_lse: bool
     ) -> tuple[Tensor, Tensor | None]:
+        return self.forward_counting(q, k, v, plan, scale=scale, return_lse=return_lse)[:2]
+
+    @torch.no_grad()
+    def forward_counting(
+        self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, *, scale: float, return_lse: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
         dtype = q.dtype
         if dtype == torch.float16:
             # Half products on CPU are slower than converting once and computing in float32.
@@ -70,9 +76,13 @@ class GatherBackend:
         # Strides as of `q`, so that a model's `[B, N, H, D]` comes back as one and need not be copied.
         out = torch.empty_like(q) if q.shape[-1] == v.shape[-1] else q.new_empty(*q.shape[:-1], v.shape[-1])
         lse = torch.empty(q.shape[:-1], dtype=_compute_dtype(q.dtype))
-        rows = prepared(plan, max(k.shape[-1], v.shape[-1]), torch.get_num_threads())
-        _Call(q, k, v, out, lse, rows, plan, scale, return_lse).run()
-        return out.to(dtype), lse if return_lse else None
+        if plan.skip_threshold:
+            skipped = attend_skipping(q, k, v, plan, scale, out, lse)
+        else:
+            skipped = torch.zeros(*q.shape[:2], plan.block_mask.num_q_blocks, dtype=torch.int64)
+            rows = prepared(plan, max(k.shape[-1], v.shape[-1]), torch.get_num_threads())
+            _Call(q, k, v, out, lse, rows, plan, scale, return_lse).run()
+        return out.to(dtype), lse if return_lse else None, skipped
 
 
 def _bias(rest: HeadRemainder, batch: Batch) -> Tensor:

@@ -100,7 +100,7 @@ class HopperBackend:
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, *, scale: float, return_lse: bool
     ) -> tuple[Tensor, Tensor | None]:
-        return block_sparse(self.name, q, k, v, plan, scale, return_lse)
+        return block_sparse(self.name, q, k, v, plan, scale, return_lse)[:2]
 
 
 @functools.cache

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dit_sparse.block_mask import BlockMask
 from dit_sparse.kernels.remainder import add_remainder
+from dit_sparse.kernels.skip import without_skipped
 from dit_sparse.types import REMAINDERS, AttentionPlan
 
 __all__ = ["ReferenceBackend", "mask_rows"]
@@ -33,7 +34,13 @@ class ReferenceBackend:
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, *, scale: float, return_lse: bool
     ) -> tuple[Tensor, Tensor | None]:
+        return self.forward_counting(q, k, v, plan, scale=scale, return_lse=return_lse)[:2]
+
+    def forward_counting(
+        self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, *, scale: float, return_lse: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
         compute = torch.float64 if q.dtype == torch.float64 else torch.float32
+        plan, skipped = without_skipped(q.to(compute), k.to(compute), plan, scale)
         keys, values = k.to(compute).transpose(-1, -2), v.to(compute)
         rows = max(1, _CHUNK_SCORES // (q.shape[0] * q.shape[1] * k.shape[2]))
         outs, sums = [], []
@@ -47,7 +54,7 @@ class ReferenceBackend:
         out, lse = torch.cat(outs, 2), torch.cat(sums, 2)
         if plan.remainder != "none":
             out, lse = add_remainder(q.to(compute), k.to(compute), v.to(compute), plan, scale, out, lse)
-        return out.to(q.dtype), lse if return_lse else None
+        return out.to(q.dtype), lse if return_lse else None, skipped
 
 
 def mask_rows(plan: AttentionPlan, batch: int, heads: int, start: int, stop: int) -> Tensor:

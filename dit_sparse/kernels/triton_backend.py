@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dit_sparse.kernels import triton_skip
 from dit_sparse.kernels.block_sparse import Call, block_sparse, register_launcher
 from dit_sparse.kernels.remainder import RemainderTerms
 from dit_sparse.kernels.triton_launch import broadcast_strides, interpreted, padded, triton_unavailable
@@ -31,7 +32,7 @@ class _Launch:
 
 
 class TritonBackend:
-    """The portable GPU kernel: any blocks, any head size up to 256, partial blocks, row sums, remainders."""
+    """The portable GPU kernel: any blocks, any head size up to 256, partial blocks, row sums, remainders, skipping."""
 
     name = "triton"
     remainders = REMAINDERS
@@ -46,15 +47,23 @@ class TritonBackend:
             return f"head_dim must be at most {_LARGEST_DIM}, got {max(q.shape[-1], v.shape[-1])}"
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
             return "it has no backward; use torch.no_grad() or 'reference'"
-        return None
+        return triton_skip.refusal(q, v, plan) if plan.skip_threshold else None
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, *, scale: float, return_lse: bool
     ) -> tuple[Tensor, Tensor | None]:
+        return self.forward_counting(q, k, v, plan, scale=scale, return_lse=return_lse)[:2]
+
+    def forward_counting(
+        self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, *, scale: float, return_lse: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
         return block_sparse(self.name, q, k, v, plan, scale, return_lse)
 
 
 def _launch(call: Call) -> None:
+    if call.skipped is not None:
+        triton_skip.launch(call)
+        return
     import triton
 
     from dit_sparse.kernels.triton_kernels import forward_kernel

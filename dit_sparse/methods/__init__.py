@@ -26,6 +26,7 @@ from dit_sparse.methods.proxy import ProxyAttention
 from dit_sparse.methods.radial import RadialAttention
 from dit_sparse.methods.sale import Sale
 from dit_sparse.methods.seer import SeerAttention
+from dit_sparse.methods.skip import SkipSoftmax
 from dit_sparse.methods.solattn import SolAttention
 from dit_sparse.methods.sparge import SpargeAttention
 from dit_sparse.methods.sta import SlidingTile
@@ -69,6 +70,7 @@ _OWN: tuple[type[Method], ...] = (
     DfsAttention,
     LoSA,
     Lvsa,
+    SkipSoftmax,
     LeastError,
     Oracle,
 )
@@ -135,6 +137,7 @@ __all__ = [
     "RadialAttention",
     "Sale",
     "SeerAttention",
+    "SkipSoftmax",
     "SlidingTile",
     "SolAttention",
     "SpargeAttention",

@@ -149,6 +149,21 @@ def check_share(name: str, value: float) -> None:
         raise ValueError(f"{name} must be above 0 and at most 1, got {value!r}")
 
 
+def check_skip_factor(name: str, value: float) -> None:
+    """Raise ValueError unless `value` is a number from 0 on."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be a number from 0, where nothing is skipped, on, got {value!r}")
+
+
+def skip_threshold(factor: float, tokens: int) -> float:
+    """The `skip_threshold` of plans for `tokens` keys: `factor` over their number, at most 1.
+
+    The longer a row, the less of it each key has, and the lower the threshold must be to leave out as much of it:
+    calibrated thresholds are the inverse of the length. Source: BLASST (arXiv 2512.12087), section 3.
+    """
+    return min(1.0, factor / tokens)
+
+
 def check_budget(density: float | None) -> None:
     """Raise ValueError unless `density` is a share, or None where a threshold decides."""
     if density is not None:

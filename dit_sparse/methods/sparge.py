@@ -34,8 +34,8 @@ class SpargeAttention(AnyGrid):
     equally many key blocks instead, those of largest products of means, so that it is met: `similarity` has no part.
 
     Differs from the paper: the second stage, which skips products with values whose weights are far below the running
-    maximum, is left out, as no kernel here does it; nothing is quantised; the block that crosses `top_p` is kept; the
-    thresholds are one for all heads, where the paper searches them for each.
+    maximum, is left to the schedule (`skip_factor`, by whole query blocks); nothing is quantised; the block that
+    crosses `top_p` is kept; the thresholds are one for all heads, where the paper searches them for each.
 
     Raises:
         ValueError: a share outside (0, 1], or a block below 1.

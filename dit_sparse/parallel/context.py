@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dit_sparse.attention import sparse_attention
+from dit_sparse.attention import attend, sparse_attention
 from dit_sparse.head_shard import HeadShard
 from dit_sparse.kernels import dense_attention, select
 from dit_sparse.parallel.agree import Agreement
@@ -206,18 +206,18 @@ class ContextParallel:
 
     def sparse(
         self, backend: str, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, in_order: bool = False
-    ) -> tuple[Tensor, str]:
-        """Attention under `plan`, and the backend that computed it."""
+    ) -> tuple[Tensor, str, Tensor | None]:
+        """Attention under `plan`, the backend that computed it, and `[B, H]` pairs that all heads have skipped."""
         shard = self._shard
         assert shard is not None
         # A plan of the grid is of all heads.
         if plan.num_heads == shard.total:
             plan = plan.of_heads(shard.heads)
         if self.mesh.ring == 1:
-            name = select(backend, q, k, v, plan).name
-            return sparse_attention(q, k, v, plan, backend=name, in_order=in_order), name
-        if plan.block_mask.is_full:
-            return self.dense(q, k, v, plan.q_order.num_tokens)[0], "dense"
+            out, name, skipped = attend(backend, q, k, v, plan, in_order)
+            return out, name, None if skipped is None else shard.gather(skipped)
+        if plan.is_dense:
+            return self.dense(q, k, v, plan.q_order.num_tokens)[0], "dense", None
         chunks = self._chunks(plan.q_order.num_tokens)
         plans = cut_plan(plan, chunks, self._ring_rank)
         name = select(backend, q, k, v, plans[self._ring_rank]).name
@@ -225,7 +225,7 @@ class ContextParallel:
         def part(source: int, k: Tensor, v: Tensor) -> Part:
             return sparse_attention(q, k, v, plans[source], backend=name, return_lse=True)
 
-        return ring_attention(k, v, chunks, self.mesh.ring_group, part)[0].to(q.dtype), name
+        return ring_attention(k, v, chunks, self.mesh.ring_group, part)[0].to(q.dtype), name, None
 
     def _plan_in_ring(
         self, method: Method, q: Tensor, k: Tensor, v: Tensor, site: Site, previous: Previous | None

@@ -30,6 +30,7 @@ def gather_plan(plan: AttentionPlan, shard: HeadShard, agreement: Agreement) -> 
         "batch": [x.shape[0] for x in (mask.kv_counts, plan.q_order.index, plan.kv_order.index)],
         "one order": plan.kv_order is plan.q_order,
         "remainder": plan.remainder,
+        "skip threshold": plan.skip_threshold,
     }
     agreement.check("putting their plans together", facts)
     q_order, kv_order = plan.q_order, plan.kv_order
@@ -38,9 +39,8 @@ def gather_plan(plan: AttentionPlan, shard: HeadShard, agreement: Agreement) -> 
         kv_order = q_order if plan.kv_order is plan.q_order else _gather_order(plan.kv_order, shard)
     bits = shard.gather(_expanded(pack_bits(mask.full_blocks), own))
     kept = unpack_bits(bits, mask.num_k_blocks)
-    return AttentionPlan(
-        q_order, kv_order, BlockMask.from_bool(kept, q_order.offsets, kv_order.offsets), plan.remainder
-    )
+    whole = BlockMask.from_bool(kept, q_order.offsets, kv_order.offsets)
+    return AttentionPlan(q_order, kv_order, whole, plan.remainder, plan.skip_threshold)
 
 
 def _is_by_head(plan: AttentionPlan, own: int, agreement: Agreement) -> bool:

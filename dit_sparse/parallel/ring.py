@@ -99,9 +99,14 @@ def cut_plan(plan: AttentionPlan, chunks: Sequence[Chunk], rank: int) -> list[At
     """For each chunk of keys the plan of the queries of chunk `rank`; made once a plan.
 
     Raises:
-        ValueError: a plan with a remainder, which is of whole blocks.
+        ValueError: a plan with a remainder or one that skips blocks, which are of whole blocks.
     """
     check_remainder(plan.remainder)
+    if plan.skip_threshold:
+        raise ValueError(
+            f"skip_threshold must be 0 in a ring, got {plan.skip_threshold:g}: whole blocks are skipped, and each rank "
+            "sees parts of them; use ulysses"
+        )
     if "ring" not in plan.derived:
         device = plan.q_order.index.device
         q_order = _cut(plan.q_order, chunks)[rank]

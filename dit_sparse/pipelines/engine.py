@@ -6,8 +6,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from dit_sparse.attention import sparse_attention
-from dit_sparse.kernels import dense_attention, select
+from dit_sparse.attention import attend
+from dit_sparse.kernels import dense_attention
 from dit_sparse.types import AttentionPlan, Method, Previous, Site, TokenGrid
 
 __all__ = ["Engine", "OneDevice"]
@@ -38,8 +38,11 @@ class Engine(Protocol):
 
     def sparse(
         self, backend: str, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, in_order: bool
-    ) -> tuple[Tensor, str]:
-        """Attention under `plan`, and the name of the backend that computed it."""
+    ) -> tuple[Tensor, str, Tensor | None]:
+        """Attention under `plan`, the name of the backend that computed it, and what it skipped.
+
+        The last is `[B, H]` pairs on all heads of the model, `None` for a plan that skips nothing.
+        """
         ...
 
     def dense(self, q: Tensor, k: Tensor, v: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
@@ -66,9 +69,8 @@ class OneDevice:
 
     def sparse(
         self, backend: str, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, in_order: bool
-    ) -> tuple[Tensor, str]:
-        name = select(backend, q, k, v, plan).name
-        return sparse_attention(q, k, v, plan, backend=name, in_order=in_order), name
+    ) -> tuple[Tensor, str, Tensor | None]:
+        return attend(backend, q, k, v, plan, in_order)
 
     def dense(self, q: Tensor, k: Tensor, v: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
         return dense_attention(q, k, v, return_lse=True)

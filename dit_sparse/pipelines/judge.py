@@ -79,8 +79,9 @@ class Judge:
         return self._schedule.method_for(site)
 
     def _is_free(self, method: Method) -> bool:
-        """Whether nothing is judged: nobody asked for it, or the method is dense attention itself."""
-        return not self._schedule.never_slower or method.name == "dense"
+        """Whether nothing is judged: nobody asked for it, the method is dense attention itself, or plans skip blocks,
+        of which nobody knows how many before."""
+        return not self._schedule.never_slower or method.name == "dense" or self._schedule.skips
 
     def _before_planning(self, site: Site, q: Tensor, density: float) -> float:
         block = block_of(self._method(site))

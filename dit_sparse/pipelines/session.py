@@ -364,26 +364,30 @@ class Session:
         k: Tensor,
         v: Tensor,
     ) -> Tensor:
-        full = plan.block_mask.is_full
+        full = plan.is_dense
         # Of a new plan; anything finer would have to be read back from the device.
         if planning is not None and (full or plan.block_mask.num_k_blocks == 1):
             check_blocks(self.schedule, self.schedule.method_for(site), site, site.grid.num_tokens)
         if site.in_order:
             self._check_order(plan)
         watch = Stopwatch(q.device)
-        out, backend = self.engine.sparse(self.backend, q, k, v, plan, site.in_order)
+        out, backend, skipped = self.engine.sparse(self.backend, q, k, v, plan, site.in_order)
         watch.stop()
+        kept = None if full else self.engine.density(key, plan)
+        left_out = None if skipped is None else skipped.double() / (q.shape[2] * plan.kv_order.num_tokens)
         self.statistics.records.append(
             CallRecord(
                 layer=site.layer,
                 step=site.step,
                 branch=site.branch,
                 model=site.model,
-                density=None if full else self.engine.density(key, plan),
+                # A pair that is skipped has its product of query and key, the half of its work.
+                density=kept if kept is None or left_out is None else kept - left_out / 2,
                 reason="every block kept" if full else "",
                 backend=backend,
                 attention=watch,
                 planning=planning,
+                skipped=left_out,
             )
         )
         return out

@@ -10,7 +10,7 @@ from importlib.metadata import version
 from typing import Any, TypeVar
 
 from dit_sparse.cost import tables
-from dit_sparse.kernels import check_remainder
+from dit_sparse.kernels import check_remainder, check_skips
 from dit_sparse.methods import Paro
 from dit_sparse.methods.plan_file import axes_of, write_plans
 from dit_sparse.methods.plan_header import ModelPlans, PlanHeader, one_line
@@ -60,13 +60,16 @@ def sparsify(
 
     Raises:
         ValueError: an unsupported family, a dense layer that the model does not have, a foreign attention processor,
-            tensor parallelism, a backend without the schedule's remainder, or a table of costs that cannot be read.
+            tensor parallelism, a backend without the schedule's remainder or without the skipping it asks for, or a
+            table of costs that cannot be read.
         NotSparseError: strict, and the installed diffusers is not the one the family's adapter was written for.
     """
     schedule = Schedule.of(method)
     if strict is not None:
         schedule = replace(schedule, strict=strict)
     check_remainder(backend, schedule.planned_remainder)
+    if schedule.skips:
+        check_skips(backend)
     tables()
     return install(pipe, Session(schedule, backend))
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_LISTS = ("layer", "calls", "density", "predicted", "skipped")
+
 CHANGED = "changed by diffusers"
 """The reason of the dense calls of a family whose upstream code has changed."""
 
@@ -47,11 +49,14 @@ class CallRecord:
 
     Args:
         layer, step, branch, model: where it was.
-        density: `[B|1, H|1]` float64 share of query-key pairs computed, or `None` for a dense call.
+        density: `[B|1, H|1]` float64 share of query-key pairs computed, those that were skipped counted as half, or
+            `None` for a dense call.
         reason: why it was dense; empty for a sparse one.
         backend: which backend ran.
         attention, planning: their stopwatches; `planning` is `None` where the plan was reused.
         predicted: time that sparse attention would have taken over dense attention's, where that is why it was dense.
+        skipped: `[B, H]` float64 share of all query-key pairs that were skipped: kept by the plan and without a product
+            with values. `None` where the plan skips nothing.
     """
 
     layer: int
@@ -64,6 +69,7 @@ class CallRecord:
     attention: Stopwatch
     planning: Stopwatch | None = None
     predicted: float | None = None
+    skipped: Tensor | None = None
 
 
 @dataclass
@@ -88,13 +94,21 @@ class RunStatistics:
 
     @property
     def density(self) -> float | None:
-        """Share of query-key pairs computed over the whole run, dense calls counted as 1; `None` before any call."""
+        """Share of query-key pairs computed over the whole run, dense calls counted as 1; `None` before any call.
+
+        A pair that was skipped counts as half: a score, but no product with values.
+        """
         return _mean([1.0 if r.density is None else float(r.density.mean()) for r in self.records])
 
     @property
     def sparse_density(self) -> float | None:
         """The same over the sparse calls alone; `None` when there were none."""
         return _mean([float(r.density.mean()) for r in self.records if r.density is not None])
+
+    @property
+    def skipped(self) -> float | None:
+        """Share of all query-key pairs that were skipped, over the calls whose plan skips; `None` without any."""
+        return _mean([float(r.skipped.mean()) for r in self.records if r.skipped is not None])
 
     @property
     def attention_seconds(self) -> float:
@@ -112,22 +126,25 @@ class RunStatistics:
         """What every layer ran, in short, by transformer: lists with an entry a layer.
 
         "layer" numbers them; "calls" counts their calls; "density" is the share of query-key pairs computed, dense
-        calls counted as 1; "dense" counts the dense calls by reason; "predicted" is there where sparse attention was
-        not faster in some layers: its predicted time over dense attention's there, and `None` elsewhere.
+        calls counted as 1 and pairs that were skipped as half; "dense" counts the dense calls by reason; "predicted" is
+        there where sparse attention was not faster in some layers: its predicted time over dense attention's there, and
+        `None` elsewhere; "skipped" is there where blocks are skipped: the share of all pairs in those calls.
         """
         found: dict[str, Any] = {}
         for (model, layer), records in self._by_layer():
             part = RunStatistics(records)
-            own = found.setdefault(model, {"layer": [], "calls": [], "density": [], "predicted": [], "dense": {}})
+            own = found.setdefault(model, {name: [] for name in _LISTS} | {"dense": {}})
             own["layer"].append(layer)
             own["calls"].append(part.calls)
             own["density"].append(round(part.density or 0.0, 4))
             own["predicted"].append(next((round(r.predicted, 2) for r in records if r.predicted is not None), None))
+            own["skipped"].append(None if part.skipped is None else round(part.skipped, 4))
             for reason, count in part.dense_calls.items():
                 own["dense"].setdefault(reason, {})[layer] = count
         for own in found.values():
-            if not any(own["predicted"]):
-                del own["predicted"]
+            for name in ("predicted", "skipped"):
+                if all(value is None for value in own[name]):
+                    del own[name]
             own["dense"] = {
                 reason: [counts.get(layer, 0) for layer in own["layer"]] for reason, counts in own["dense"].items()
             }
@@ -145,6 +162,7 @@ class RunStatistics:
             "calls": self.calls,
             "density": self.density,
             "sparse_density": self.sparse_density,
+            "skipped": self.skipped,
             "dense_calls": self.dense_calls,
             "backends": self.backends,
             "attention_seconds": self.attention_seconds,

@@ -20,6 +20,7 @@ from dit_sparse.kernels import (
     output_error_kernel,
     remainder_error_kernels,
     remainder_kernels,
+    skip_kernel,
     triton_kernels,
 )
 
@@ -27,10 +28,10 @@ ROW_STRIDES = [f"{name}_{dim}" for name in "qkvo" for dim in ("sb", "sh", "sn")]
 ROW_STRIDES += [f"{name}_{dim}" for name in ("mk", "mv", "slope", "x", "m", "vm", "p") for dim in ("sb", "sh", "sm")]
 ROW_STRIDES += ["slope_sd", "x_sn", "p_sd"]
 DATA = ("q", "k", "v", "out", "x", "mean_k", "mean_v", "slopes", "products", "means")
-NUMBERS = ("scale", "largest_spread")
+NUMBERS = ("scale", "floor", "largest_spread")
 FLOATS = ("lse", "bias", "spread", "mean", "square", "v_mean", "norms", "overlaps", "errors", "sums")
 LISTS = ("counts", "indices", "partial_counts", "partial_indices", "bits", "q_offsets", "k_offsets", "offsets", "taken")
-LISTS += ("places",)
+LISTS += ("places", "skips")
 
 
 def signature(kernel, constants: dict, special: dict[str, str], data: str) -> dict[str, str]:
@@ -57,6 +58,14 @@ def portable(job: dict):
         MEANS=job["remainder"] != "none", SLOPES=job["remainder"] == "value", UPCAST=False,
     )  # fmt: skip
     return triton_source(triton_kernels.forward_kernel, constants, job), options_of(job)
+
+
+def skipping(job: dict):
+    constants = dict(
+        D=job["dim"], DV=job["dim"], BLOCK_D=job["padded"], BLOCK_DV=job["padded"], BLOCK_M=job["block_m"],
+        BLOCK_N=job["block_n"], PARTIAL=job["partial"], RETURN_LSE=True, UPCAST=False,
+    )  # fmt: skip
+    return triton_source(skip_kernel.skip_kernel, constants, job), options_of(job)
 
 
 def moments(job: dict):
@@ -143,7 +152,7 @@ def hopper(job: dict):
 
 def report(job: dict) -> dict:
     kinds = {"triton": portable, "moments": moments, "errors": errors, "changes": changes, "hopper": hopper}
-    kinds |= {"choice": choice, "search": search}
+    kinds |= {"choice": choice, "search": search, "skip": skipping}
     source, options = kinds[job["kernel"]](job)
     log = io.StringIO()
     with contextlib.redirect_stdout(log):

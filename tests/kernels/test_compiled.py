@@ -14,6 +14,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from dit_sparse.kernels.triton_backend import configuration
 from dit_sparse.kernels.triton_launch import padded
+from dit_sparse.kernels.triton_skip import skip_configuration
 
 PROGRAM = Path(__file__).with_name("compile_kernels.py")
 # Bytes of shared memory that a thread block may have, by compute capability.
@@ -63,6 +64,23 @@ def test_the_portable_kernel_fits() -> None:
                 warps=launch.num_warps,
                 stages=launch.num_stages,
             )
+        )
+    for job, found in zip(jobs, compile_kernels(jobs), strict=True):
+        assert found["shared"] <= LIMITS[job["target"]], job
+
+
+def test_the_kernel_that_skips_fits() -> None:
+    jobs = []
+    for target, block, dim, dtype, partial in (
+        (80, 128, 128, "bf16", False),
+        (90, 128, 128, "bf16", True),
+        (120, 64, 64, "fp32", False),
+    ):
+        launch = skip_configuration(block, block, dim, dim, 4 if dtype == "fp32" else 2, LIMITS[target])
+        assert launch is not None
+        own = dict(zip(("block_m", "block_n", "warps", "stages"), launch, strict=True))
+        jobs.append(
+            dict(kernel="skip", target=target, dtype=dtype, dim=dim, padded=padded(dim), partial=partial, **own)
         )
     for job, found in zip(jobs, compile_kernels(jobs), strict=True):
         assert found["shared"] <= LIMITS[job["target"]], job

@@ -180,8 +180,8 @@ def test_torchs_compiler_takes_a_call_as_one_graph() -> None:
     assert torch.allclose(compiled(q, k, v), attend(q, k, v), atol=1e-5)
 
 
-@pytest.mark.parametrize("remainder", ["none", "value"])
-def test_the_operator_follows_torchs_rules(remainder: Remainder) -> None:
+@pytest.mark.parametrize(("remainder", "threshold"), [("none", 0.0), ("value", 0.0), ("none", 0.2)])
+def test_the_operator_follows_torchs_rules(remainder: Remainder, threshold: float) -> None:
     plan = cases.random_plan(cases.RAGGED, heads=2).to(DEVICE)
     mask = plan.block_mask
     for strided in (False, True):
@@ -192,7 +192,8 @@ def test_the_operator_follows_torchs_rules(remainder: Remainder) -> None:
         lists += (None if remainder == "none" else mask.kept_blocks,)
         geometry = list(plan.q_order.geometry), list(plan.kv_order.geometry)
         torch.library.opcheck(
-            torch.ops.dit_sparse.block_sparse.default, (q, k, v, *lists, *geometry, 0.3, remainder, True, "triton")
+            torch.ops.dit_sparse.block_sparse.default,
+            (q, k, v, *lists, *geometry, 0.3, remainder, threshold, True, "triton"),
         )
 
 

@@ -27,6 +27,7 @@ from dit_sparse import (
     Sale,
     SeerAttention,
     Site,
+    SkipSoftmax,
     SlidingTile,
     SolAttention,
     SpargeAttention,
@@ -132,6 +133,7 @@ METHODS_OF_2026 = [
     SolAttention(density=0.4, block=16),
     DfsAttention(0.4, block=16, tokens=4),
     Lvsa(block=16),
+    SkipSoftmax(block=16),
 ]
 
 

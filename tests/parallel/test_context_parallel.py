@@ -19,6 +19,7 @@ from dit_sparse import (
     Paro,
     ProxyAttention,
     Schedule,
+    SkipSoftmax,
     SparseVideoGen2,
     XAttention,
     parallelize,
@@ -190,11 +191,18 @@ def test_a_refresh_by_drift_is_refused(ranks: Ranks) -> None:
         assert "drift must be none on several ranks, got 0.1" in str(result)
 
 
-def test_what_a_ring_cannot_do_is_refused(ranks: Ranks) -> None:
-    schedule = Schedule(CACHED, remainder="mean")
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        (Schedule(CACHED, remainder="mean"), "remainder must be 'none' in a ring, got 'mean'"),
+        (Schedule(SkipSoftmax(1e6, block=16)), "skip_threshold must be 0 in a ring, got 1"),
+    ],
+    ids=["remainder", "skip"],
+)
+def test_what_a_ring_cannot_do_is_refused(ranks: Ranks, schedule: Schedule, message: str) -> None:
     for result in ranks.run(render, "wan", schedule, 1, 2):
         assert isinstance(result, ValueError)
-        assert "remainder must be 'none' in a ring, got 'mean'" in str(result)
+        assert message in str(result)
     check(ranks.run(render, "wan", schedule, 2, 1), render("wan", schedule))
 
 

@@ -72,8 +72,11 @@ def test_padding_is_cut_off() -> None:
     assert [Chunk(split.runs(rank), GRID.video_len + 1).size for rank in (0, 1)] == [64, 63]
 
 
-def test_a_remainder_is_refused() -> None:
+def test_what_is_of_whole_blocks_is_refused() -> None:
     q, k, v = tensors(GRID.num_tokens)
-    plan = AdaSpa(density=0.4, block=16).plan(q, k, v, Site(GRID), None).with_remainder("mean")
+    plan = AdaSpa(density=0.4, block=16).plan(q, k, v, Site(GRID), None)
+    chunks = [Chunk([(0, 64)], 131), Chunk([(64, 131)], 131)]
     with pytest.raises(ValueError, match="remainder must be 'none' in a ring, got 'mean'"):
-        cut_plan(plan, [Chunk([(0, 64)], 131), Chunk([(64, 131)], 131)], 0)
+        cut_plan(plan.with_remainder("mean"), chunks, 0)
+    with pytest.raises(ValueError, match=r"skip_threshold must be 0 in a ring, got 0.1: whole blocks"):
+        cut_plan(plan.with_skip(0.1), chunks, 0)

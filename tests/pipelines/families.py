@@ -30,6 +30,7 @@ from dit_sparse import (
     ProxyAttention,
     RadialAttention,
     Sale,
+    SkipSoftmax,
     SlidingTile,
     SolAttention,
     SpargeAttention,
@@ -76,6 +77,7 @@ METHODS = [
     DfsAttention(density=0.5, block=16, tokens=4),
     LoSA(density=0.5, block=16),
     Lvsa(share=0.34, first=0, block=16),
+    SkipSoftmax(scale_factor=1e6, block=16),
 ]
 
 _KINDS = (Neighborhood, AdaSpa, Paro, SparseVideoGen, SparseVideoGen2, XAttention, PbsAttention, LeastError, Pisa, Lvsa)

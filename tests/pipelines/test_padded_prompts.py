@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from dit_sparse import AdaSpa, Dense, Neighborhood, Schedule, TokenGrid, sparsify, statistics, unsparsify
-from dit_sparse.pipelines import engine as engine_module
+from dit_sparse.attention import sparse_attention
 from dit_sparse.pipelines import session_of
 from dit_sparse.pipelines.layout import Group, Layout
 from dit_sparse.pipelines.session import Session
@@ -58,7 +58,7 @@ def test_sparse_calls_equal_masked_attention_over_the_padded_sequence(pipe, prom
     """An oracle that knows nothing of trimming: float64 attention of all tokens under plan and key padding."""
     method = Schedule(AdaSpa(density=0.5, block=16))
     plans: list[Any] = []
-    attend, sparse = Session.attend, engine_module.sparse_attention
+    attend, sparse = Session.attend, sparse_attention
     largest = []
 
     def spy(*tensors: Any, **options: Any) -> Any:
@@ -77,7 +77,7 @@ def test_sparse_calls_equal_masked_attention_over_the_padded_sequence(pipe, prom
             largest.append(float(error / want.nan_to_num().abs().max()))
         return out
 
-    monkeypatch.setattr(engine_module, "sparse_attention", spy)
+    monkeypatch.setattr("dit_sparse.attention.sparse_attention", spy)
     monkeypatch.setattr(Session, "attend", checks)
     HUNYUAN.run(sparsify(pipe, method), prompts)
     assert len(largest) == 3 * 2 * len(prompts)

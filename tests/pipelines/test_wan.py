@@ -12,8 +12,8 @@ from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor
 
 from dit_sparse import AdaSpa, Dense, Neighborhood, Paro, Pisa, Schedule, TokenGrid, sparsify, statistics, unsparsify
+from dit_sparse.attention import sparse_attention
 from dit_sparse.pipelines import check, session_of, token_grid
-from dit_sparse.pipelines import engine as engine_module
 from dit_sparse.pipelines import session as session_module
 from dit_sparse.pipelines.adapter import uses_default_backend
 from dit_sparse.pipelines.layout import Layout
@@ -79,7 +79,7 @@ def test_sparse_equals_dense_attention_under_the_plans_own_mask(pipe, render, me
         mask = plan.block_mask.to_bool(*orders) if in_order else plan.token_mask()
         return F.scaled_dot_product_attention(q.double(), k.double(), v.double(), attn_mask=mask).to(q.dtype)
 
-    monkeypatch.setattr("dit_sparse.pipelines.engine.sparse_attention", oracle)
+    monkeypatch.setattr("dit_sparse.attention.sparse_attention", oracle)
     want = render(sparsify(pipe, method), prompts)
     assert (got - want).abs().max() <= 1e-4 * want.abs().max()
     assert (got - dense).abs().max() > 1e-3 * want.abs().max(), "sparsity changed nothing"
@@ -111,13 +111,13 @@ def test_a_backend_without_the_remainder_is_refused_before_the_run(pipe) -> None
 def test_a_shared_order_is_taken_once_a_forward(pipe, render, monkeypatch) -> None:
     """Tokens stand in tile order through all blocks, no call moves them, and the pictures stay the same."""
     method, calls = Neighborhood(window=(1, 5, 7), tile=(1, 4, 4)), []
-    attend = engine_module.sparse_attention
+    attend = sparse_attention
 
     def spy(*tensors, in_order: bool, **options) -> Tensor:
         calls.append(in_order)
         return attend(*tensors, in_order=in_order, **options)
 
-    monkeypatch.setattr(engine_module, "sparse_attention", spy)
+    monkeypatch.setattr("dit_sparse.attention.sparse_attention", spy)
     got = render(sparsify(pipe, Schedule(method, dense_layers=(0,))))
     assert calls
     assert all(calls)

@@ -1,0 +1,168 @@
+"""Triton kernel: attention that skips blocks whose scores are all far below the running maximum.
+
+`skip_kernel` is `triton_kernels.forward_kernel` without a remainder, and its grid and layouts are the same; but one
+tile is one block of the plan, whole blocks go by in the plan's order, and a block that no row of the query block needs
+is left as soon as its scores are there: no exponential, no load of values, no product with them. Oracle:
+`skip.without_skipped`. Source: BLASST (arXiv 2512.12087), algorithm 1.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from dit_sparse.kernels.triton_kernels import allowed_pairs, load_tile, multiply
+
+
+@triton.jit
+def score_block(
+    q, k, start, end, k_stride, allowed, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr, PARTIAL: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Products of the queries and the keys at `start` to `end`, not scaled; -inf where one is none."""
+    positions = start + tl.arange(0, BLOCK_N)
+    scores = multiply(q, tl.trans(load_tile(k, positions, end, k_stride, D, BLOCK_D, MASKED)), UPCAST)
+    if MASKED:
+        scores = tl.where((positions < end)[None, :], scores, -float("inf"))
+    if PARTIAL:
+        scores = tl.where(allowed, scores, -float("inf"))
+    return scores
+
+
+@triton.jit
+def is_needed(scores, m, inside, scale, floor):
+    """Whether a row `inside` has a score that is at most `floor` below its maximum so far."""
+    # Not `>=`: a NaN is needed, so that it is seen.
+    needed = inside & ((tl.max(scores, 1) * scale < m + floor) == 0)
+    return tl.max(needed.to(tl.int32), 0) > 0
+
+
+@triton.jit
+def attend_scores(m, total, acc, scores, values, scale, GUARDED: tl.constexpr, UPCAST: tl.constexpr):
+    """Running maximum, sum and output after one more block."""
+    peak = tl.maximum(m, tl.max(scores, 1) * scale)
+    shift = peak
+    if GUARDED:
+        # A row that has seen no key yet: -inf less -inf would be NaN.
+        shift = tl.where(peak == -float("inf"), 0.0, peak)
+    weights = tl.exp2(scores * scale - shift[:, None])
+    keep = tl.exp2(m - shift)
+    acc = acc * keep[:, None] + multiply(weights.to(values.dtype), values, UPCAST)
+    return peak, total * keep + tl.sum(weights, 1), acc
+
+
+@triton.jit
+def attend_block(
+    q, m, total, acc, skipped, k, v, start, end, inside, num_rows, k_stride, v_stride, scale, floor, allowed,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
+    PARTIAL: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """One block that does not fill its tile, or that a predicate cuts: attended to, or counted in `skipped`."""
+    positions = start + tl.arange(0, BLOCK_N)
+    scores = score_block(q, k, start, end, k_stride, allowed, D, BLOCK_D, BLOCK_N, True, PARTIAL, UPCAST)
+    if is_needed(scores, m, inside, scale, floor):
+        values = load_tile(v, positions, end, v_stride, DV, BLOCK_DV, True)
+        m, total, acc = attend_scores(m, total, acc, scores, values, scale, True, UPCAST)
+    elif PARTIAL:
+        pairs = allowed & inside[:, None] & (positions < end)[None, :]
+        skipped += tl.sum(tl.sum(pairs.to(tl.int32), 1), 0)
+    else:
+        skipped += (end - start) * num_rows
+    return m, total, acc, skipped
+
+
+# Without this every other mask or batch size would be compiled for its strides anew.
+PLAIN_NUMBERS = [
+    "lse_sb", "lse_sh", "s_sb", "s_sh", "qo_sb", "qo_sh", "ko_sb", "ko_sh", "c_sb", "c_sh", "i_sb", "i_sh", "i_sm",
+    "pc_sb", "pc_sh", "pi_sb", "pi_sh", "pi_sm", "bits_sb", "bits_sh", "bits_sm", "bits_sl", "words", "q_block",
+    "run_start", "run_end",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=PLAIN_NUMBERS)
+def skip_kernel(
+    q, k, v, out, lse, skips,
+    q_offsets, k_offsets, counts, indices, partial_counts, partial_indices, bits,
+    q_sb, q_sh, q_sn, k_sb, k_sh, k_sn, v_sb, v_sh, v_sn, o_sb, o_sh, o_sn, lse_sb, lse_sh, s_sb, s_sh,
+    qo_sb, qo_sh, ko_sb, ko_sh, c_sb, c_sh, i_sb, i_sh, i_sm, pc_sb, pc_sh, pi_sb, pi_sh, pi_sm,
+    bits_sb, bits_sh, bits_sm, bits_sl, words, q_block, run_start, run_end, scale, floor,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, PARTIAL: tl.constexpr, RETURN_LSE: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Output, row sums and skipped pairs of one query block."""
+    b, h, block = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(0)
+    bounds = q_offsets + b * qo_sb + h * qo_sh + block
+    start, end = tl.load(bounds), tl.load(bounds + 1)
+    if start >= end:
+        return
+    rows = start + tl.arange(0, BLOCK_M)
+    inside, num_rows = rows < end, end - start
+    queries = load_tile(q + b * q_sb + h * q_sh, rows, end, q_sn, D, BLOCK_D, True)
+    k += b * k_sb + h * k_sh
+    v += b * v_sb + h * v_sh
+    k_offsets += b * ko_sb + h * ko_sh
+    m = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    skipped = 0
+
+    count = tl.load(counts + b * c_sb + h * c_sh + block)
+    indices += b * i_sb + h * i_sh + block * i_sm
+    last = tl.maximum(count - 1, 0)
+    # Indices ascend, so the blocks that need no mask stand together.
+    plain_start = 0
+    while (plain_start < count) & (tl.load(indices + tl.minimum(plain_start, last)) < run_start):
+        plain_start += 1
+    plain_end = count
+    while (plain_end > plain_start) & (tl.load(indices + tl.maximum(plain_end - 1, 0)) >= run_end):
+        plain_end -= 1
+    for i in tl.range(0, plain_start, num_stages=1):
+        bound = k_offsets + tl.load(indices + i)
+        m, total, acc, skipped = attend_block(
+            queries, m, total, acc, skipped, k, v, tl.load(bound), tl.load(bound + 1), inside, num_rows, k_sn, v_sn,
+            scale, floor, None, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, False, UPCAST,
+        )  # fmt: skip
+    origin = tl.load(k_offsets + run_start) - run_start * BLOCK_N
+    k_start = origin + tl.load(indices + tl.minimum(plain_start, last)) * BLOCK_N
+    # A block's scores are computed while the values of the one before it are on their way.
+    k_end = tl.where(plain_start < plain_end, k_start + BLOCK_N, k_start)
+    scores = score_block(queries, k, k_start, k_end, k_sn, None, D, BLOCK_D, BLOCK_N, True, False, UPCAST)
+    for i in tl.range(plain_start, plain_end):
+        following = origin + tl.load(indices + tl.minimum(i + 1, plain_end - 1)) * BLOCK_N
+        needed = is_needed(scores, m, inside, scale, floor)
+        values = tl.zeros([BLOCK_N, BLOCK_DV], v.dtype.element_ty)
+        if needed:
+            values = load_tile(v, k_start + tl.arange(0, BLOCK_N), 0, v_sn, DV, BLOCK_DV, False)
+        ahead = score_block(queries, k, following, 0, k_sn, None, D, BLOCK_D, BLOCK_N, False, False, UPCAST)
+        if needed:
+            m, total, acc = attend_scores(m, total, acc, scores, values, scale, False, UPCAST)
+        else:
+            skipped += BLOCK_N * num_rows
+        scores, k_start = ahead, following
+    for i in tl.range(plain_end, count, num_stages=1):
+        bound = k_offsets + tl.load(indices + i)
+        m, total, acc, skipped = attend_block(
+            queries, m, total, acc, skipped, k, v, tl.load(bound), tl.load(bound + 1), inside, num_rows, k_sn, v_sn,
+            scale, floor, None, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, False, UPCAST,
+        )  # fmt: skip
+    if PARTIAL:
+        count = tl.load(partial_counts + b * pc_sb + h * pc_sh + block)
+        partial_indices += b * pi_sb + h * pi_sh + block * pi_sm
+        bits += b * bits_sb + h * bits_sh + block * bits_sm
+        for i in tl.range(0, count):
+            bound = k_offsets + tl.load(partial_indices + i)
+            allowed = allowed_pairs(bits + i * bits_sl, tl.arange(0, BLOCK_M), 0, q_block, words, BLOCK_M, BLOCK_N)
+            m, total, acc, skipped = attend_block(
+                queries, m, total, acc, skipped, k, v, tl.load(bound), tl.load(bound + 1), inside, num_rows, k_sn,
+                v_sn, scale, floor, allowed, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, True, UPCAST,
+            )  # fmt: skip
+
+    empty = total == 0.0
+    acc = acc / tl.where(empty, 1.0, total)[:, None]
+    channels = tl.arange(0, BLOCK_DV)
+    pointers = out + b * o_sb + h * o_sh + rows.to(tl.int64)[:, None] * o_sn + channels[None, :]
+    tl.store(pointers, acc.to(out.dtype.element_ty), mask=inside[:, None] & (channels < DV)[None, :])
+    tl.store(skips + b * s_sb + h * s_sh + block, skipped)
+    if RETURN_LSE:
+        sums = tl.where(empty, -float("inf"), (m + tl.log2(tl.where(empty, 1.0, total))) * 0.6931471805599453)
+        tl.store(lse + b * lse_sb + h * lse_sh + rows, sums, mask=inside)
