@@ -34,16 +34,16 @@ OURS = "lea"
 
 
 def settings_of(reports: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Each setting of a method with its PSNR over the prompts; a method's rows are those of the last report with it."""
-    found: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
+    """Each setting of a method with its PSNR over the prompts; one that several reports have is that of the last."""
+    found: dict[str, list[Mapping[str, Any]]] = {}
     for report in reports:
-        own: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
+        own: dict[str, list[Mapping[str, Any]]] = {}
         for row in report["videos"]:
             method = row["config"].get("method")
             if method not in (None, "dense") and not row["label"].startswith("random blocks"):
-                own.setdefault(method, {}).setdefault(row["label"], []).append(row)
+                own.setdefault(row["label"], []).append(row)
         found |= own
-    return [_setting(label, rows) for own in found.values() for label, rows in own.items()]
+    return [_setting(label, rows) for label, rows in found.items()]
 
 
 def _setting(label: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
