@@ -26,8 +26,9 @@ def keys_kernel(mass, q_text, k_text, q_sizes, k_sizes, keys, free, q_blocks, k_
     best = tl.argmax(weight, 0, tie_break_left=True)
     text = (tl.load(k_text + columns, mask=inside, other=0) | tl.load(q_text + i)) != 0
     forced = text | (columns == best)
-    worth = tl.div_rn(weight, tl.maximum(area, 1).to(tl.float32)) + 0.0  # adding 0 turns -0 into 0
-    found = tl.where(forced, -1, worth.to(tl.int32, bitcast=True))
+    worth = tl.div_rn(weight, tl.maximum(area, 1).to(tl.float32))
+    # -0 and what is no number may have a sign.
+    found = tl.where(forced, -1, worth.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
     tl.store(keys + row * k_blocks + columns, found, mask=inside)
     tl.store(free + row, tl.sum(tl.where(forced & inside, area, 0), 0))
 

@@ -17,6 +17,7 @@ from dit_sparse import (
     DfsAttention,
     Dhsa,
     DraftAttention,
+    LeastError,
     LServe,
     Lvsa,
     MInference,
@@ -134,6 +135,8 @@ METHODS_OF_2026 = [
     DfsAttention(0.4, block=16, tokens=4),
     Lvsa(block=16),
     SkipSoftmax(block=16),
+    LeastError(0.4, tile=(1, 4, 4), rows=4),
+    LeastError(error=0.2, tile=(1, 4, 4), rows=4),
 ]
 
 
