@@ -88,7 +88,11 @@ def measure(steps: int) -> list[Row]:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """How many times the reckoned error the true one is, by layer and threshold; and what comes with a threshold."""
+    """How many times the reckoned error the true one is, by layer and threshold; and what comes with a threshold.
+
+    Plans that keep every block leave nothing to compare.
+    """
+    rows = [row for row in rows if row["reckoned"]]
     lines = [f"| | {' | '.join(f'{t:g}' for t in THRESHOLDS)} |", "|---" * (1 + len(THRESHOLDS)) + "|"]
 
     def line(text: str, value: Callable[[Mapping[str, Any]], float], layer: int | None = None) -> None:
@@ -106,6 +110,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _span(values: Sequence[float]) -> str:
+    if not values:
+        return ""
     return f"{statistics.median(values):.2g} ({min(values):.2g} to {max(values):.2g})"
 
 

@@ -114,21 +114,26 @@ def calibrate_quality(
 
 
 def quality_table(found: Reached) -> Table:
-    """What was measured: a row for all that was tried, and a column for each layer or prompt."""
-    by_layer = bool(found.kept)
-    title = "Relative error by layer, and density" if by_layer else "PSNR by prompt, dB"
-    table = Table(title=title, title_justify="left")
-    table.add_column(found.varied, justify="right")
-    for number in range(len(next(iter(found.measured.values())))):
-        table.add_column(str(number if by_layer else number + 1), justify="right")
-    for tried, values in sorted(found.measured.items()):
-        cells = [f"{value:.2f}" for value in values]
+    """What was measured: a row for each layer or prompt, and a column for all that was tried."""
+    by_layer, tried = bool(found.kept), sorted(found.measured)
+    title = f"Relative error (density) by layer and {found.varied}" if by_layer else f"PSNR, dB, by {found.varied}"
+    table = Table(title=title, title_justify="left", box=None, header_style="bold", pad_edge=False)
+    table.add_column("layer" if by_layer else "prompt", justify="right")
+    for value in tried:
+        table.add_column(f"{value:g}", justify="right")
+    chosen = found.schedule.layer_thresholds if by_layer else None
+    if chosen is not None:
+        table.add_column("chosen", justify="right")
+    for number in range(len(found.measured[tried[0]])):
+        measured = [found.measured[value][number] for value in tried]
         if by_layer:
-            cells = [f"{value:.3f} {kept:.2f}" for value, kept in zip(values, found.kept[tried], strict=True)]
-        table.add_row(f"{tried:g}", *cells)
-    if found.varied == "threshold" and (chosen := found.schedule.layer_thresholds) is not None:
-        dense = found.schedule.dense_layers
-        table.add_row("chosen", *("dense" if n in dense else f"{value:.4f}" for n, value in enumerate(chosen)))
+            kept = [found.kept[value][number] for value in tried]
+            cells = [f"{error:.3f} ({density:.2f})" for error, density in zip(measured, kept, strict=True)]
+        else:
+            cells = [f"{value:.2f}" for value in measured]
+        if chosen is not None:
+            cells.append("dense" if number in found.schedule.dense_layers else f"{chosen[number]:.4f}")
+        table.add_row(str(number if by_layer else number + 1), *cells)
     return table
 
 

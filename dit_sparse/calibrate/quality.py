@@ -12,7 +12,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from torch import Tensor
@@ -25,7 +25,7 @@ from dit_sparse.kernels import dense_attention
 from dit_sparse.methods.parameters import accepts_density, takes_error, with_density, with_threshold
 from dit_sparse.pipelines import observe_values
 from dit_sparse.schedule import Schedule
-from dit_sparse.types import Method, PackedPlan, Previous, Site
+from dit_sparse.types import AttentionPlan, Method, PackedPlan, Previous, Site
 
 __all__ = ["DENSITIES", "FACTORS", "THRESHOLDS", "LayerErrors", "Reached", "for_error", "for_psnr"]
 
@@ -72,6 +72,15 @@ class _Sums:
         return math.sqrt(self.error / self.output) if self.output else 0.0
 
 
+@runtime_checkable
+class _Searching(Protocol):
+    """A method whose plans of every threshold come from one search."""
+
+    def search(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Any: ...
+
+    def plan_from(self, found: Any, site: Site) -> AttentionPlan: ...
+
+
 @dataclass
 class LayerErrors:
     """An observer, for `observe_values`, of the errors that variants of a schedule's method would make.
@@ -87,7 +96,7 @@ class LayerErrors:
     schedule: Schedule
     variants: Mapping[float, Method]
     _sums: defaultdict[tuple[int, float], _Sums] = field(default_factory=lambda: defaultdict(_Sums), init=False)
-    _plans: dict[Any, PackedPlan] = field(default_factory=dict, init=False)
+    _plans: dict[Any, dict[float, PackedPlan]] = field(default_factory=dict, init=False)
     _step: int = field(default=-1, init=False)
 
     def __call__(self, site: Site, q: Tensor, k: Tensor, v: Tensor, lse: Tensor) -> None:
@@ -97,17 +106,30 @@ class LayerErrors:
             self.forget_plans()
             self._step = site.step
         dense = dense_attention(q, k, v).float()
-        for value, method in self.variants.items():
-            key = self.schedule.key(site), value
-            if key not in self._plans:
-                plan = self.schedule.finish(method.plan(q, k, v, site, Previous(None, lse, site.step)))
-                self._plans[key] = plan.pack()
-            plan = self._plans[key].unpack()
+        key = self.schedule.key(site)
+        if key not in self._plans:
+            self._plans[key] = self._planned(site, q, k, v, lse)
+        for value, packed in self._plans[key].items():
+            plan = packed.unpack()
             sums = self._sums[site.layer, value]
             sums.error += float((sparse_attention(q, k, v, plan).float() - dense).square().sum())
             sums.output += float(dense.square().sum())
             sums.density += float(plan.density.mean())
             sums.calls += 1
+
+    def _planned(self, site: Site, q: Tensor, k: Tensor, v: Tensor, lse: Tensor) -> dict[float, PackedPlan]:
+        """The plan of every variant; variants whose search is the same make it once."""
+        methods, found = list(self.variants.items()), None
+        if isinstance(first := methods[0][1], _Searching):
+            found = first.search(q, k, v, site)
+        plans = {}
+        for value, method in methods:
+            if isinstance(method, _Searching):
+                plan = method.plan_from(found, site)
+            else:
+                plan = method.plan(q, k, v, site, Previous(None, lse, site.step))
+            plans[value] = self.schedule.finish(plan).pack()
+        return plans
 
     def forget_plans(self) -> None:
         """Before each run: the plans of another prompt are not shared."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar, TypeAlias
+from typing import ClassVar, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,6 +22,21 @@ from dit_sparse.types import AttentionPlan, BlockMask, Previous, Remainder, Scop
 
 Orders: TypeAlias = tuple[TokenOrder, TokenOrder]
 """Of queries and of keys."""
+
+
+class Found(NamedTuple):
+    """What a search tells of a layer, all its heads together.
+
+    Args:
+        errors: `[B, H, Mq, Mk]`, added up over the guidance branches of a sample.
+        output: `[B]` squared norm of the output; `None` where no error was asked for.
+        branches: how many came in one batch.
+    """
+
+    errors: Tensor
+    output: Tensor | None
+    branches: int
+
 
 _EARLY_SHARE = 0.2
 _LARGEST_DENSITY = 0.95
@@ -110,6 +125,9 @@ class LeastError(AnyGrid):
         """The same order in blocks of `query_tiles` tiles."""
         return merged_tiles_once(grid, self.tile, self.query_tiles, device)
 
+    def _orders(self, grid: TokenGrid, device: torch.device) -> Orders:
+        return self.query_order(grid, device), self.shared_order(grid, device)
+
     def step_densities(self, num_steps: int) -> list[float]:
         """Density of each step of a run: `early` times as large in the first fifth, below that of a dense step."""
         first = _early_steps(num_steps)
@@ -130,9 +148,14 @@ class LeastError(AnyGrid):
 
     def plan(self, q: Tensor, k: Tensor, v: Tensor, site: Site, previous: Previous | None) -> AttentionPlan:
         """Plan from one search over `q, k, v` `[B, H, N, D]`, in the order by tiles where `site.in_order` is set."""
-        orders = q_order, kv_order = self.query_order(site.grid, q.device), self.shared_order(site.grid, q.device)
         if self.error is None and self.density_at(site) >= 1:
+            q_order, kv_order = self._orders(site.grid, q.device)
             return AttentionPlan(q_order, kv_order, BlockMask.full(q_order.offsets, kv_order.offsets))
+        return self.plan_from(self.search(q, k, v, site), site)
+
+    def search(self, q: Tensor, k: Tensor, v: Tensor, site: Site) -> Found:
+        """What plans with any density or, where this has one, any `error` are made from; arguments as in `plan`."""
+        orders = q_order, kv_order = self._orders(site.grid, q.device)
         if not site.in_order:
             q, k, v = (kv_order.permute(x) for x in (q, k, v))
         probes = None if self.error is None else attend_rows(q, k, v, q_order, self.rows)
@@ -141,13 +164,20 @@ class LeastError(AnyGrid):
         branches = 2 if site.branch == "cond_uncond" and q.shape[0] % 2 == 0 else 1
         errors = errors.unflatten(0, (branches, -1)).sum(0)
         errors = errors if site.heads is None else site.heads.gather(errors)
-        if (error := self.threshold_at(site)) is None or probes is None:
-            kept = self.choose(errors, self.density_at(site), orders, site.grid)
+        if probes is None:
+            return Found(errors, None, branches)
+        output = probes.squares(q_order).unflatten(0, (branches, -1)).sum((0, 2, 3))
+        return Found(errors, output if site.heads is None else site.heads.sum(output), branches)
+
+    def plan_from(self, found: Found, site: Site) -> AttentionPlan:
+        """The plan of the call at `site` from what `search` found there."""
+        orders = q_order, kv_order = self._orders(site.grid, found.errors.device)
+        if (error := self.threshold_at(site)) is None or found.output is None:
+            kept = self.choose(found.errors, self.density_at(site), orders, site.grid)
         else:
-            output = probes.squares(q_order).unflatten(0, (branches, -1)).sum((0, 2, 3))
-            output = output if site.heads is None else site.heads.sum(output)
-            kept = blocks_within(errors, error**2 * output, q_order.offsets, kv_order.offsets, site.grid)
-        kept = (kept if site.heads is None else site.heads.own(kept)).repeat(branches, 1, 1, 1)
+            most = error**2 * found.output
+            kept = blocks_within(found.errors, most, q_order.offsets, kv_order.offsets, site.grid)
+        kept = (kept if site.heads is None else site.heads.own(kept)).repeat(found.branches, 1, 1, 1)
         return AttentionPlan.from_kept(q_order, kept, kv_order=kv_order, remainder=self.own_remainder)
 
     def errors(self, q: Tensor, k: Tensor, v: Tensor, orders: Orders, probes: Probes | None) -> Tensor:

@@ -37,7 +37,7 @@ def test_calibrates_for_a_quality_and_generates_from_the_config(model, capsys):
     command = ["calibrate", "--prompt", "a red ball", "--model", model, *SMALL, "--method", "lea"]
     assert exit_code(*command, "--error", "0.9") == 0
     output = capsys.readouterr().out
-    assert "Relative error by layer" in output
+    assert "Relative error (density) by layer and threshold" in output
     assert "config: lea.json" in output
     config = json.loads(Path("lea.json").read_text())
     assert (config["method"], config["warmup"]) == ("lea", 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -203,6 +204,26 @@ def test_branches_in_one_batch_share_an_error() -> None:
     # The same branch twice has twice the errors and twice the output.
     twice = method.plan(*(x[:2].repeat(2, 1, 1, 1) for x in (q, k, v)), Site(grid, branch="cond_uncond"), None)
     assert torch.equal(twice.token_mask()[:2], method.plan(*(x[:2] for x in (q, k, v)), Site(grid), None).token_mask())
+
+
+def test_ranks_with_some_of_the_heads_share_an_error() -> None:
+    grid = TokenGrid(2, 4, 6)
+    q, k, v = inputs(grid, batch=1, scale=0.7)
+    v[:, 1] *= 3  # of unlike size, so that each rank alone would choose otherwise
+    method = LeastError(error=0.1, tile=TILE, rows=6)
+    ranks = [[x[:, rank : rank + 1] for x in (q, k, v)] for rank in range(2)]
+    found = [method.search(*own, Site(grid)) for own in ranks]
+    whole = method.plan(q, k, v, Site(grid), None).token_mask()
+    for rank, own in enumerate(ranks):
+        heads = SimpleNamespace(
+            gather=lambda x: torch.cat([f.errors for f in found], 1),
+            sum=lambda x: sum(f.output for f in found),
+            own=lambda x, rank=rank: x[:, rank : rank + 1],
+        )
+        got = method.plan(*own, Site(grid, heads=heads), None).token_mask()  # type: ignore[arg-type]
+        assert torch.equal(got, whole[:, rank : rank + 1])
+    alone = method.plan(*ranks[0], Site(grid), None).token_mask()
+    assert not torch.equal(alone, whole[:, :1])
 
 
 def test_it_errs_less_than_the_blocks_of_largest_mass_with_the_same_remainder() -> None:
