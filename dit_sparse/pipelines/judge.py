@@ -79,8 +79,7 @@ class Judge:
         return self._schedule.method_for(site)
 
     def _is_free(self, method: Method) -> bool:
-        """Whether nothing is judged: nobody asked for it, the method is dense attention itself, or plans skip blocks,
-        of which nobody knows how many before."""
+        """Whether nothing is judged: nobody asked for it, it is dense attention, or the share it skips is unknown."""
         return not self._schedule.never_slower or method.name == "dense" or self._schedule.skips
 
     def _before_planning(self, site: Site, q: Tensor, density: float) -> float:

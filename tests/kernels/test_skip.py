@@ -110,9 +110,10 @@ def check(name: str, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> No
 
 
 @pytest.mark.parametrize("name", SKIPPING)
-@pytest.mark.parametrize("plan", ["even", "ragged", "text", "uneven", "one mask", "partial"])
+@pytest.mark.parametrize("plan", ["even", "ragged", "text", "text first", "uneven", "one mask", "partial"])
 def test_skips_what_a_loop_skips(name: str, plan: str) -> None:
-    made = cases.remainder_plans()[plan]
+    first = cases.random_plan([0, 7, 39, 71, 103, 130], batch=2, heads=2, density=0.8)
+    made = (cases.remainder_plans() | {"text first": first})[plan]
     check(name, *inputs(made, 2, 2, 16), made)
 
 

@@ -99,7 +99,7 @@ def test_gates_serve_every_family(pipe, family, tmp_path) -> None:
     write_gates(tmp_path / "gates.safetensors", shapes, 16)
     method = SeerAttention(str(tmp_path / "gates.safetensors"), density=0.5)
     got = family.run(sparsify(pipe, method))
-    assert 0.3 < statistics(pipe).sparse_density < (0.95 if method.skips else 0.7)
+    assert 0.3 < statistics(pipe).sparse_density < 0.7
     assert torch.isfinite(got).all()
     assert (got - dense).abs().max() > 1e-3 * dense.abs().max()
 
