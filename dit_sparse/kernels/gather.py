@@ -4,8 +4,8 @@ For a row of the block mask, out_i = softmax(scale * q_i K^T) V over the kept ke
 remainder beside them. Oracle: `reference`.
 
 What makes it fast, measured on two cores:
-- rows with equally many keys run in groups of one row a thread, or a few more where rows are short, so that a thread
-  finds the keys it copied and the scores it wrote in its own cache;
+- rows with equally many keys, or any with a remainder, run in groups of one row a thread, or a few more where rows are
+  short, so that a thread finds the keys it copied and the scores it wrote in its own cache;
 - keys are copied, used, and overwritten by the values: one buffer is half of what the cache has to hold;
 - torch's own threads share out each operator's group. Threads of our own would fight them for the cores, as those wait
   actively for a while after every dense operator;

@@ -133,29 +133,10 @@ def head_remainder(
     q_layout, k_layout = (BlockLayout.of_head(order, batch, head) for order in (plan.q_order, plan.kv_order))
     kept = plan.block_mask.kept_blocks
     kept = kept[batch % kept.shape[0], head % kept.shape[1]][None, None]
-    keys, queries = block_moments(k, k_layout, v), block_moments(q, q_layout, centred=False)
-    assert keys.v_mean is not None
-    bias = _bias(queries, keys, k_layout, kept, scale, plan.remainder)
-    slopes = None
-    if plan.remainder != "mean":
-        shares = _weights(queries, keys, bias, scale) * scale / k_layout.sizes.clamp(min=1)[..., None, :]
-        slopes = _sum_of_products(k, v, k_layout, keys.mean, shares[0, 0]).to(dtype)
-    means, values, bias = (x[0, 0].to(dtype) for x in (keys.mean, keys.v_mean, bias))
-    return HeadRemainder(means, values, bias, slopes, q_layout)
-
-
-def _sum_of_products(k: Tensor, v: Tensor, layout: BlockLayout, mean: Tensor, shares: Tensor) -> Tensor:
-    """`[Mq, D, DV]` sum over the blocks of `shares` `[Mq, Mk]` times `(k - mean)^T v`, which never lie there all."""
-    keys, values = (layout.split(x)[0, 0] for x in (k, v))
-    step = max(1, _CHUNK_PRODUCTS // (k.shape[-1] * max(keys.shape[1], v.shape[-1])))
-    total = shares.new_zeros(shares.shape[0], k.shape[-1] * v.shape[-1])
-    for start in range(0, len(keys), step):
-        part = slice(start, start + step)
-        # The padding of short blocks has values of zero.
-        apart = keys[part] - mean[0, 0, part, None]
-        products = torch.bmm(apart.transpose(1, 2), values[part].to(apart.dtype))
-        total.addmm_(shares[:, part], products.flatten(1))
-    return total.unflatten(1, (k.shape[-1], -1))
+    terms = remainder_terms(q, k, v, q_layout, k_layout, kept, scale, plan.remainder)
+    slopes = None if terms.slopes is None else terms.slopes[0, 0].to(dtype)
+    keys, values, bias = (x[0, 0].to(dtype) for x in (terms.keys, terms.values, terms.bias))
+    return HeadRemainder(keys, values, bias, slopes, q_layout)
 
 
 def add_remainder(
