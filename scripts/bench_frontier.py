@@ -150,7 +150,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         "model": options.model,
         "layers": runner.layers,
         "steps": runner.steps,
-        "dense": dense,
+        "dense": [dense],
         "left_out": {},
         "rows": [],
     }
@@ -180,11 +180,18 @@ def merge(parts: Sequence[Path]) -> dict[str, Any]:
     first = reports[0]
     for part, report in zip(parts, reports, strict=True):
         for name in ("environment", "model", "layers", "steps"):
-            if report[name] != first[name]:
+            if _but_commit(report[name]) != _but_commit(first[name]):
                 raise ValueError(f"--merge: the {name} of {part} is not that of {parts[0]}: merge like with like")
     rows = {row["label"]: row for report in reports for row in report["rows"]}
+    commits = dict.fromkeys(report["environment"]["commit"] for report in reports)
+    where = first["environment"] | {"commit": ", ".join(commits)}
     left_out = {label: text for report in reports for label, text in report["left_out"].items() if label not in rows}
-    return first | {"rows": list(rows.values()), "left_out": left_out, "dense": [report["dense"] for report in reports]}
+    dense = [found for report in reports for found in report["dense"]]
+    return first | {"environment": where, "rows": list(rows.values()), "left_out": left_out, "dense": dense}
+
+
+def _but_commit(value: Any) -> Any:
+    return {name: own for name, own in value.items() if name != "commit"} if isinstance(value, dict) else value
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
