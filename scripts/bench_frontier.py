@@ -123,10 +123,11 @@ def table(report: Mapping[str, Any]) -> str:
 def _name(row: Mapping[str, Any]) -> str:
     config = row["config"]
     asked = f" {config['density']:g}" if config.get("density") is not None else ""
-    if config.get("window"):
+    if isinstance(config.get("window"), list):
         asked = f" {'x'.join(map(str, config['window']))}"
     remainder = "" if config.get("remainder", "method") == "method" else f", remainder {config['remainder']}"
-    return f"{row['method']}{asked}{remainder}"
+    warmup = ", no dense step" if config.get("warmup") == 0 else ""
+    return f"{row['method']}{asked}{remainder}{warmup}"
 
 
 def _psnr(row: Mapping[str, Any]) -> str:

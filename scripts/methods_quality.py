@@ -39,7 +39,8 @@ def collect(reports: Sequence[Mapping[str, Any]], recall: Mapping[str, Any]) -> 
     for report in reports:
         own: dict[str, list[Mapping[str, Any]]] = {}
         for row in report["videos"]:
-            if row["config"].get("remainder", "method") == "method":
+            # What was asked for as JSON is another setting than the table's.
+            if not row["label"].startswith("{"):
                 own.setdefault(_name(row), []).append(row)
         videos |= own
     recalled = {(row["method"], row["density"]): row for row in recall["rows"]}
@@ -68,9 +69,10 @@ def _remainders(videos: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for row in videos:
         config = row["config"]
         if config.get("remainder", "method") != "method":
-            key = tuple(config.get(name) for name in ("method", "density", "remainder", "warmup"))
+            blocks = {name: config[name] for name in ("block", "tile", "window", "stride") if config.get(name)}
+            key = (*(config.get(name) for name in ("method", "density", "remainder", "warmup")), json.dumps(blocks))
             groups.setdefault(key, []).append(row)
-    names = ("method", "asked", "remainder", "warmup")
+    names = ("method", "asked", "remainder", "warmup", "blocks")
     return [dict(zip(names, key, strict=True)) | _figures(rows, None) for key, rows in groups.items()]
 
 
