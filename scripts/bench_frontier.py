@@ -14,7 +14,6 @@ their settings are left out.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -32,6 +31,7 @@ from dit_sparse.pipelines.sparsify import session_of, sparsify, unsparsify
 from dit_sparse.schedule import Schedule
 
 OURS = "lea"
+_PARTS = ("environment", "model", "rows")
 
 
 def settings_of(reports: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -177,7 +177,7 @@ def merge(parts: Sequence[Path]) -> dict[str, Any]:
     Raises:
         ValueError: no reports, or of different devices, versions, models or steps.
     """
-    reports = [read_frontier(part) for part in parts]
+    reports = [read_report(part, _PARTS) for part in parts]
     first = reports[0]
     for part, report in zip(parts, reports, strict=True):
         for name in ("environment", "model", "layers", "steps"):
@@ -214,25 +214,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             report = merge(options.merge)
             write_report(report, options.out)
         else:
-            report = read_frontier(options.out) if options.table else run(options)
+            report = read_report(options.out, _PARTS) if options.table else run(options)
     except ValueError as error:
         parser.error(str(error))
     sys.stdout.write(table(report))
-
-
-def read_frontier(path: Path) -> dict[str, Any]:
-    """The report at `path`.
-
-    Raises:
-        ValueError: no report of this script.
-    """
-    try:
-        report = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--out must be a report of this script, got {path}: {error}") from None
-    if not isinstance(report, dict) or "rows" not in report:
-        raise ValueError(f"--out must be a report of this script, got {path}, which is another JSON file")
-    return report
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ from rich.table import Table
 from dit_sparse.eval.fidelity import CONVENTION
 
 
-def read_report(out: Path) -> dict[str, Any]:
-    """The report at `out`.
+def read_report(out: Path, parts: Sequence[str] = ("environment", "settings", "videos", "searches")) -> dict[str, Any]:
+    """The report at `out`, of which `parts` must be there.
 
     Raises:
         ValueError: no file of a report.
@@ -25,7 +25,7 @@ def read_report(out: Path) -> dict[str, Any]:
         report = json.loads(out.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"--out must be a report of this script, got {out}: {error}") from None
-    if not isinstance(report, dict) or not {"environment", "settings", "videos", "searches"} <= set(report):
+    if not isinstance(report, dict) or not set(parts) <= set(report):
         raise ValueError(f"--out must be a report of this script, got {out}, which is another JSON file")
     return report
 
