@@ -15,54 +15,34 @@ from dit_sparse.kernels.triton_kernels import allowed_pairs, load_tile, multiply
 
 
 @triton.jit
-def score_block(
-    q, k, start, end, k_stride, allowed, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+def attend_needed(
+    q, m, total, acc, skipped, k, v, start, end, inside, num_rows, k_stride, v_stride, scale, floor, allowed,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr, PARTIAL: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """Products of the queries and the keys at `start` to `end`, not scaled; -inf where one is none."""
+    """As `attend_tile` where a row `inside` has a score of `floor` below its maximum or more; else `skipped` pairs."""
     positions = start + tl.arange(0, BLOCK_N)
-    scores = multiply(q, tl.trans(load_tile(k, positions, end, k_stride, D, BLOCK_D, MASKED)), UPCAST)
+    keys = load_tile(k, positions, end, k_stride, D, BLOCK_D, MASKED)
+    scores = multiply(q, tl.trans(keys), UPCAST)
     if MASKED:
         scores = tl.where((positions < end)[None, :], scores, -float("inf"))
     if PARTIAL:
         scores = tl.where(allowed, scores, -float("inf"))
-    return scores
-
-
-@triton.jit
-def is_needed(scores, m, inside, scale, floor):
-    """Whether a row `inside` has a score that is at most `floor` below its maximum so far."""
+    peak = tl.max(scores, 1) * scale
     # Not `>=`: a NaN is needed, so that it is seen.
-    needed = inside & ((tl.max(scores, 1) * scale < m + floor) == 0)
-    return tl.max(needed.to(tl.int32), 0) > 0
-
-
-@triton.jit
-def attend_scores(m, total, acc, scores, values, scale, GUARDED: tl.constexpr, UPCAST: tl.constexpr):
-    """Running maximum, sum and output after one more block."""
-    peak = tl.maximum(m, tl.max(scores, 1) * scale)
-    shift = peak
-    if GUARDED:
-        # A row that has seen no key yet: -inf less -inf would be NaN.
-        shift = tl.where(peak == -float("inf"), 0.0, peak)
-    weights = tl.exp2(scores * scale - shift[:, None])
-    keep = tl.exp2(m - shift)
-    acc = acc * keep[:, None] + multiply(weights.to(values.dtype), values, UPCAST)
-    return peak, total * keep + tl.sum(weights, 1), acc
-
-
-@triton.jit
-def attend_block(
-    q, m, total, acc, skipped, k, v, start, end, inside, num_rows, k_stride, v_stride, scale, floor, allowed,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
-    PARTIAL: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """One block that does not fill its tile, or that a predicate cuts: attended to, or counted in `skipped`."""
-    positions = start + tl.arange(0, BLOCK_N)
-    scores = score_block(q, k, start, end, k_stride, allowed, D, BLOCK_D, BLOCK_N, True, PARTIAL, UPCAST)
-    if is_needed(scores, m, inside, scale, floor):
-        values = load_tile(v, positions, end, v_stride, DV, BLOCK_DV, True)
-        m, total, acc = attend_scores(m, total, acc, scores, values, scale, True, UPCAST)
+    needed = inside & ((peak < m + floor) == 0)
+    if tl.max(needed.to(tl.int32), 0) > 0:
+        peak = tl.maximum(m, peak)
+        shift = peak
+        if MASKED or PARTIAL:
+            # A row that has seen no key yet: -inf less -inf would be NaN.
+            shift = tl.where(peak == -float("inf"), 0.0, peak)
+        weights = tl.exp2(scores * scale - shift[:, None])
+        keep = tl.exp2(m - shift)
+        values = load_tile(v, positions, end, v_stride, DV, BLOCK_DV, MASKED)
+        acc = acc * keep[:, None] + multiply(weights.to(values.dtype), values, UPCAST)
+        total = total * keep + tl.sum(weights, 1)
+        m = peak
     elif PARTIAL:
         pairs = allowed & inside[:, None] & (positions < end)[None, :]
         skipped += tl.sum(tl.sum(pairs.to(tl.int32), 1), 0)
@@ -118,32 +98,25 @@ def skip_kernel(
         plain_end -= 1
     for i in tl.range(0, plain_start, num_stages=1):
         bound = k_offsets + tl.load(indices + i)
-        m, total, acc, skipped = attend_block(
+        m, total, acc, skipped = attend_needed(
             queries, m, total, acc, skipped, k, v, tl.load(bound), tl.load(bound + 1), inside, num_rows, k_sn, v_sn,
-            scale, floor, None, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, False, UPCAST,
+            scale, floor, None, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, True, False, UPCAST,
         )  # fmt: skip
     origin = tl.load(k_offsets + run_start) - run_start * BLOCK_N
     k_start = origin + tl.load(indices + tl.minimum(plain_start, last)) * BLOCK_N
-    # A block's scores are computed while the values of the one before it are on their way.
-    k_end = tl.where(plain_start < plain_end, k_start + BLOCK_N, k_start)
-    scores = score_block(queries, k, k_start, k_end, k_sn, None, D, BLOCK_D, BLOCK_N, True, False, UPCAST)
     for i in tl.range(plain_start, plain_end):
-        following = origin + tl.load(indices + tl.minimum(i + 1, plain_end - 1)) * BLOCK_N
-        needed = is_needed(scores, m, inside, scale, floor)
-        values = tl.zeros([BLOCK_N, BLOCK_DV], v.dtype.element_ty)
-        if needed:
-            values = load_tile(v, k_start + tl.arange(0, BLOCK_N), 0, v_sn, DV, BLOCK_DV, False)
-        ahead = score_block(queries, k, following, 0, k_sn, None, D, BLOCK_D, BLOCK_N, False, False, UPCAST)
-        if needed:
-            m, total, acc = attend_scores(m, total, acc, scores, values, scale, False, UPCAST)
-        else:
-            skipped += BLOCK_N * num_rows
-        scores, k_start = ahead, following
+        # Where the next block lies is read a step ahead: copies that wait for another load are not pipelined.
+        following = origin + tl.load(indices + tl.minimum(i + 1, last)) * BLOCK_N
+        m, total, acc, skipped = attend_needed(
+            queries, m, total, acc, skipped, k, v, k_start, k_start + BLOCK_N, inside, num_rows, k_sn, v_sn, scale,
+            floor, None, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, False, False, UPCAST,
+        )  # fmt: skip
+        k_start = following
     for i in tl.range(plain_end, count, num_stages=1):
         bound = k_offsets + tl.load(indices + i)
-        m, total, acc, skipped = attend_block(
+        m, total, acc, skipped = attend_needed(
             queries, m, total, acc, skipped, k, v, tl.load(bound), tl.load(bound + 1), inside, num_rows, k_sn, v_sn,
-            scale, floor, None, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, False, UPCAST,
+            scale, floor, None, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, True, False, UPCAST,
         )  # fmt: skip
     if PARTIAL:
         count = tl.load(partial_counts + b * pc_sb + h * pc_sh + block)
@@ -152,9 +125,9 @@ def skip_kernel(
         for i in tl.range(0, count):
             bound = k_offsets + tl.load(partial_indices + i)
             allowed = allowed_pairs(bits + i * bits_sl, tl.arange(0, BLOCK_M), 0, q_block, words, BLOCK_M, BLOCK_N)
-            m, total, acc, skipped = attend_block(
+            m, total, acc, skipped = attend_needed(
                 queries, m, total, acc, skipped, k, v, tl.load(bound), tl.load(bound + 1), inside, num_rows, k_sn,
-                v_sn, scale, floor, allowed, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, True, UPCAST,
+                v_sn, scale, floor, allowed, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, True, True, UPCAST,
             )  # fmt: skip
 
     empty = total == 0.0
