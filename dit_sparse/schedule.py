@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -293,16 +293,22 @@ class Schedule:
     @property
     def skips(self) -> bool:
         """Whether plans skip blocks, by the method itself, its `own_skip_factor`, or by this schedule."""
-        own = getattr(self.method, "own_skip_factor", 0)
-        return bool(own if self.skip_factor is None else self.skip_factor)
+        if self.skip_factor is not None:
+            return bool(self.skip_factor)
+        thresholds = self.layer_thresholds or ()
+        methods = [with_threshold(self.method, value) for value in thresholds] or [self.method]
+        return any(getattr(method, "own_skip_factor", 0) for method in methods)
 
     def finish(self, plan: AttentionPlan) -> AttentionPlan:
         """What a method planned, with the remainder and the skipping that this schedule asks for."""
-        if self.remainder != "method":
-            plan = plan.with_remainder(self.remainder)
-        if self.skip_factor is None:
+        remainder = plan.remainder if self.remainder == "method" else self.remainder
+        skip = plan.skip_threshold
+        if self.skip_factor is not None:
+            skip = skip_threshold(self.skip_factor, plan.kv_order.num_tokens)
+        if (remainder, skip) == (plan.remainder, plan.skip_threshold):
             return plan
-        return plan.with_skip(skip_threshold(self.skip_factor, plan.kv_order.num_tokens))
+        # Both at once, because a plan has one of them at most.
+        return replace(plan, remainder=remainder, skip_threshold=skip)
 
     def key(self, site: Site) -> tuple[Any, ...]:
         """What shares a plan with this site: branches, layers and models never mix unless the method is static."""

@@ -20,6 +20,7 @@ from dit_sparse.methods import (
     Neighborhood,
     Paro,
     Pisa,
+    SkipSoftmax,
     SolAttention,
     XAttention,
 )
@@ -203,6 +204,24 @@ def test_a_remainder_is_set_for_any_method(remainder) -> None:
     schedule = Schedule(AdaSpa(), remainder=remainder)
     assert schedule.finish(planned.with_remainder("mass")).remainder == remainder
     assert Schedule.from_config(json.loads(json.dumps(schedule.to_config()))) == schedule
+
+
+def test_a_remainder_and_skipping_take_each_others_place() -> None:
+    planned = some_plan()
+    skipping = Schedule(SkipSoftmax(), remainder="mean", skip_factor=0)
+    assert not skipping.skips
+    found = skipping.finish(planned.with_skip(0.1))
+    assert (found.remainder, found.skip_threshold) == ("mean", 0)
+    summing = Schedule(LeastError(), remainder="none", skip_factor=1)
+    found = summing.finish(planned.with_remainder("value"))
+    assert found.remainder == "none"
+    assert found.skip_threshold > 0
+
+
+def test_layers_may_skip_by_thresholds_alone() -> None:
+    assert not Schedule(AdaSpa()).skips
+    assert Schedule(SkipSoftmax(), layer_thresholds=(100.0, 0.0)).skips
+    assert not Schedule(SkipSoftmax(), layer_thresholds=(0.0, 0.0)).skips
 
 
 def test_configs_from_before_remainders_still_load() -> None:

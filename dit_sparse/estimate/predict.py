@@ -67,6 +67,11 @@ class Run:
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
         self.schedule.check_layers(self.shape.layers)
+        if self.schedule.skips:
+            raise ValueError(
+                f"{self.schedule.method.name!r} cannot be estimated where blocks are skipped: nobody knows before how "
+                "many; time a run, or set skip_factor to 0"
+            )
         _ = self.tokens, self.share
 
     @cached_property
@@ -287,11 +292,12 @@ def _memory(run: Run, mesh: Mesh) -> dict[str, float]:
     hidden_bytes = run.tokens * shape.hidden * machine.itemsize
     batch = 1 if shape.cross else run.branches
     plans = 0.0
-    if method.scope == "call" and run.share < 1:
+    if method.scope in ("call", "sample") and run.share < 1:
         rows = run.tokens / block_of(method)
+        branches = run.branches if method.scope == "call" else 1
         heads = shape.heads / mesh.size
         lse = 4 * heads * run.tokens if method.uses_lse else 0.0
-        plans = run.branches * shape.layers * (heads * rows**2 / 8 + lse)
+        plans = branches * shape.layers * (heads * rows**2 / 8 + lse)
     return {
         "transformer": float(shape.weights * machine.itemsize),
         "text encoder and VAE": float(shape.companions * machine.itemsize),

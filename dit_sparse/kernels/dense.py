@@ -108,6 +108,8 @@ def has_flash_cpu(dtype: torch.dtype) -> bool:
 
 def flash_cpu(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Output and natural-log row sums from torch's CPU flash operator; see `has_flash_cpu`."""
+    # The operator takes neighbouring channels for granted and does not check.
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
     return out, lse
 

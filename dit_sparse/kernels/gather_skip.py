@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dit_sparse.kernels.skip import allowed_pairs, log_threshold
+from dit_sparse.kernels.skip import allowed_pairs, log_threshold, of_head
 from dit_sparse.types import AttentionPlan
 
 __all__ = ["attend_skipping"]
@@ -36,7 +36,7 @@ def attend_skipping(
     for b, h in itertools.product(*map(range, q.shape[:2])):
         queries, keys, values = (x[b, h].to(lse.dtype) for x in (q, k, v))
         q_bounds, k_bounds = (
-            _of(offsets, b, h).numpy().astype(np.int64) for offsets in (mask.q_offsets, mask.k_offsets)
+            of_head(offsets, b, h).numpy().astype(np.int64) for offsets in (mask.q_offsets, mask.k_offsets)
         )
         for i in range(mask.num_q_blocks):
             rows = slice(int(q_bounds[i]), int(q_bounds[i + 1]))
@@ -97,10 +97,10 @@ def _of_blocks(scores: Tensor, sizes: np.ndarray, chosen: np.ndarray) -> Tensor:
 def _kept(plan: AttentionPlan, b: int, h: int, i: int) -> tuple[np.ndarray, np.ndarray]:
     """Key blocks that a query block keeps whole and in part."""
     mask = plan.block_mask
-    whole = _of(mask.kv_indices, b, h)[i, : int(_of(mask.kv_counts, b, h)[i])].numpy()
+    whole = of_head(mask.kv_indices, b, h)[i, : int(of_head(mask.kv_counts, b, h)[i])].numpy()
     if mask.partial_counts is None or mask.partial_indices is None:
         return whole, whole[:0]
-    return whole, _of(mask.partial_indices, b, h)[i, : int(_of(mask.partial_counts, b, h)[i])].numpy()
+    return whole, of_head(mask.partial_indices, b, h)[i, : int(of_head(mask.partial_counts, b, h)[i])].numpy()
 
 
 def _filled(blocks: np.ndarray, bounds: np.ndarray) -> np.ndarray:
@@ -115,7 +115,3 @@ def _tokens(bounds: np.ndarray, blocks: np.ndarray, sizes: np.ndarray) -> Tensor
     if (starts[1:] == starts[:-1] + sizes[:-1]).all():
         return slice(int(starts[0]), int(starts[-1] + sizes[-1]))
     return torch.from_numpy(np.arange(sizes.sum()) + np.repeat(starts - (np.cumsum(sizes) - sizes), sizes))
-
-
-def _of(x: Tensor, b: int, h: int) -> Tensor:
-    return x[b % x.shape[0], h % x.shape[1]]

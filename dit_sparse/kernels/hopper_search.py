@@ -58,7 +58,9 @@ def search_on_hopper(
     rows: int,
     scale: float,
 ) -> Tensor:
-    """Squared errors `[B, H, Mq, Mk]` float32, for what `hopper_takes`; nothing waits for the device.
+    """Squared errors `[B, H, Mq, Mk]` float32, for what `hopper_takes`.
+
+    Nothing waits for the device after the first call with an order.
 
     Args:
         probes: some queries of each block, `[B, H, Mq * rows, D]`, with their output and row sums; contiguous.

@@ -47,7 +47,7 @@ class Probes(NamedTuple):
 
     def squares(self, order: TokenOrder) -> Tensor:
         """`[B, H, M]` squared output summed over the queries of each block, as far as those looked at stand for it."""
-        squares = self.out.square().sum(-1, dtype=torch.promote_types(self.out.dtype, torch.float32))
+        squares = self.out.to(torch.promote_types(self.out.dtype, torch.float32)).square().sum(-1)
         return squares.unflatten(2, (order.num_blocks, -1)).mean(3) * order.block_sizes
 
 

@@ -24,7 +24,6 @@ LARGEST_SPREAD = 2.0
 """Of `m_Ij`; above it a block leaves no remainder for a query block. The scores then vary by 2 around their mean."""
 
 _CHUNK_SCORES = 1 << 19
-_CHUNK_PRODUCTS = 1 << 17  # so that they stay in the cache
 
 
 @dataclass(frozen=True)

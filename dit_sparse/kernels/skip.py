@@ -14,7 +14,7 @@ from torch import Tensor
 from dit_sparse.block_mask import BlockMask
 from dit_sparse.types import AttentionPlan
 
-__all__ = ["allowed_pairs", "log_threshold", "without_skipped"]
+__all__ = ["allowed_pairs", "log_threshold", "of_head", "without_skipped"]
 
 
 def log_threshold(plan: AttentionPlan) -> float:
@@ -69,7 +69,7 @@ def allowed_pairs(plan: AttentionPlan, b: int, h: int, rows: slice, columns: sli
     predicate = plan.block_mask.predicate
     assert predicate is not None
     q_token, k_token = (
-        _of(order.index, b, h)[part] for order, part in ((plan.q_order, rows), (plan.kv_order, columns))
+        of_head(order.index, b, h)[part] for order, part in ((plan.q_order, rows), (plan.kv_order, columns))
     )
     batch, head = (torch.tensor(number, device=q_token.device) for number in (b, h))
     return predicate(batch, head, q_token[:, None], k_token[None, :]).expand(len(q_token), len(k_token))
@@ -84,14 +84,15 @@ def _in_turn(plan: AttentionPlan, b: int, h: int, i: int) -> list[tuple[int, boo
     return [
         (j, partial)
         for counts, indices, partial in lists
-        for j in _of(indices, b, h)[i, : int(_of(counts, b, h)[i])].tolist()
+        for j in of_head(indices, b, h)[i, : int(of_head(counts, b, h)[i])].tolist()
     ]
 
 
 def _block(offsets: Tensor, b: int, h: int, i: int) -> slice:
-    start, stop = _of(offsets, b, h)[i : i + 2].tolist()
+    start, stop = of_head(offsets, b, h)[i : i + 2].tolist()
     return slice(start, stop)
 
 
-def _of(x: Tensor, b: int, h: int) -> Tensor:
+def of_head(x: Tensor, b: int, h: int) -> Tensor:
+    """What `x` `[B|1, H|1, ...]` says of one head."""
     return x[b % x.shape[0], h % x.shape[1]]

@@ -115,7 +115,8 @@ def product_spread(k: Tensor, v: Tensor, order: TokenOrder) -> Tensor:
             layout = BlockLayout.of_head(order, b, h)
             means = block_moments(k[b : b + 1, h : h + 1], layout, v[b : b + 1, h : h + 1], products=True).products
             assert means is not None
-            sums = means[0, 0].float() * layout.sizes[0, 0, :, None, None]
+            # On a GPU there are more of them than blocks.
+            sums = means[0, 0, : order.num_blocks].float() * layout.sizes[0, 0, :, None, None]
             found[b, h] = torch.linalg.matrix_norm(sums - sums.mean(0))
     return found
 

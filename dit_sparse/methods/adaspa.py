@@ -5,6 +5,7 @@ Source: Xia et al., "Training-free and Adaptive Sparse Attention for Efficient L
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -79,6 +80,11 @@ class AdaSpa(AnyGrid):
     def uses_lse(self) -> bool:
         """Whether a dense step should hand its LSE over."""
         return self.cache_lse
+
+    @property
+    def query_block(self) -> int:
+        """Tokens a query block."""
+        return math.prod(self.tile) if self.tile else self.block
 
     def shared_order(self, grid: TokenGrid, device: torch.device) -> TokenOrder | None:
         """The order by tiles, where a tile is given."""

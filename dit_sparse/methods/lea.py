@@ -113,6 +113,11 @@ class LeastError(AnyGrid):
             check_share("error", self.error)
 
     @property
+    def query_block(self) -> int:
+        """Tokens a query block."""
+        return math.prod(self.tile) * self.query_tiles
+
+    @property
     def takes_density(self) -> bool:
         """An error that is given wins over a density."""
         return self.error is None
@@ -190,4 +195,5 @@ class LeastError(AnyGrid):
 
 
 def _early_steps(num_steps: int) -> int:
-    return min(num_steps - 1, math.ceil(round(_EARLY_SHARE * num_steps, 6)))
+    # As a schedule rounds the refresh at this share, or a plan of early steps would outlast them.
+    return min(num_steps - 1, max(1, round(_EARLY_SHARE * num_steps)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -56,6 +57,11 @@ class Oracle(AnyGrid):
         check_block("block", self.block)
         for size in self.tile or ():
             check_block("tile", size)
+
+    @property
+    def query_block(self) -> int:
+        """Tokens a query block."""
+        return math.prod(self.tile) if self.tile else self.block
 
     def shared_order(self, grid: TokenGrid, device: torch.device) -> TokenOrder | None:
         """The order by tiles, where a tile is given."""

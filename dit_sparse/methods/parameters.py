@@ -79,8 +79,8 @@ def density_at(method: Method, site: Site) -> float | None:
 
 
 def block_of(method: Method) -> float:
-    """Tokens a query block of `method`, as its parameters say; 64 where they do not."""
-    for name in ("block", "block_q", "q_tokens"):
+    """Tokens a query block of `method`, as its `query_block` or its parameters say; 64 where they do not."""
+    for name in ("query_block", "block", "block_q", "q_tokens"):
         if isinstance(size := getattr(method, name, None), int):
             return size
     tile = getattr(method, "tile", None)

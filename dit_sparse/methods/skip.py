@@ -5,6 +5,7 @@ Source: Yuan et al., "BLASST: Dynamic BLocked Attention Sparsity via Softmax Thr
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -67,6 +68,11 @@ class SkipSoftmax(AnyGrid):
     def own_skip_factor(self) -> float:
         """By which a schedule knows that plans skip."""
         return self.scale_factor
+
+    @property
+    def query_block(self) -> int:
+        """Tokens a query block."""
+        return math.prod(self.tile) if self.tile else self.block
 
     def shared_order(self, grid: TokenGrid, device: torch.device) -> TokenOrder | None:
         """The order by tiles, where a tile is given."""

@@ -154,7 +154,8 @@ def check_spread(transformer: Any, schedule: Schedule) -> None:
     """Whether `schedule` can be followed on the ranks that share a sequence of `transformer`; where none do, it can.
 
     Raises:
-        ValueError: a refresh by drift, or in a ring a remainder, or a plan of the data with more ranks than heads.
+        ValueError: a refresh by drift, or in a ring a remainder, skipped blocks, or a plan of the data with more ranks
+            than heads.
     """
     own = context_config(transformer)
     if own is None:
@@ -166,6 +167,11 @@ def check_spread(transformer: Any, schedule: Schedule) -> None:
     if own.ring_degree == 1:
         return
     check_remainder(schedule.planned_remainder)
+    if schedule.skips:
+        raise ValueError(
+            f"skip_factor must be 0 in a ring, got blocks skipped by {schedule.method.name!r} or the schedule: whole "
+            "blocks are skipped, and each rank sees parts of them; use ulysses"
+        )
     heads, ranks = transformer.config.num_attention_heads, own.ulysses_degree * own.ring_degree
     if ranks > heads and schedule.method.scope != "grid":
         raise ValueError(

@@ -206,3 +206,13 @@ def test_refuses_what_cannot_be(capsys):
     for gpus in (0, 10**6):
         with pytest.raises(ValueError, match="gpus must be"):
             estimate(_run(), gpus)
+
+
+def test_what_skips_cannot_be_told():
+    with pytest.raises(ValueError, match="'skip' cannot be estimated where blocks are skipped"):
+        build_run("wan2.1-14b", method="skip", density=0.7, device="h100")
+
+
+def test_plans_of_both_branches_are_kept_once():
+    found = estimate(_run(method="lea", block=None, density=0.125))
+    assert found.memory["plans"] == pytest.approx(40 * 40 * (75600 / 128) ** 2 / 8)

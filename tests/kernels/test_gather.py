@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dit_sparse.kernels import gather, gather_rows, get_backend
+from dit_sparse.kernels import dense_attention, gather, gather_rows, get_backend
 from dit_sparse.types import AttentionPlan, BlockMask, Remainder, TokenOrder
 from tests.kernels import cases
 
@@ -270,3 +270,24 @@ def test_rows_without_a_key_or_a_remainder_are_empty() -> None:
     assert lse is not None
     assert lse[..., 64:80].isneginf().all()
     assert lse[..., 50].isneginf().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_channels_need_not_be_neighbours(dtype: torch.dtype) -> None:
+    """torch's flash operator takes it for granted, and reads elsewhere without a word."""
+    order = TokenOrder.from_index(torch.arange(1024), torch.arange(0, 1025, 256))
+    plan = AttentionPlan.from_kept(order, ~torch.eye(4, dtype=torch.bool)[None, None])
+    draw = cases.generator()
+    wide = torch.randn(3, 1, 2, 1024, 128, generator=draw).to(dtype)
+    turned = torch.randn(3, 1, 2, 64, 1024, generator=draw).to(dtype).transpose(-1, -2)
+    for q, k, v in (wide[..., ::2], turned):
+        assert q.stride(-1) != 1
+        got, lse = GATHER.forward(q, k, v, plan, scale=0.3, return_lse=True)
+        want, want_lse = get_backend("reference").forward(q, k, v, plan, scale=0.3, return_lse=True)
+        unit = torch.finfo(dtype).eps
+        torch.testing.assert_close(got.float(), want.float(), rtol=0, atol=64 * unit)
+        torch.testing.assert_close(lse, want_lse, rtol=0, atol=1e-3)
+        out, row_sums = dense_attention(q, k, v, scale=0.3, return_lse=True)
+        again, sums_again = dense_attention(*(x.contiguous() for x in (q, k, v)), scale=0.3, return_lse=True)
+        assert torch.equal(out, again)
+        assert torch.equal(row_sums, sums_again)

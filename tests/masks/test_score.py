@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from dit_sparse.masks import pooled_scores, sampled_peaks, self_similarity, sub_block_scores
+from dit_sparse.kernels.moments import block_moments
+from dit_sparse.masks import pooled_scores, product_spread, sampled_peaks, self_similarity, sub_block_scores
 from dit_sparse.reorder import axis_orders_per_head, tile_order
 from dit_sparse.types import TokenGrid, TokenOrder
 
@@ -124,3 +125,17 @@ def test_sub_block_scores_of_heads_with_blocks_of_their_own():
     assert (fine[:, 0, :, 1] == 0).all()
     with pytest.raises(ValueError, match="tokens must be at least 1, got 0"):
         sub_block_scores(q, k, order, order, 0)
+
+
+def test_products_beyond_the_blocks_do_not_count(monkeypatch):
+    """A GPU pads them to a multiple of 8."""
+    order = tile_order(TokenGrid(1, 6, 8), (1, 4, 4))
+    k, v = torch.randn(2, 1, 2, 48, 8, generator=torch.Generator().manual_seed(0))
+    want = product_spread(k, v, order)
+
+    def padded(*args, **options):
+        found = block_moments(*args, **options)
+        return found._replace(products=torch.nn.functional.pad(found.products, (0, 0, 0, 0, 0, 4)))
+
+    monkeypatch.setattr("dit_sparse.masks.score.block_moments", padded)
+    assert torch.equal(product_spread(k, v, order), want)

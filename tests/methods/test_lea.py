@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dit_sparse import LeastError, Oracle, Schedule, Site, TokenGrid, sparse_attention
-from dit_sparse.kernels import scattered_rows
+from dit_sparse.kernels import Probes, scattered_rows
+from dit_sparse.methods.parameters import block_of
 from tests.methods.layouts import DEMO, GRIDS, blocks_of, check_text_and_rows, inputs, smooth_inputs, tokens_of
 from tests.methods.test_no_wait import NoWaiting
 
@@ -133,6 +134,30 @@ def test_steps_have_the_density_as_their_mean(steps: int, density: float, early:
     if steps >= 20 and density == 0.0625:
         assert found[0] == pytest.approx(found[-1] * early) or found[0] == 0.95
         assert sum(value > found[-1] for value in found) == (steps // 5 if early > 1 else 0)
+
+
+@pytest.mark.parametrize("steps", range(1, 61))
+def test_a_run_has_the_density_whatever_its_steps(steps: int) -> None:
+    """Plans last until the next search, so a search must stand where the density falls."""
+    method = LeastError(0.125)
+    searches = {0, *Schedule(method, warmup=0).refresh_steps(steps)}
+    spent, planned = 0.0, 0.0
+    for step in range(steps):
+        planned = method.density_at(Site(DEMO, step=step, num_steps=steps)) if step in searches else planned
+        spent += planned
+    assert spent / steps == pytest.approx(0.125)
+
+
+def test_its_query_block_is_what_the_cost_model_is_told() -> None:
+    assert block_of(LeastError()) == 128
+    assert block_of(LeastError(tile=(1, 4, 4), query_tiles=3)) == 48
+
+
+def test_the_norm_of_an_output_that_16_bits_cannot_square() -> None:
+    order = LeastError().query_order(DEMO, torch.device("cpu"))
+    out = torch.full((1, 1, order.num_blocks * 2, 4), 300.0, dtype=torch.float16)
+    squares = Probes(out, out, out[..., 0]).squares(order)
+    assert squares.sum() == pytest.approx(DEMO.num_tokens * 4 * 300.0**2)
 
 
 def test_the_density_is_that_of_the_step() -> None:

@@ -205,7 +205,7 @@ def test_a_refresh_by_drift_is_refused(ranks: Ranks) -> None:
     ("schedule", "message"),
     [
         (Schedule(CACHED, remainder="mean"), "remainder must be 'none' in a ring, got 'mean'"),
-        (Schedule(SkipSoftmax(1e6, block=16)), "skip_threshold must be 0 in a ring, got 1"),
+        (Schedule(SkipSoftmax(1e6, block=16)), "skip_factor must be 0 in a ring, got blocks skipped by 'skip'"),
     ],
     ids=["remainder", "skip"],
 )
