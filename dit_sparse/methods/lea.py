@@ -17,7 +17,7 @@ from dit_sparse.masks import best_blocks, blocks_within
 from dit_sparse.methods.any_grid import AnyGrid
 from dit_sparse.methods.description import Description
 from dit_sparse.methods.parameters import check_block, check_count, check_share
-from dit_sparse.reorder import merged_tiles_once, tiles_once
+from dit_sparse.reorder import merged_once, tiles_once
 from dit_sparse.types import AttentionPlan, BlockMask, Previous, Remainder, Scope, Site, TokenGrid, TokenOrder
 
 Orders: TypeAlias = tuple[TokenOrder, TokenOrder]
@@ -128,7 +128,7 @@ class LeastError(AnyGrid):
 
     def query_order(self, grid: TokenGrid, device: torch.device) -> TokenOrder:
         """The same order in blocks of `query_tiles` tiles."""
-        return merged_tiles_once(grid, self.tile, self.query_tiles, device)
+        return merged_once(self.shared_order(grid, device), grid, self.query_tiles)
 
     def _orders(self, grid: TokenGrid, device: torch.device) -> Orders:
         return self.query_order(grid, device), self.shared_order(grid, device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from functools import lru_cache, wraps
 from typing import ParamSpec
@@ -46,12 +47,6 @@ def tiles_once(grid: TokenGrid, tile: tuple[int, int, int], device: torch.device
 
 
 @_once
-def merged_tiles_once(grid: TokenGrid, tile: tuple[int, int, int], count: int, device: torch.device) -> TokenOrder:
-    """`tiles_once`, even, with `count` tiles a block; always the same object."""
-    return merge_blocks(tiles_once(grid, tile, device, True), grid, count)
-
-
-@_once
 def curve_once(grid: TokenGrid, block: int, device: torch.device) -> TokenOrder:
     """`curve_order`, always the same object."""
     return curve_order(grid, block, device=device)
@@ -73,3 +68,17 @@ def frames_once(grid: TokenGrid, block: int, device: torch.device) -> TokenOrder
 def morton_once(grid: TokenGrid, block: int, device: torch.device) -> TokenOrder:
     """`morton_order`, always the same object."""
     return morton_order(grid, block, device=device)
+
+
+_merged: weakref.WeakKeyDictionary[TokenOrder, dict[tuple[TokenGrid, int], TokenOrder]] = weakref.WeakKeyDictionary()
+
+
+def merged_once(order: TokenOrder, grid: TokenGrid, count: int) -> TokenOrder:
+    """`merge_blocks`, the same object as long as `order` lives: both are of the same tokens, whatever is forgotten."""
+    if count == 1:
+        return order
+    known = _merged.setdefault(order, {})
+    if (grid, count) not in known:
+        with torch.inference_mode(False):
+            known[grid, count] = merge_blocks(order, grid, count)
+    return known[grid, count]

@@ -7,8 +7,8 @@ import itertools
 import pytest
 import torch
 
-from dit_sparse import TokenGrid
-from dit_sparse.reorder import axis_orders_per_head, merge_blocks, merged_tiles_once, tile_order, tiles_once
+from dit_sparse import LeastError, TokenGrid
+from dit_sparse.reorder import axis_orders_per_head, merge_blocks, merged_once, tile_order, tiles_once
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 50])
@@ -39,10 +39,19 @@ def test_neighbouring_tiles_become_one_block_and_text_stays_apart(grid: TokenGri
 
 def test_made_once_and_of_the_same_tokens() -> None:
     grid, device = TokenGrid(2, 4, 6), torch.device("cpu")
-    merged = merged_tiles_once(grid, (1, 2, 3), 2, device)
-    assert merged is merged_tiles_once(grid, (1, 2, 3), 2, device)
-    assert merged.index is tiles_once(grid, (1, 2, 3), device, True).index
-    assert merged_tiles_once(grid, (1, 2, 3), 1, device) is tiles_once(grid, (1, 2, 3), device, True)
+    order = tiles_once(grid, (1, 2, 3), device, True)
+    merged = merged_once(order, grid, 2)
+    assert merged is merged_once(order, grid, 2)
+    assert merged is not merged_once(order, grid, 3)
+    assert merged_once(order, grid, 1) is order
+
+
+def test_orders_that_were_forgotten_are_made_anew_together() -> None:
+    """Sequences of more layouts than are remembered."""
+    method, device = LeastError(), torch.device("cpu")
+    grids = [TokenGrid(2, 4, width) for width in range(4, 40)]
+    for grid in [*grids, *grids[:3], *grids]:
+        assert method.query_order(grid, device).index is method.shared_order(grid, device).index
 
 
 def test_what_cannot_be_merged() -> None:
