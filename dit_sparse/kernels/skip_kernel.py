@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dit_sparse.kernels.triton_kernels import allowed_pairs, load_tile, multiply
+from dit_sparse.kernels.triton_kernels import allowed_pairs, load_tile, multiply, score_tile
 
 
 @triton.jit
@@ -22,12 +22,7 @@ def attend_needed(
 ):  # fmt: skip
     """As `attend_tile` where a row `inside` has a score of `floor` below its maximum or more; else `skipped` pairs."""
     positions = start + tl.arange(0, BLOCK_N)
-    keys = load_tile(k, positions, end, k_stride, D, BLOCK_D, MASKED)
-    scores = multiply(q, tl.trans(keys), UPCAST)
-    if MASKED:
-        scores = tl.where((positions < end)[None, :], scores, -float("inf"))
-    if PARTIAL:
-        scores = tl.where(allowed, scores, -float("inf"))
+    scores = score_tile(q, k, positions, end, k_stride, allowed, D, BLOCK_D, MASKED, PARTIAL, UPCAST)
     peak = tl.max(scores, 1) * scale
     # Not `>=`: a NaN is needed, so that it is seen.
     needed = inside & ((peak < m + floor) == 0)

@@ -38,6 +38,21 @@ def multiply(a, b, UPCAST: tl.constexpr):
 
 
 @triton.jit
+def score_tile(
+    q, k, positions, end, k_stride, allowed,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr, PARTIAL: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Products with a tile of keys; -inf past the block's `end` and, in a partial block, where nothing is `allowed`."""
+    keys = load_tile(k, positions, end, k_stride, D, BLOCK_D, MASKED)
+    scores = multiply(q, tl.trans(keys), UPCAST)
+    if MASKED:
+        scores = tl.where((positions < end)[None, :], scores, -float("inf"))
+    if PARTIAL:
+        scores = tl.where(allowed, scores, -float("inf"))
+    return scores
+
+
+@triton.jit
 def attend_tile(
     q, m, total, acc, k, v, start, end, k_stride, v_stride, scale, allowed,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -45,12 +60,7 @@ def attend_tile(
 ):  # fmt: skip
     """Running maximum, sum and output after one more tile of keys, positions `start` to `end`."""
     positions = start + tl.arange(0, BLOCK_N)
-    keys = load_tile(k, positions, end, k_stride, D, BLOCK_D, MASKED)
-    scores = multiply(q, tl.trans(keys), UPCAST)
-    if MASKED:
-        scores = tl.where((positions < end)[None, :], scores, -float("inf"))
-    if PARTIAL:
-        scores = tl.where(allowed, scores, -float("inf"))
+    scores = score_tile(q, k, positions, end, k_stride, allowed, D, BLOCK_D, MASKED, PARTIAL, UPCAST)
     peak = tl.maximum(m, tl.max(scores, 1) * scale)
     shift = peak
     if MASKED or PARTIAL:

@@ -5,7 +5,6 @@ Source: Xia et al., "Training-free and Adaptive Sparse Attention for Efficient L
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -14,15 +13,14 @@ from torch import Tensor
 
 from dit_sparse.kernels import dense_attention, sampled_block_mass
 from dit_sparse.masks import Ranking
-from dit_sparse.methods.any_grid import AnyGrid
 from dit_sparse.methods.description import Description
-from dit_sparse.methods.parameters import check_block, check_count, check_share
-from dit_sparse.reorder import raster_once, tiles_once
-from dit_sparse.types import AttentionPlan, HeadShard, Previous, Scope, Site, TokenGrid, TokenOrder
+from dit_sparse.methods.parameters import check_count, check_share
+from dit_sparse.methods.raster_or_tiles import RasterOrTiles
+from dit_sparse.types import AttentionPlan, HeadShard, Previous, Scope, Site
 
 
 @dataclass(frozen=True)
-class AdaSpa(AnyGrid):
+class AdaSpa(RasterOrTiles):
     """The key blocks of the largest attention mass, equally many a query block, found online (sections 4.2, 4.3).
 
     The first search needs the row LSE of a dense attention; the schedule keeps the one of the last dense step. The
@@ -65,15 +63,14 @@ class AdaSpa(AnyGrid):
         differs="density .25 instead of .2, every fourth query instead of all, searches at shares of the run",
     )
     scope: ClassVar[Scope] = "call"
+    even_tiles: ClassVar[bool] = True
     refresh: ClassVar[tuple[float, ...]] = (0.6,)
 
     def __post_init__(self) -> None:
         check_share("density", self.density)
         check_share("recall", self.recall)
         check_share("head_shift", self.head_shift)
-        check_block("block", self.block)
-        for side in self.tile or ():
-            check_block("tile", side)
+        self.check_blocks()
         check_count("row_stride", self.row_stride)
 
     @property
@@ -81,18 +78,9 @@ class AdaSpa(AnyGrid):
         """Whether a dense step should hand its LSE over."""
         return self.cache_lse
 
-    @property
-    def query_block(self) -> int:
-        """Tokens a query block."""
-        return math.prod(self.tile) if self.tile else self.block
-
-    def shared_order(self, grid: TokenGrid, device: torch.device) -> TokenOrder | None:
-        """The order by tiles, where a tile is given."""
-        return None if self.tile is None else tiles_once(grid, self.tile, device, True)
-
     def plan(self, q: Tensor, k: Tensor, v: Tensor, site: Site, previous: Previous | None) -> AttentionPlan:
         """Plan from one search over `q, k, v` `[B, H, N, D]`, with `previous.lse` where there is one."""
-        order = self.shared_order(site.grid, q.device) or raster_once(site.grid, self.block, q.device)
+        order = self.order(site.grid, q.device)
         lse = None if previous is None or not self.cache_lse else previous.lse
         if not site.in_order:
             q, k, v = (order.permute(x) for x in (q, k, v))

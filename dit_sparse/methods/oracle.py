@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from dit_sparse.kernels import block_mass, dense_attention
 from dit_sparse.masks import best_blocks
-from dit_sparse.methods.any_grid import AnyGrid
 from dit_sparse.methods.description import Description
-from dit_sparse.methods.parameters import EVERY_STEP, check_block, check_share
-from dit_sparse.reorder import raster_once, tiles_once
-from dit_sparse.types import AttentionPlan, Previous, Scope, Site, TokenGrid, TokenOrder
+from dit_sparse.methods.parameters import EVERY_STEP, check_share
+from dit_sparse.methods.raster_or_tiles import RasterOrTiles
+from dit_sparse.types import AttentionPlan, Previous, Scope, Site
 
 
 @dataclass(frozen=True)
-class Oracle(AnyGrid):
+class Oracle(RasterOrTiles):
     """The blocks that hold the most attention, of all heads together, by the true attention of every call.
 
     No choice of as many query-key pairs in the same blocks recalls more attention mass: an upper bound, not a speed-up,
@@ -54,22 +51,11 @@ class Oracle(AnyGrid):
 
     def __post_init__(self) -> None:
         check_share("density", self.density)
-        check_block("block", self.block)
-        for size in self.tile or ():
-            check_block("tile", size)
-
-    @property
-    def query_block(self) -> int:
-        """Tokens a query block."""
-        return math.prod(self.tile) if self.tile else self.block
-
-    def shared_order(self, grid: TokenGrid, device: torch.device) -> TokenOrder | None:
-        """The order by tiles, where a tile is given."""
-        return None if self.tile is None else tiles_once(grid, self.tile, device)
+        self.check_blocks()
 
     def plan(self, q: Tensor, k: Tensor, v: Tensor, site: Site, previous: Previous | None) -> AttentionPlan:
         """Plan from the dense attention of `q, k, v` `[B, H, N, D]`."""
-        order = self.shared_order(site.grid, q.device) or raster_once(site.grid, self.block, q.device)
+        order = self.order(site.grid, q.device)
         if not site.in_order:
             q, k = order.permute(q), order.permute(k)
         lse = dense_attention(q, k, v, return_lse=True)[1]

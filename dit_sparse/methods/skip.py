@@ -5,23 +5,20 @@ Source: Yuan et al., "BLASST: Dynamic BLocked Attention Sparsity via Softmax Thr
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from dit_sparse.block_mask import BlockMask
-from dit_sparse.methods.any_grid import AnyGrid
 from dit_sparse.methods.description import Description
-from dit_sparse.methods.parameters import check_block, check_skip_factor, skip_threshold
-from dit_sparse.reorder import raster_once, tiles_once
-from dit_sparse.types import AttentionPlan, Previous, Scope, Site, TokenGrid, TokenOrder
+from dit_sparse.methods.parameters import check_skip_factor, skip_threshold
+from dit_sparse.methods.raster_or_tiles import RasterOrTiles
+from dit_sparse.types import AttentionPlan, Previous, Scope, Site
 
 
 @dataclass(frozen=True)
-class SkipSoftmax(AnyGrid):
+class SkipSoftmax(RasterOrTiles):
     """Keeps every block; the kernel skips a key block whose scores are all far below the running maximum.
 
     Far is below `scale_factor / tokens` of the weight at the maximum (algorithm 1; the factor is the paper's `a`, whose
@@ -60,26 +57,15 @@ class SkipSoftmax(AnyGrid):
 
     def __post_init__(self) -> None:
         check_skip_factor("scale_factor", self.scale_factor)
-        check_block("block", self.block)
-        for size in self.tile or ():
-            check_block("tile", size)
+        self.check_blocks()
 
     @property
     def own_skip_factor(self) -> float:
         """By which a schedule knows that plans skip."""
         return self.scale_factor
 
-    @property
-    def query_block(self) -> int:
-        """Tokens a query block."""
-        return math.prod(self.tile) if self.tile else self.block
-
-    def shared_order(self, grid: TokenGrid, device: torch.device) -> TokenOrder | None:
-        """The order by tiles, where a tile is given."""
-        return None if self.tile is None else tiles_once(grid, self.tile, device)
-
     def plan(self, q: Tensor, k: Tensor, v: Tensor, site: Site, previous: Previous | None) -> AttentionPlan:
         """Plan with every block kept; of `q, k, v` `[B, H, N, D]` only the device matters."""
-        order = self.shared_order(site.grid, q.device) or raster_once(site.grid, self.block, q.device)
+        order = self.order(site.grid, q.device)
         threshold = skip_threshold(self.scale_factor, site.grid.num_tokens)
         return AttentionPlan(order, order, BlockMask.full(order.offsets, order.offsets), skip_threshold=threshold)
