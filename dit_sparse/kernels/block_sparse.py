@@ -161,7 +161,9 @@ def _with_terms(call: Call, kept: Tensor | None, remainder: Remainder) -> Iterat
             for offsets, blocks, x in ((part.q_offsets, part.q_blocks, part.q), (part.k_offsets, part.k_blocks, part.k))
         )
         own = kept[:, start : start + size] if kept.shape[1] > 1 else kept
-        terms = remainder_terms(part.q, part.k, part.v, q_layout, k_layout, own, part.scale, remainder)
+        terms = remainder_terms(
+            part.q, part.k, part.v, q_layout, k_layout, own, part.scale, remainder, compact=part.q.element_size() == 2
+        )
         yield replace(
             part, terms=replace(terms, keys=terms.keys.to(part.q.dtype), values=terms.values.to(part.v.dtype))
         )

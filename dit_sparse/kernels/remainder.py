@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from dit_sparse.kernels.block_layout import BlockLayout
-from dit_sparse.kernels.moments import Moments, block_moments
+from dit_sparse.kernels.moments import Moments, block_moments, by_kernel
+from dit_sparse.kernels.triton_terms import weigh_by_triton
 from dit_sparse.types import AttentionPlan, Remainder
 
 __all__ = ["HeadRemainder", "RemainderTerms", "add_remainder", "head_remainder", "remainder_terms", "score_spread"]
@@ -34,12 +35,14 @@ class RemainderTerms:
         keys, values: `[B, H, Mk, D]` and `[B, H, Mk, DV]` block means.
         bias: `[B, H, Mq, Mk]` added to the scores of `keys`; -inf where a block leaves no remainder.
         slopes: `[B, H, Mq, D, DV]` `scale * C_I`; `None` for "mean".
+        base: what `bias` lacks everywhere; 0 unless it is compact.
     """
 
     keys: Tensor
     values: Tensor
     bias: Tensor
     slopes: Tensor | None
+    base: float = 0.0
 
 
 def remainder_terms(
@@ -51,6 +54,8 @@ def remainder_terms(
     kept: Tensor,
     scale: float,
     remainder: Remainder,
+    *,
+    compact: bool = False,
 ) -> RemainderTerms:
     """The terms of `remainder`, in float32 (float64 for float64), `slopes` in the dtype of `k`.
 
@@ -61,19 +66,26 @@ def remainder_terms(
         kept: `[B|1, H|1, Mq, Mk]` bool, blocks kept whole or in part.
         scale: factor of the scores.
         remainder: "mean", "value" or "mass".
+        compact: on a GPU, the bias in float16 less the log of the largest block's size, so that it is exact for most.
     """
     first_order = remainder != "mean"
     keys = block_moments(k, k_layout, v, products=first_order)
     queries = block_moments(q, q_layout, centred=False)
     assert keys.v_mean is not None
-    bias = _bias(queries, keys, k_layout, kept, scale, remainder)
-    if keys.products is None:
-        return RemainderTerms(keys.mean, keys.v_mean, bias, None)
-    weights = _weights(queries, keys, bias, scale)
-    products = keys.products.flatten(3)
-    weights = torch.nn.functional.pad(weights * scale, (0, products.shape[2] - weights.shape[-1]))
-    slopes = (weights.to(products.dtype) @ products).unflatten(-1, keys.products.shape[3:])
-    return RemainderTerms(keys.mean, keys.v_mean, bias, slopes)
+    weights: Tensor | None
+    if by_kernel(q, k, v):
+        mass = remainder == "mass"
+        base = math.log(max(1, k_layout.blocks.largest)) if compact else 0.0
+        dtype = torch.float16 if compact else torch.float32
+        bias, weights = weigh_by_triton(queries, keys, k_layout, kept, scale, mass, LARGEST_SPREAD, base, dtype)
+    else:
+        base = 0.0
+        bias = _bias(queries, keys, k_layout, kept, scale, remainder)
+        weights = _weights(queries, keys, bias, scale) if first_order else None
+    if keys.products is None or weights is None:
+        return RemainderTerms(keys.mean, keys.v_mean, bias, None, base)
+    slopes = (weights @ keys.products.flatten(3)).unflatten(-1, keys.products.shape[3:])
+    return RemainderTerms(keys.mean, keys.v_mean, bias, slopes, base)
 
 
 def score_spread(queries: Moments, keys: Moments, scale: float) -> Tensor:
@@ -93,10 +105,16 @@ def _bias(
 
 
 def _weights(queries: Moments, keys: Moments, bias: Tensor, scale: float) -> Tensor:
-    """`[B, H, Mq, Mk]`, what each block is worth to the mean query; zeros in a row without a remainder."""
+    """`[B, H, Mq, M']`, `scale` times what each block is worth to the mean query, in the dtype of the products.
+
+    Zeros in a row without a remainder, and past the last block where there are more products.
+    """
+    assert keys.products is not None
     scores = (queries.mean * scale) @ keys.mean.transpose(-1, -2) + bias
     empty = scores.isneginf().all(-1, keepdim=True)
-    return scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
+    weights = scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0) * scale
+    columns = keys.products.shape[2]
+    return torch.nn.functional.pad(weights, (0, columns - weights.shape[-1])).to(keys.products.dtype)
 
 
 @dataclass(frozen=True)
