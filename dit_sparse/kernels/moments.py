@@ -131,4 +131,4 @@ def _tile(largest: int, dtype: torch.dtype, dim: int, products: bool) -> tuple[i
     """
     if dtype == torch.float32 or dim > 128 or largest > 128:
         return (16 if dtype == torch.float32 else 32), (8 if products else 4), 1
-    return max(16, padded(largest)), (4 if products or largest > 64 else 2), (4 if products else 2)
+    return max(16, padded(largest)), (4 if products else 2), (4 if products else 2)

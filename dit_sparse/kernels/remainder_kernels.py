@@ -60,7 +60,7 @@ def moments_kernel(
     x += b * x_sb + h * x_sh
     v += b * v_sb + h * v_sh + part * BLOCK_DV
     v_end = DV - part * BLOCK_DV
-    run_origin = tl.load(offsets + run_start) - run_start * largest
+    run_origin = tl.load(offsets + run_start, mask=run_start > 0, other=0) - run_start * largest
     for block in tl.range(first_block, tl.minimum(first_block + SPAN, blocks)):
         uneven = (block < run_start) | (block >= run_end)
         reckoned = run_origin + block * largest
