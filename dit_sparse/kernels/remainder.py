@@ -73,7 +73,7 @@ def remainder_terms(
     queries = block_moments(q, q_layout, centred=False)
     assert keys.v_mean is not None
     weights: Tensor | None
-    if by_kernel(q, k, v):
+    if q.element_size() == 2 and by_kernel(q, k, v):
         mass = remainder == "mass"
         base = math.log(max(1, k_layout.blocks.largest)) if compact else 0.0
         dtype = torch.float16 if compact else torch.float32

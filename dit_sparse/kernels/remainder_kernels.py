@@ -22,10 +22,11 @@ def add_tile(
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, VALUES: tl.constexpr,
     PRODUCTS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """One more tile of tokens in the sums: of `x - origin`, of its square, of values, and of products `x^T v`."""
+    """One more tile of tokens in the sums: of `x`, of the square of `x - origin`, of values, of products `x^T v`."""
     tokens = load_tile(x, positions, end, x_sn, D, BLOCK_D, True)
-    apart = tl.where((positions < end)[:, None], tokens.to(tl.float32) - origin[None, :], 0.0)
-    total += tl.sum(apart, 0)
+    wide = tokens.to(tl.float32)
+    total += tl.sum(wide, 0)
+    apart = tl.where((positions < end)[:, None], wide - origin[None, :], 0.0)
     squares += tl.sum(apart * apart, 0)
     if VALUES:
         v_channels = tl.arange(0, BLOCK_DV)
@@ -49,7 +50,7 @@ def moments_kernel(
 ):  # fmt: skip
     """Moments of SPAN blocks; `BLOCK_DV` channels of the values. Grid: (spans x tiles of value channels, heads, batch).
 
-    Every token is read once. Sums are taken around the block's first token, so that a mean far from zero takes no
+    Every token is read once. Squares are taken around the block's first token, so that a mean far from zero takes no
     digits from a variance. The bounds of blocks in the even run are reckoned, as a load would have to come first.
     """
     b, h = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
@@ -87,11 +88,10 @@ def moments_kernel(
                     D, DV, BLOCK_D, BLOCK_DV, VALUES, PRODUCTS, UPCAST,
                 )  # fmt: skip
         row = b * m_sb + h * m_sh + block * m_sm
-        total /= size
+        middle = total / size
         squares /= size
         if CENTRED:
-            squares = tl.maximum(squares - total * total, 0.0)
-        middle = total + origin
+            squares = tl.maximum(squares - (middle - origin) * (middle - origin), 0.0)
         store_row(mean + row, middle, channels, D)
         store_row(square + row, squares, channels, D)
         if VALUES:
@@ -108,24 +108,17 @@ def moments_kernel(
 
 
 @triton.jit
-def split(x, PRECISE: tl.constexpr):
+def split(x):
     """A float32 tile as the sum of two bfloat16 ones, to 16 bits."""
-    if PRECISE:
-        high = x
-        low = x
-    else:
-        high = x.to(tl.bfloat16)
-        low = (x - high.to(tl.float32)).to(tl.bfloat16)
-    return high, low
+    high = x.to(tl.bfloat16)
+    return high, (x - high.to(tl.float32)).to(tl.bfloat16)
 
 
 @triton.jit
-def multiply_split(a, b, a_low, b_low, PRECISE: tl.constexpr, UPCAST: tl.constexpr):
+def multiply_split(a, a_low, b, b_low, UPCAST: tl.constexpr):
     """`a @ b^T` of tiles that `split` has cut; tensor cores take float32 in no other way as precisely and as fast."""
     found = multiply(a, tl.trans(b), UPCAST)
-    if not PRECISE:
-        found += multiply(a, tl.trans(b_low), UPCAST) + multiply(a_low, tl.trans(b), UPCAST)
-    return found
+    return found + multiply(a, tl.trans(b_low), UPCAST) + multiply(a_low, tl.trans(b), UPCAST)
 
 
 @triton.jit
@@ -134,7 +127,7 @@ def weigh_kernel(
     q_sb, q_sh, q_sm, k_sb, k_sh, k_sm, t_sb, t_sh, t_sm, f_sb, f_sh, b_sb, b_sh, b_sm, w_sb, w_sh, w_sm,
     q_blocks, k_blocks, columns, scale, largest_spread, base,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASS: tl.constexpr,
-    WEIGHTS: tl.constexpr, PRECISE: tl.constexpr, UPCAST: tl.constexpr,
+    WEIGHTS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Bias of every block's mean for BLOCK_M query blocks, and (WEIGHTS) what it is worth to their mean query.
 
@@ -151,17 +144,17 @@ def weigh_kernel(
     k_offsets += b * f_sb + h * f_sh
     bias += b * b_sb + h * b_sh + wide_rows * b_sm
     squares = load_tile(q_square + q_base, rows, q_blocks, q_sm, D, BLOCK_D, True) * (scale * scale / 2)
-    squares, squares_low = split(squares, PRECISE)
+    squares, squares_low = split(squares)
     middle = load_tile(q_mean + q_base, rows, q_blocks, q_sm, D, BLOCK_D, True) * scale
-    middle, middle_low = split(middle, PRECISE)
+    middle, middle_low = split(middle)
     peak = tl.full([BLOCK_M], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     for first in tl.range(0, k_blocks, BLOCK_N):
         column = first + tl.arange(0, BLOCK_N)
         inside = column < k_blocks
         variances = load_tile(k_square + k_base, column, k_blocks, k_sm, D, BLOCK_D, True)
-        variances, variances_low = split(variances, PRECISE)
-        spread = multiply_split(squares, variances, squares_low, variances_low, PRECISE, UPCAST)
+        variances, variances_low = split(variances)
+        spread = multiply_split(squares, squares_low, variances, variances_low, UPCAST)
         sizes = tl.load(k_offsets + column + 1, mask=inside, other=0)
         sizes -= tl.load(k_offsets + column, mask=inside, other=0)
         logs = tl.where(sizes > 0, tl.log(tl.maximum(sizes, 1).to(tl.float32)), -float("inf"))[None, :]
@@ -172,8 +165,8 @@ def weigh_kernel(
         found = tl.where(hidden | (spread > largest_spread), -float("inf"), found)
         tl.store(bias + column[None, :], (found - base).to(bias.dtype.element_ty), mask=own & inside[None, :])
         if WEIGHTS:
-            keys, keys_low = split(load_tile(k_mean + k_base, column, k_blocks, k_sm, D, BLOCK_D, True), PRECISE)
-            scores = multiply_split(middle, keys, middle_low, keys_low, PRECISE, UPCAST) + found
+            keys, keys_low = split(load_tile(k_mean + k_base, column, k_blocks, k_sm, D, BLOCK_D, True))
+            scores = multiply_split(middle, middle_low, keys, keys_low, UPCAST) + found
             new = tl.maximum(peak, tl.max(scores, 1))
             shift = tl.where(new == -float("inf"), 0.0, new)
             total = total * tl.exp(peak - shift) + tl.sum(tl.exp(scores - shift[:, None]), 1)
@@ -186,9 +179,9 @@ def weigh_kernel(
         weights += b * w_sb + h * w_sh + wide_rows * w_sm
         for first in tl.range(0, columns, BLOCK_N):
             column = first + tl.arange(0, BLOCK_N)
-            keys, keys_low = split(load_tile(k_mean + k_base, column, k_blocks, k_sm, D, BLOCK_D, True), PRECISE)
+            keys, keys_low = split(load_tile(k_mean + k_base, column, k_blocks, k_sm, D, BLOCK_D, True))
             inside = own & (column < k_blocks)[None, :]
             found = tl.load(bias + column[None, :], mask=inside, other=-float("inf")).to(tl.float32) + base
-            scores = multiply_split(middle, keys, middle_low, keys_low, PRECISE, UPCAST) + found
+            scores = multiply_split(middle, middle_low, keys, keys_low, UPCAST) + found
             share = (tl.exp(scores - shift[:, None]) * factor[:, None]).to(weights.dtype.element_ty)
             tl.store(weights + column[None, :], share, mask=own & (column < columns)[None, :])

@@ -1,4 +1,7 @@
-"""Bias of the blocks' means and their weights in a matrix C, of all query blocks, by one Triton kernel."""
+"""Bias of the blocks' means and their weights in a matrix C, of all query blocks, by one Triton kernel.
+
+It computes to 16 bits, for tokens of 16 bits.
+"""
 
 from __future__ import annotations
 
@@ -53,8 +56,7 @@ def weigh_by_triton(
         weights = keys.products.new_empty(batch, heads, q_blocks, keys.products.shape[2])
     given = bias if weights is None else weights
     offsets = k_layout.offsets.contiguous()
-    precise = given.dtype == torch.float32 and weights is not None
-    block = 16 if interpreted() or precise or dim > 128 else 64
+    block = 16 if interpreted() or dim > 128 else 64
     with on_device_of(bias):
         weigh_kernel[triton.cdiv(q_blocks, block), heads, batch](
             queries.mean, queries.square, keys.mean, keys.square, kept, offsets, bias, given,
@@ -62,6 +64,6 @@ def weigh_by_triton(
             *broadcast_strides(offsets), *bias.stride()[:3], *given.stride()[:3],
             q_blocks, k_blocks, given.shape[-1], scale, limit, base,
             D=dim, BLOCK_D=padded(dim), BLOCK_M=block, BLOCK_N=block, MASS=mass, WEIGHTS=weights is not None,
-            PRECISE=precise, UPCAST=interpreted(), num_warps=4, num_stages=1,
+            UPCAST=interpreted(), num_warps=4, num_stages=1,
         )  # fmt: skip
     return bias, weights

@@ -80,7 +80,7 @@ def moments(job: dict):
 def weights(job: dict):
     constants = dict(
         D=job["dim"], BLOCK_D=job["padded"], BLOCK_M=job["block"], BLOCK_N=job["block"], MASS=True, WEIGHTS=True,
-        PRECISE=job["dtype"] == "fp32", UPCAST=False,
+        UPCAST=False,
     )  # fmt: skip
     special = {"kept": "*u8", "weights": f"*{job['dtype']}"}
     special |= dict.fromkeys(("q_mean", "q_square", "k_mean", "k_square"), "*fp32")
