@@ -18,7 +18,7 @@ from dit_sparse.methods.description import Description
 from dit_sparse.methods.parameters import check_block, check_share
 from dit_sparse.methods.plan_ahead import reader_of
 from dit_sparse.methods.plan_file import PlanFile
-from dit_sparse.reorder import axis_orders_per_head, distinct_axis_orders
+from dit_sparse.reorder import Block, axis_orders_per_head, block_tokens, distinct_axis_orders
 from dit_sparse.types import AttentionPlan, Previous, Scope, Site, TokenGrid, TokenOrder
 
 
@@ -40,7 +40,11 @@ class Paro(AnyGrid):
     """
 
     density: float = field(default=0.5, metadata={"help": "share of query-key pairs computed, text included"})
-    block: int = field(default=64, metadata={"help": "tokens a block"})
+    block: int = field(default=64, metadata={"help": "tokens a block, where no tile is given"})
+    tile: tuple[int, int, int] | None = field(
+        default=None,
+        metadata={"help": "blocks are tiles with these sides along a head's slowest, middle, fastest axis; none: runs"},
+    )
     plan_file: str | None = field(default=None, metadata={"help": "a saved calibration; its density and block win"})
     sigma: float = field(default=0.99, metadata={"help": "a block is sparse when this share of its entries is small"})
     epsilon: float | None = field(
@@ -86,8 +90,20 @@ class Paro(AnyGrid):
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha must be from 0 to 1, got {self.alpha!r}")
         check_block("block", self.block)
+        for side in self.tile or ():
+            check_block("tile", side)
         if self.sample_blocks < 1:
             raise ValueError(f"sample_blocks must be at least 1, got {self.sample_blocks!r}")
+
+    @property
+    def cut(self) -> Block:
+        """How the orders are cut: in tiles where one is given."""
+        return self.tile or self.block
+
+    @property
+    def query_block(self) -> int:
+        """Tokens a query block."""
+        return block_tokens(self.cut)
 
     def check(self, grid: TokenGrid) -> None:
         """Whether the plan file, if any, can be read and is for `grid`."""
@@ -101,10 +117,10 @@ class Paro(AnyGrid):
         lse = None if previous is None else previous.lse
         if lse is None:
             lse = dense_attention(q, k, v, return_lse=True)[1]
-        candidates = distinct_axis_orders(site.grid)
+        candidates = distinct_axis_orders(site.grid, self.cut)
         best = best_orders(self.metrics(q, k, lse, site.grid), self.alpha)
         axes = [candidates[number] for number in best.tolist()]
-        order = axis_orders_per_head(site.grid, axes, self.block, device=q.device)
+        order = axis_orders_per_head(site.grid, axes, self.cut, device=q.device)
         mass = mass_under(order, q, k, lse)
         return AttentionPlan.from_kept(order, heaviest_blocks(mass, self.density, order.offsets, site.grid))
 
@@ -115,8 +131,8 @@ class Paro(AnyGrid):
             k,
             lse,
             grid,
-            distinct_axis_orders(grid),
-            block=self.block,
+            distinct_axis_orders(grid, self.cut),
+            block=self.cut,
             sigma=self.sigma,
             epsilon=self.epsilon,
             sample_blocks=self.sample_blocks,
