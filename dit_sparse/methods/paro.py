@@ -15,7 +15,7 @@ from dit_sparse.kernels import block_mass, dense_attention
 from dit_sparse.masks import best_orders, heaviest_blocks, metrics_by_order
 from dit_sparse.methods.any_grid import AnyGrid
 from dit_sparse.methods.description import Description
-from dit_sparse.methods.parameters import check_block, check_share
+from dit_sparse.methods.parameters import check_block, check_share, check_tile
 from dit_sparse.methods.plan_ahead import reader_of
 from dit_sparse.methods.plan_file import PlanFile
 from dit_sparse.reorder import Block, axis_orders_per_head, block_tokens, distinct_axis_orders
@@ -90,8 +90,7 @@ class Paro(AnyGrid):
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha must be from 0 to 1, got {self.alpha!r}")
         check_block("block", self.block)
-        for side in self.tile or ():
-            check_block("tile", side)
+        check_tile(self.tile)
         if self.sample_blocks < 1:
             raise ValueError(f"sample_blocks must be at least 1, got {self.sample_blocks!r}")
 

@@ -7,6 +7,7 @@ from dit_sparse.reorder.axes import (
     axis_orders_per_head,
     block_tokens,
     distinct_axis_orders,
+    tile_along,
 )
 from dit_sparse.reorder.choose import choose_order
 from dit_sparse.reorder.clusters import cluster_order, co_clusters, kmeans, spread_tokens
@@ -53,6 +54,7 @@ __all__ = [
     "raster_order",
     "sort_in_segments",
     "spread_tokens",
+    "tile_along",
     "tile_order",
     "tiles_once",
 ]

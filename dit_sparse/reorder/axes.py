@@ -32,10 +32,10 @@ def distinct_axis_orders(grid: TokenGrid, block: Block = 1) -> tuple[str, ...]:
     return tuple(seen.values())
 
 
-def tile_along(grid: TokenGrid, axes: str, tile: tuple[int, int, int]) -> tuple[int, ...]:
+def tile_along(grid: TokenGrid, axes: str, tile: tuple[int, int, int]) -> tuple[int, int, int]:
     """Sides along frames, height and width of a `tile` whose sides are along `axes`; none is longer than the grid."""
     sides = dict(zip(axes, tile, strict=True))
-    return tuple(min(sides[axis], length) for axis, length in zip("FHW", grid.shape, strict=True))
+    return min(sides["F"], grid.frames), min(sides["H"], grid.height), min(sides["W"], grid.width)
 
 
 def axis_order(grid: TokenGrid, axes: str, block: Block, device: torch.device | str | None = None) -> TokenOrder:
@@ -108,6 +108,10 @@ def _is_raster(axes: set[str], block: Block) -> bool:
 def _video_index(grid: TokenGrid, axes: str, block: Block) -> Tensor:
     if axes not in AXIS_ORDERS:
         raise ValueError(f"axes must be one of {', '.join(AXIS_ORDERS)} (slowest axis first), got {axes!r}")
+    if not isinstance(block, int) and (len(block) != 3 or min(block) < 1):
+        raise ValueError(
+            f"block must be a number of tokens or three sides of at least 1, got {block}: (4, 4, 4) is a tile of 64"
+        )
     raster = torch.arange(grid.video_len).reshape(grid.shape)
     walked = raster.permute(*("FHW".index(axis) for axis in axes))
     if isinstance(block, int):
