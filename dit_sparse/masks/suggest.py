@@ -11,8 +11,12 @@ from dit_sparse.masks.neighborhood import Axes, AxisWindow, neighborhood_predica
 from dit_sparse.masks.tiling import TileCost, TileCounts, axis_counts, count_tiles, tiles_for
 from dit_sparse.types import TokenGrid
 
-# Settings this near in efficiency count as equal, and the shape of the window decides.
+# Settings this near count as equal, and the shape of the window decides.
 _EQUAL = 0.02
+# Of the best efficiency there is. What is less efficient comes last.
+_LEAST = 0.75
+# A window that reaches twice as far around every query may be two fifths slower, within that limit.
+_WORTH = 1 / 2
 _TOLERANCE = 0.1
 _THIN = 16
 
@@ -101,9 +105,11 @@ def _of_tile(grid: TokenGrid, tile: Axes, density: float, cost: TileCost, count:
     sizes = [np.array([[axis.window, axis.stride] for axis in choices]) for choices in axes]
     windows, strides = np.stack([size[at] for size, at in zip(sizes, chosen, strict=True)]).transpose(2, 1, 0)
     shares = _without_single_axes(windows / np.array(grid.shape), grid)
+    efficiency = all_pairs / time * reached
     keys = (
         np.where(gap <= _TOLERANCE, 0.0, gap),
-        -np.round(all_pairs / time * reached / _EQUAL),
+        (efficiency * min(cost.block_128, cost.block_64) < _LEAST).astype(np.float64),
+        -np.round(efficiency * _reach(windows, strides, grid) ** _WORTH / _EQUAL),
         shares.max(1) / shares.min(1),
         strides.prod(1).astype(np.float64),
         gap,
@@ -122,6 +128,13 @@ def _of_tile(grid: TokenGrid, tile: Axes, density: float, cost: TileCost, count:
         )
         for i in first
     ]
+
+
+def _reach(windows: np.ndarray, strides: np.ndarray, grid: TokenGrid) -> np.ndarray:
+    """`[C]` least share of an axis in the sliding windows that the strided ones hold for every query of a group."""
+    lengths = np.array(grid.shape)
+    held = np.where(windows == lengths, lengths, windows - strides + 1)
+    return _without_single_axes(held / lengths, grid).min(1)
 
 
 def _without_single_axes(shares: np.ndarray, grid: TokenGrid) -> np.ndarray:

@@ -53,7 +53,7 @@ class Neighborhood:
     """
 
     name: ClassVar[str] = "neighborhood"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     paper: ClassVar[str] = "Generalized Neighborhood Attention (arXiv 2504.16922)"
     described: ClassVar[Description] = Description(
         order="3-D tiles, one tile a block",
