@@ -1,4 +1,4 @@
-"""The settings of a neighborhood that keep a wanted density and waste least on tiles, found by counting alone."""
+"""The settings of a neighborhood that keep a wanted density, are fast and reach far, found by counting alone."""
 
 from __future__ import annotations
 
@@ -13,10 +13,8 @@ from dit_sparse.types import TokenGrid
 
 # Settings this near count as equal, and the shape of the window decides.
 _EQUAL = 0.02
-# Of the best efficiency there is. What is less efficient comes last.
-_LEAST = 0.75
-# A window that reaches twice as far around every query may be two fifths slower, within that limit.
-_WORTH = 1 / 2
+# Share of the efficiency of whole tiles that a setting must have to come before others.
+_EFFICIENT = 0.75
 _TOLERANCE = 0.1
 _THIN = 16
 
@@ -51,8 +49,11 @@ class _Found:
 def suggest_settings(grid: TokenGrid, density: float, count: int = 5, cost: TileCost | None = None) -> list[Setting]:
     """Settings whose density is near `density`, best first.
 
-    Windows are whole tiles, or the whole axis; strides are 1 or a few tiles. The settings that come nearest to their
-    ideal speed-up come first; among equals those whose windows have the grid's proportions, then those of the smallest
+    Windows are whole tiles, or the whole axis; strides are 1 or a few tiles. A stride of s leaves every query of its
+    group a sliding window of w - s + 1 around it at least; the share of the axis that this is, on the axis where it is
+    least, is the setting's reach. Efficiency is the expected speed-up over the ideal one. Settings come
+    first that have three quarters of the efficiency of whole tiles; of them those of the largest efficiency times the
+    root of the reach. Among equals come those whose windows have the grid's proportions, then those of the smallest
     stride.
 
     Args:
@@ -108,8 +109,8 @@ def _of_tile(grid: TokenGrid, tile: Axes, density: float, cost: TileCost, count:
     efficiency = all_pairs / time * reached
     keys = (
         np.where(gap <= _TOLERANCE, 0.0, gap),
-        (efficiency * min(cost.block_128, cost.block_64) < _LEAST).astype(np.float64),
-        -np.round(efficiency * _reach(windows, strides, grid) ** _WORTH / _EQUAL),
+        (efficiency * min(cost.block_128, cost.block_64) < _EFFICIENT).astype(np.float64),
+        -np.round(efficiency * _reach(windows, strides, grid) ** 0.5 / _EQUAL),
         shares.max(1) / shares.min(1),
         strides.prod(1).astype(np.float64),
         gap,
@@ -131,7 +132,7 @@ def _of_tile(grid: TokenGrid, tile: Axes, density: float, cost: TileCost, count:
 
 
 def _reach(windows: np.ndarray, strides: np.ndarray, grid: TokenGrid) -> np.ndarray:
-    """`[C]` least share of an axis in the sliding windows that the strided ones hold for every query of a group."""
+    """`[C]` share of an axis that every query sees around itself at least, on the axis where that is least."""
     lengths = np.array(grid.shape)
     held = np.where(windows == lengths, lengths, windows - strides + 1)
     return _without_single_axes(held / lengths, grid).min(1)

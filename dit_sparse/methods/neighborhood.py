@@ -110,7 +110,7 @@ class Neighborhood:
     def window_for(self, grid: TokenGrid) -> Axes:
         """The window in use on `grid`: the one given, or one made from `density`.
 
-        Where only the density is given, window and stride are those that waste least on tiles (`suggest_settings`).
+        Where only the density is given, window and stride are chosen together (`suggest_settings`).
         Else the window is cut to the density alone: an axis no longer than its tile (2x8x8 where none is given) is
         covered whole; the others take equal shares, whose product comes as near to `density` as whole tokens allow. No
         window is smaller than a tile or the stride where the grid has room.

@@ -33,7 +33,8 @@ class Paro(AnyGrid):
     Differs from the paper: calibration may be online, and then belongs to one prompt and serves all steps; the metrics
     are taken on `sample_blocks` query blocks a head; as printed the paper minimises both metrics, here the sparse one
     is 1 - M_sparse; `alpha` is not reported there, and is 1 here because nothing is quantised; `sigma` and `epsilon`
-    are 0.9 and 1e-3 there, which chose worse orders than raster where that was measured (docs/methods/paro.md).
+    are 0.9 and 1e-3 there, which chose worse orders than raster where that was measured (docs/methods/paro.md). Blocks
+    are runs of the order there; with a `tile` they are 3-D tiles whose sides follow it, for a remainder's sake.
 
     Raises:
         ValueError: a share outside its range, a block or a sample below 1.
@@ -45,7 +46,9 @@ class Paro(AnyGrid):
         default=None,
         metadata={"help": "blocks are tiles with these sides along a head's slowest, middle, fastest axis; none: runs"},
     )
-    plan_file: str | None = field(default=None, metadata={"help": "a saved calibration; its density and block win"})
+    plan_file: str | None = field(
+        default=None, metadata={"help": "a saved calibration; its density, block and tile win"}
+    )
     sigma: float = field(default=0.99, metadata={"help": "a block is sparse when this share of its entries is small"})
     epsilon: float | None = field(
         default=None, metadata={"help": "an attention weight below this is small; none: below the mean weight"}
@@ -57,7 +60,7 @@ class Paro(AnyGrid):
     version: ClassVar[int] = 1
     paper: ClassVar[str] = "PAROAttention (arXiv 2506.16054), section 4"
     described: ClassVar[Description] = Description(
-        order="per head the best of the six axis orders",
+        order="per head the best of the six axis orders, in runs or in tiles",
         score="exact attention mass",
         selection="the heaviest of a head, whatever their row, text kept",
         cached="row LSE; orders and masks, in a plan file",
