@@ -4,7 +4,7 @@
     python scripts/bench_recall.py --methods adaspa,svg --densities 0.25
     python scripts/bench_recall.py --methods proxy,proxy:groups=3          # a parameter, or more with + between them
     python scripts/bench_recall.py --seer gates.safetensors                # with the gates of scripts/train_gate.py
-    python scripts/bench_recall.py --merge old.json new.json --out recall.json  # methods of the later in place of theirs
+    python scripts/bench_recall.py --merge old.json new.json --out recall.json  # a method of both is the later one's
 
 The model runs dense, and some of its attention calls are kept with their row LSE. Every method plans for each of them,
 as if it were its first plan after the warm-up, and the mass of the kept blocks is summed exactly: the share of the
