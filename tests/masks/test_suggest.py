@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from dit_sparse.masks import count_tiles, neighborhood_predicate, suggest_settings
+from dit_sparse.masks import Setting, count_tiles, neighborhood_predicate, suggest_settings
 from dit_sparse.types import TokenGrid
 
 
@@ -36,7 +38,7 @@ def reach(grid: TokenGrid, window: tuple[int, int, int], stride: tuple[int, int,
         # At a border a window ends with the axis, so that side does not count.
         before = torch.where(start > 0, query - start, axis.length)
         after = torch.where(end < axis.length, end - 1 - query, axis.length)
-        shares.append(min(1.0, (2 * int(torch.minimum(before, after).min()) + 2) / axis.length))
+        shares.append(min(1.0, (int(before.min()) + int(after.min()) + 1) / axis.length))
     return min(shares)
 
 
@@ -45,14 +47,20 @@ def reach(grid: TokenGrid, window: tuple[int, int, int], stride: tuple[int, int,
     [(TokenGrid(8, 24, 32), 0.25), (TokenGrid(8, 24, 32), 0.125), (TokenGrid(21, 30, 52), 0.25)],
     ids=str,
 )
-def test_no_suggestion_as_fast_reaches_further_than_the_first(grid: TokenGrid, density: float) -> None:
-    first, *others = suggest_settings(grid, density, count=32)
-    far = reach(grid, first.window, first.stride)
-    best = max(s.expected_speedup * s.counts.density for s in (first, *others))
-    assert first.expected_speedup * first.counts.density > 0.75 * best
+def test_no_suggestion_is_better_than_the_first_in_every_way(grid: TokenGrid, density: float) -> None:
+    """As efficient, as far-reaching and as compact, and 5% more of one of them."""
+
+    def merits(setting: Setting) -> list[float]:
+        tile = setting.counts.tile
+        compactness = math.prod(tile) ** (1 / 3) / max(tile)
+        far = reach(grid, setting.window, setting.stride)
+        return [setting.expected_speedup * setting.counts.density, far, compactness]
+
+    first, *others = map(merits, suggest_settings(grid, density, count=32))
+    assert first[0] > 0.75 * max(other[0] for other in others)
     for other in others:
-        if other.expected_speedup * other.counts.density > 0.98 * first.expected_speedup * first.counts.density:
-            assert reach(grid, other.window, other.stride) <= 1.25 * far
+        ratios = [a / b for a, b in zip(other, first, strict=True)]
+        assert min(ratios) < 1 or max(ratios) < 1.05
 
 
 def test_windows_of_blocks_that_see_only_themselves_do_not_come_first() -> None:
@@ -60,7 +68,7 @@ def test_windows_of_blocks_that_see_only_themselves_do_not_come_first() -> None:
     grid = TokenGrid(8, 24, 32)
     first = suggest_settings(grid, 0.25)[0]
     assert reach(grid, (6, 16, 16), (1, 16, 16)) < 0.1
-    assert reach(grid, first.window, first.stride) > 0.3
+    assert reach(grid, first.window, first.stride) > 0.25
     assert first.counts.cut == 0
     assert first.expected_speedup > 3
 
