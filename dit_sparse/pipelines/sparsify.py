@@ -199,11 +199,11 @@ def save_plan(pipe: Any, path: str | os.PathLike[str], *, model: str = "", promp
     models = {name: sorted(layer for own, layer in plans if own == name) for name, _ in plans}
     if any(layers != list(range(len(layers))) for layers in models.values()):
         raise ValueError(f"a plan needs every layer, got {models}; run without dense_layers")
-    axes = {n: [axes_of(plans[n, layer].q_order, grid, method.block) for layer in own] for n, own in models.items()}
+    axes = {n: [axes_of(plans[n, layer].q_order, grid, method.cut) for layer in own] for n, own in models.items()}
     bits = {n: [plans[n, layer].block_mask.pack().full_bits.cpu() for layer in own] for n, own in models.items()}
     header = PlanHeader(
         grid,
-        method.block,
+        method.cut,
         {name: ModelPlans(len(layers), len(layers[0])) for name, layers in axes.items()},
         method.density,
         one_line(model),
