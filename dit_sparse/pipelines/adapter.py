@@ -181,6 +181,12 @@ class FamilyAdapter(ABC):
     def unfuse(self, transformer: Any) -> None:  # noqa: B027
         """Undo `fuse`."""
 
+    def begin_forward(self, transformer: Any, inputs: Inputs, *, sparse: bool) -> None:  # noqa: B027
+        """Called before each forward; one that is not `sparse` must stay upstream's bit for bit on a CPU."""
+
+    def end_forward(self, transformer: Any) -> None:  # noqa: B027
+        """Undo `begin_forward`; called after each forward, and before the next as it may have failed."""
+
     def follow(self, transformer: Any, session: Session, originals: dict[str, Any]) -> None:  # noqa: B027
         """Put sparse processors where diffusers itself has replaced them, and note in `originals` what it put there.
 

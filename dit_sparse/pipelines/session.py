@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dit_sparse.kernels import dense_attention
+from dit_sparse.methods import Dense
 from dit_sparse.parallel import ContextParallel
 from dit_sparse.pipelines.drift import DriftMeter
 from dit_sparse.pipelines.engine import Engine, OneDevice
@@ -209,6 +210,13 @@ class Session:
         count = count + 1 if step == self.steps.step else 0
         self._unnamed_forwards = (self.steps.step, count)
         return f"forward {count}"
+
+    @property
+    def runs_sparse(self) -> bool:
+        """Whether calls of the step under way may be sparse: inside a run, after the dense first steps."""
+        at, schedule = self.steps, self.schedule
+        is_dense = isinstance(schedule.method, Dense) or at.step < schedule.warmup_steps(at.num_steps)
+        return at.inside_run and not is_dense
 
     def sequence_len(self, here: int) -> int:
         """Tokens of a sequence of which `here` are on this rank."""

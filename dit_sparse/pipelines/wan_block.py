@@ -1,18 +1,29 @@
-"""Wan's transformer block with what stands between its matrix products fused; the products stay upstream's."""
+"""Wan's transformer block with what stands between its matrix products fused; the products stay upstream's.
+
+On a CPU, in steps that run sparse, the padding of prompts is merged as well. diffusers pads them with zeros to 512
+tokens and masks none, so most text tokens are alike, and n equal keys with equal values attend as one whose score has
+ln n added.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from types import MethodType
 from typing import Any
 
 import torch
 from diffusers.models.normalization import FP32LayerNorm
-from diffusers.models.transformers.transformer_wan import WanTransformerBlock
+from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor, WanTransformerBlock
+from torch import Tensor
 
 from dit_sparse.kernels import add_gated, layer_norm
+from dit_sparse.pipelines.adapter import uses_default_backend
 from dit_sparse.pipelines.norm_rotate import is_watched
 
 _OFF = "_dit_sparse_unfused"
+_ALIKE = "_dit_sparse_alike"
+_TEXT_UNIT = 16  # keys: a row of scores then fills whole vectors
 _upstream_forward = WanTransformerBlock.forward  # Dynamo does not trace it through the class
 
 
@@ -29,15 +40,50 @@ def unfuse_block(block: WanTransformerBlock) -> None:
         del block.forward
     elif "forward" in block.__dict__:
         setattr(block, _OFF, True)
+    forget_text((block,))
+
+
+def merge_text(blocks: Iterable[WanTransformerBlock], text: Tensor) -> None:
+    """Let fused blocks merge the tokens at the end of the prompt `text` `[B, L, C]` that are alike, on a CPU."""
+    if text.device.type == "cpu" and not (torch.is_grad_enabled() and text.requires_grad):
+        alike = alike_at_end(text)
+        for block in blocks:
+            setattr(block, _ALIKE, alike)
+
+
+def forget_text(blocks: Iterable[WanTransformerBlock]) -> None:
+    """Undo `merge_text`."""
+    for block in blocks:
+        block.__dict__.pop(_ALIKE, None)
+
+
+def alike_at_end(text: Tensor) -> int:
+    """How many tokens at the end of `text` `[B, L, C]` equal the last one, in the sample that has fewest."""
+    others = (text != text[:, -1:]).any(-1).any(0).nonzero()
+    return text.shape[1] - (int(others[-1]) + 1 if len(others) else 0)
+
+
+def merged(text: Tensor, alike: int) -> tuple[Tensor, Tensor | None]:
+    """`text` `[B, L, C]` without most of the last `alike` tokens, and the mask to add to scores, `[1, 1, 1, kept]`.
+
+    The last token that is kept stands for those that are not; without any there is no mask.
+    """
+    length = text.shape[1]
+    kept = min(length, -(-(length - alike + 1) // _TEXT_UNIT) * _TEXT_UNIT)
+    if kept == length:
+        return text, None
+    mask = text.new_zeros(1, 1, 1, kept)
+    mask[..., -1] = math.log(length - kept + 1)
+    return text[:, :kept], mask
 
 
 def fused_forward(
     block: WanTransformerBlock,
-    hidden_states: torch.Tensor,
-    encoder_hidden_states: torch.Tensor,
-    temb: torch.Tensor,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    temb: Tensor,
     rotary_emb: Any,
-) -> torch.Tensor:
+) -> Tensor:
     """The forward of `WanTransformerBlock`, on tokens `[B, N, C]`; arguments and result as there."""
     if not _applies(block, hidden_states, temb):
         return _upstream_forward(block, hidden_states, encoder_hidden_states, temb, rotary_emb)
@@ -45,18 +91,30 @@ def fused_forward(
     x = _normed(block.norm1, hidden_states, scale, shift)
     hidden_states = add_gated(hidden_states, block.attn1(x, None, None, rotary_emb), gate)
     x = _normed(block.norm2, hidden_states) if isinstance(block.norm2, FP32LayerNorm) else hidden_states
-    hidden_states = hidden_states + block.attn2(x, encoder_hidden_states, None, None)
+    text, mask = encoder_hidden_states, None
+    if _ALIKE in block.__dict__ and _takes_mask(block.attn2):
+        text, mask = merged(text, block.__dict__[_ALIKE])
+    hidden_states = hidden_states + block.attn2(x, text, mask, None)
     x = _normed(block.norm3, hidden_states, ffn_scale, ffn_shift)
     return add_gated(hidden_states, block.ffn(x), ffn_gate)
 
 
-def _normed(norm: FP32LayerNorm, x: torch.Tensor, *modulation: torch.Tensor) -> torch.Tensor:
+def _normed(norm: FP32LayerNorm, x: Tensor, *modulation: Tensor) -> Tensor:
     return layer_norm(x, norm.weight, norm.bias, norm.eps, *modulation)
 
 
-def _applies(block: WanTransformerBlock, hidden_states: torch.Tensor, temb: torch.Tensor) -> bool:
-    """Whether the fused forward computes what upstream's does, and faster: eager, on a GPU, one timestep a sample."""
-    if torch.compiler.is_compiling() or not hidden_states.is_cuda or temb.ndim != 3:
+def _takes_mask(attn: WanAttention) -> bool:
+    """Whether cross-attention takes a mask: upstream's own, to text alone, by torch's SDPA."""
+    return type(attn.processor) is WanAttnProcessor and attn.add_k_proj is None and uses_default_backend(attn.processor)
+
+
+def _applies(block: WanTransformerBlock, hidden_states: Tensor, temb: Tensor) -> bool:
+    """Whether the fused forward computes what upstream's does, and faster: eager, one timestep a sample.
+
+    On a CPU only where text is merged: nothing else is faster there.
+    """
+    wanted = hidden_states.is_cuda or _ALIKE in block.__dict__
+    if torch.compiler.is_compiling() or not wanted or temb.ndim != 3:
         return False
     norms = [block.norm1, block.norm3] + ([] if type(block.norm2) is torch.nn.Identity else [block.norm2])
     return _OFF not in block.__dict__ and all(type(norm) is FP32LayerNorm and not is_watched(norm) for norm in norms)
