@@ -13,16 +13,19 @@ from types import MethodType
 from typing import Any
 
 import torch
+from diffusers.models.activations import GELU
+from diffusers.models.attention import FeedForward
 from diffusers.models.normalization import FP32LayerNorm
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor, WanTransformerBlock
 from torch import Tensor
 
-from dit_sparse.kernels import add_gated, layer_norm
+from dit_sparse.kernels import add_gated, gelu_tanh_, layer_norm
 from dit_sparse.pipelines.adapter import uses_default_backend
 from dit_sparse.pipelines.norm_rotate import is_watched
 
 _OFF = "_dit_sparse_unfused"
-_ALIKE = "_dit_sparse_alike"
+_ALIKE = "_dit_sparse_alike"  # set on a CPU in steps that run sparse, which need not equal upstream bit for bit
+_FFN_TOKENS = 1024
 _TEXT_UNIT = 16  # keys: a row of scores then fills whole vectors
 _upstream_forward = WanTransformerBlock.forward  # Dynamo does not trace it through the class
 
@@ -91,16 +94,35 @@ def fused_forward(
     x = _normed(block.norm1, hidden_states, scale, shift)
     hidden_states = add_gated(hidden_states, block.attn1(x, None, None, rotary_emb), gate)
     x = _normed(block.norm2, hidden_states) if isinstance(block.norm2, FP32LayerNorm) else hidden_states
-    text, mask = encoder_hidden_states, None
-    if _ALIKE in block.__dict__ and _takes_mask(block.attn2):
-        text, mask = merged(text, block.__dict__[_ALIKE])
+    text, mask, alike = encoder_hidden_states, None, block.__dict__.get(_ALIKE)
+    if alike is not None and _takes_mask(block.attn2):
+        text, mask = merged(text, alike)
     hidden_states = hidden_states + block.attn2(x, text, mask, None)
     x = _normed(block.norm3, hidden_states, ffn_scale, ffn_shift)
-    return add_gated(hidden_states, block.ffn(x), ffn_gate)
+    return add_gated(hidden_states, block.ffn(x) if alike is None else _feed_forward(block.ffn, x), ffn_gate)
 
 
 def _normed(norm: FP32LayerNorm, x: Tensor, *modulation: Tensor) -> Tensor:
     return layer_norm(x, norm.weight, norm.bias, norm.eps, *modulation)
+
+
+def _feed_forward(ffn: FeedForward, x: Tensor) -> Tensor:
+    """`ffn` of tokens `[B, N, C]`, of so many at a time that their hidden channels stay in a CPU's cache."""
+    if not _is_plain(ffn, x):
+        return ffn(x)
+    up, down = ffn.net[0].proj, ffn.net[2]
+    out = torch.empty_like(x)
+    for part, own in zip(x.split(_FFN_TOKENS, 1), out.split(_FFN_TOKENS, 1), strict=True):
+        own.copy_(down(gelu_tanh_(up(part))))
+    return out
+
+
+def _is_plain(ffn: FeedForward, x: Tensor) -> bool:
+    """Whether `ffn` is two linear layers around GELU by tanh, and nobody watches it or wants gradients."""
+    act = ffn.net[0]
+    layers = type(ffn) is FeedForward and len(ffn.net) == 3 and type(act) is GELU and act.approximate == "tanh"
+    quiet = not torch.is_grad_enabled() and not ffn.training and not any(map(is_watched, (ffn, *ffn.net)))
+    return layers and quiet and x.dtype == torch.float32
 
 
 def _takes_mask(attn: WanAttention) -> bool:
@@ -111,7 +133,7 @@ def _takes_mask(attn: WanAttention) -> bool:
 def _applies(block: WanTransformerBlock, hidden_states: Tensor, temb: Tensor) -> bool:
     """Whether the fused forward computes what upstream's does, and faster: eager, one timestep a sample.
 
-    On a CPU only where text is merged: nothing else is faster there.
+    On a CPU only in steps that run sparse, as it rounds otherwise.
     """
     wanted = hidden_states.is_cuda or _ALIKE in block.__dict__
     if torch.compiler.is_compiling() or not wanted or temb.ndim != 3:
