@@ -99,14 +99,14 @@ def fused_forward(
         text, mask = merged(text, alike)
     hidden_states = hidden_states + block.attn2(x, text, mask, None)
     x = _normed(block.norm3, hidden_states, ffn_scale, ffn_shift)
-    return add_gated(hidden_states, block.ffn(x) if alike is None else _feed_forward(block.ffn, x), ffn_gate)
+    return add_gated(hidden_states, block.ffn(x) if alike is None else feed_forward(block.ffn, x), ffn_gate)
 
 
 def _normed(norm: FP32LayerNorm, x: Tensor, *modulation: Tensor) -> Tensor:
     return layer_norm(x, norm.weight, norm.bias, norm.eps, *modulation)
 
 
-def _feed_forward(ffn: FeedForward, x: Tensor) -> Tensor:
+def feed_forward(ffn: FeedForward, x: Tensor) -> Tensor:
     """`ffn` of tokens `[B, N, C]`, of so many at a time that their hidden channels stay in a CPU's cache."""
     if not _is_plain(ffn, x):
         return ffn(x)

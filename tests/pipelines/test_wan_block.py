@@ -119,17 +119,17 @@ def test_prompts_that_are_learnt_stay_whole(pipe) -> None:
 
 
 @torch.no_grad()
-def test_a_feed_forward_in_parts_is_the_whole(pipe, monkeypatch) -> None:
+def test_afeed_forward_in_parts_is_the_whole(pipe, monkeypatch) -> None:
     ffn, x = pipe.transformer.blocks[0].ffn, torch.randn(2, 30, 24)
     monkeypatch.setattr(wan_block, "_FFN_TOKENS", 8)
     exact = copy.deepcopy(ffn).double()(x.double())
     parts = []
     monkeypatch.setattr(wan_block, "gelu_tanh_", lambda h: parts.append(h.shape[1]) or gelu_tanh_(h))
-    assert (wan_block._feed_forward(ffn, x) - exact).abs().max() <= 2 * (ffn(x) - exact).abs().max() + 1e-7
+    assert (wan_block.feed_forward(ffn, x) - exact).abs().max() <= 2 * (ffn(x) - exact).abs().max() + 1e-7
     assert parts == [8, 8, 8, 6]
     seen = []
     ffn.net[0].register_forward_hook(lambda _, __, out: seen.append(out.shape[1]))
-    wan_block._feed_forward(ffn, x)
+    wan_block.feed_forward(ffn, x)
     assert seen == [30], "who hooks a layer sees its whole input"
 
 
