@@ -15,7 +15,7 @@ __all__ = ["Moments", "block_moments"]
 
 _LARGEST_TILE = 128  # value channels that one program holds products of
 _ALIGNED = 8  # blocks; cuBLAS takes its fast kernels for these
-_CHUNK_ELEMENTS = 1 << 16
+_CHUNK_ELEMENTS = 1 << 17
 
 
 class Moments(NamedTuple):
