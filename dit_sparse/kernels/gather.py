@@ -217,8 +217,7 @@ class _Call:
         room = self._buffer("scores", (rows.shape[1] * most,), out.dtype)
         means, rest = self.prepared.means, head.remainder
         bias = None if rest is None else _bias(rest, batch)
-        slopes = None if rest is None else rest.slopes
-        without: list[tuple[slice, Tensor]] = []
+        slopes = None if rest is None or rest.slopes is None else rest.slopes.index_select(0, batch.blocks)
         for group, q, attended in zip(batch.groups, rows.split(sizes), out.split(sizes), strict=True):
             keys = k.take(group).to(out.dtype)
             scores = room[: q.shape[0] * q.shape[1] * group.keys].view(*q.shape[:2], group.keys)
@@ -228,20 +227,21 @@ class _Call:
             if batch.partial:
                 allowed = self._allowed(b, h, batch, group)
                 scores[..., -batch.partial :].masked_fill_(~allowed, float("-inf"))
-            if group.may_be_empty:
-                without.append((group.rows, scores.amax(-1).isneginf()))
+            nothing = scores.amax(-1).isneginf() if group.may_be_empty else None
             sums = scores.amax(-1) if lse is not None else None
             torch.softmax(scores, -1, out=scores)
-            if lse is not None and sums is not None:
-                torch.sub(sums, scores.amax(-1).log_(), out=lse[group.rows])
+            if sums is not None:
+                sums -= scores.amax(-1).log_()
             torch.bmm(scores, v.take(group).to(out.dtype), out=attended)
             if slopes is not None:
                 share = scores[..., :means].sum(-1, keepdim=True)
-                attended.baddbmm_(q * share, slopes.index_select(0, batch.blocks[group.rows]))
-        for part, nothing in without:
-            out[part].masked_fill_(nothing[..., None], 0.0)
-            if lse is not None:
-                lse[part].masked_fill_(nothing, float("-inf"))
+                attended.baddbmm_(q * share, slopes[group.rows])
+            if nothing is not None:
+                attended.masked_fill_(nothing[..., None], 0.0)
+                if sums is not None:
+                    sums.masked_fill_(nothing, float("-inf"))
+            if lse is not None and sums is not None:
+                lse[group.rows] = sums
 
     def _source(self, name: str, x: Tensor, batch: Batch) -> _Source:
         """Tokens of `x` `[N, D]` for a batch's rows, copied group by group into the buffer `name`."""
