@@ -211,12 +211,13 @@ class Session:
         self._unnamed_forwards = (self.steps.step, count)
         return f"forward {count}"
 
-    @property
-    def runs_sparse(self) -> bool:
-        """Whether calls of the step under way may be sparse: inside a run, after the dense first steps."""
+    def sparse_layers(self, num_layers: int) -> list[int]:
+        """The layers of `num_layers` that the schedule lets be sparse in the step under way; none outside a run."""
         at, schedule = self.steps, self.schedule
         is_dense = isinstance(schedule.method, Dense) or at.step < schedule.warmup_steps(at.num_steps)
-        return at.inside_run and not is_dense
+        if is_dense or not at.inside_run:
+            return []
+        return [layer for layer in range(num_layers) if not schedule.is_dense_layer(layer, num_layers)]
 
     def sequence_len(self, here: int) -> int:
         """Tokens of a sequence of which `here` are on this rank."""

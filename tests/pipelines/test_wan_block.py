@@ -96,9 +96,14 @@ def test_prompts_are_merged_in_sparse_steps_alone(pipe, render, monkeypatch) -> 
     run = lambda: got.append(render(pipe, max_sequence_length=64))  # noqa: E731
     assert keys_seen(pipe, run) == [64] * 4 + [16] * 6
     assert not any(wan_block._ALIKE in block.__dict__ for block in pipe.transformer.blocks)
-    monkeypatch.setattr(WanAdapter, "begin_forward", lambda *_, **__: None)
+    monkeypatch.setattr(WanAdapter, "begin_forward", lambda *_: None)
     assert keys_seen(pipe, run) == [64] * 10
     assert (got[0] - got[-1]).abs().max() <= 1e-4 * got[-1].abs().max()
+
+
+def test_prompts_stay_whole_in_a_dense_layer(pipe, render) -> None:
+    sparsify(pipe, Schedule(AdaSpa(density=0.5, block=16), warmup=0.4, dense_layers=(0,)))
+    assert keys_seen(pipe, lambda: render(pipe, max_sequence_length=64)) == [64] * 10
 
 
 def test_prompts_are_left_whole_where_somebody_chose_how_to_attend(pipe, render) -> None:
