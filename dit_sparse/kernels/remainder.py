@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dit_sparse.kernels.block_layout import BlockLayout
 from dit_sparse.kernels.moments import Moments, block_moments
-from dit_sparse.types import AttentionPlan, Remainder
+from dit_sparse.types import REMAINDERS, AttentionPlan, Remainder
 
 __all__ = ["HeadRemainder", "RemainderTerms", "add_remainder", "head_remainder", "remainder_terms", "score_spread"]
 
@@ -51,6 +51,7 @@ def remainder_terms(
     kept: Tensor,
     scale: float,
     remainder: Remainder,
+    head_remainders: Tensor | None = None,
 ) -> RemainderTerms:
     """The terms of `remainder`, in float32 (float64 for float64), `slopes` in the dtype of `k`.
 
@@ -61,15 +62,24 @@ def remainder_terms(
         kept: `[B|1, H|1, Mq, Mk]` bool, blocks kept whole or in part.
         scale: factor of the scores.
         remainder: "mean", "value" or "mass".
+        head_remainders: as in `AttentionPlan`.
     """
     first_order = remainder != "mean"
     keys = block_moments(k, k_layout, v, products=first_order)
     queries = block_moments(q, q_layout, centred=False)
     assert keys.v_mean is not None
     bias = _bias(queries, keys, k_layout, kept, scale, remainder)
+    if head_remainders is not None:
+        own = head_remainders[..., None, None]
+        if remainder == "mass":
+            lower = _bias(queries, keys, k_layout, kept, scale, "value")
+            bias = torch.where(own < REMAINDERS.index("mass"), lower, bias)
+        bias = bias.masked_fill(own < REMAINDERS.index("mean"), -math.inf)
     if keys.products is None:
         return RemainderTerms(keys.mean, keys.v_mean, bias, None)
     weights = _weights(queries, keys, bias, scale)
+    if head_remainders is not None:
+        weights = weights * (own >= REMAINDERS.index("value"))
     products = keys.products.flatten(3)
     weights = torch.nn.functional.pad(weights * scale, (0, products.shape[2] - weights.shape[-1]))
     slopes = (weights.to(products.dtype) @ products).unflatten(-1, keys.products.shape[3:])
@@ -132,7 +142,10 @@ def head_remainder(
     q_layout, k_layout = (BlockLayout.of_head(order, batch, head) for order in (plan.q_order, plan.kv_order))
     kept = plan.block_mask.kept_blocks
     kept = kept[batch % kept.shape[0], head % kept.shape[1]][None, None]
-    terms = remainder_terms(q, k, v, q_layout, k_layout, kept, scale, plan.remainder)
+    own = plan.head_remainders
+    if own is not None:
+        own = own[batch % own.shape[0], head % own.shape[1]][None, None]
+    terms = remainder_terms(q, k, v, q_layout, k_layout, kept, scale, plan.remainder, own)
     slopes = None if terms.slopes is None else terms.slopes[0, 0].to(dtype)
     keys, values, bias = (x[0, 0].to(dtype) for x in (terms.keys, terms.values, terms.bias))
     return HeadRemainder(keys, values, bias, slopes, q_layout)
