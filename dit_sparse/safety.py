@@ -14,7 +14,7 @@ from dit_sparse.types import REMAINDERS, AttentionPlan, BlockGeometry, BlockMask
 
 __all__ = ["safe_remainder"]
 
-LARGEST_ERROR = 0.8
+LARGEST_ERROR = 0.7
 """Squared error of a remainder over that of "none", on the queries that are tried; below 1, as they are a sample."""
 
 _BLOCKS = 32
