@@ -32,7 +32,7 @@ def safe_remainder(
     these queries, is at most `LARGEST_ERROR` times that of "none"; "none" if there is no such. The batch shares it
     where the plan tells no batches apart.
 
-    That is dense attention of 256 queries at most, little more under the plan, and the moments of the key blocks.
+    That is dense attention of 256 queries at most, less under the plan, and the moments of the key blocks.
 
     Args:
         q, k, v, scale, in_order: as in `sparse_attention`; q, k, v of the kind that the plan is made for.
@@ -59,8 +59,10 @@ def safe_remainder(
 
     limit = LARGEST_ERROR * error("none")
     levels = torch.zeros(limit.shape, dtype=torch.int8, device=q.device)
-    for level in range(1, REMAINDERS.index(plan.remainder) + 1):
-        levels.masked_fill_(error(REMAINDERS[level]) <= limit, level)
+    for level in range(REMAINDERS.index(plan.remainder), 0, -1):
+        levels.masked_fill_((levels == 0) & (error(REMAINDERS[level]) <= limit), level)
+        if levels.device.type == "cpu" and bool(levels.all()):  # a GPU would have to be waited for
+            break
     return replace(plan, head_remainders=levels)
 
 
