@@ -61,6 +61,7 @@ if TYPE_CHECKING:
         velocity_ramp,
     )
     from dit_sparse.presets import preset
+    from dit_sparse.safety import safe_remainder
     from dit_sparse.schedule import Schedule
     from dit_sparse.types import AttentionPlan, BlockMask, Site, TokenGrid, TokenOrder
 
@@ -119,6 +120,7 @@ _HOMES = {
         "velocity_ramp",
     ),
     "presets": ("preset",),
+    "safety": ("safe_remainder",),
     "schedule": ("Schedule",),
     "types": ("AttentionPlan", "BlockMask", "Site", "TokenGrid", "TokenOrder"),
 }
@@ -175,6 +177,7 @@ __all__ = [
     "load_pipeline",
     "parallelize",
     "preset",
+    "safe_remainder",
     "save_plan",
     "skipping_attention",
     "sparse_attention",

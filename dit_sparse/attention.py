@@ -180,6 +180,7 @@ def _validate_leading(q: Tensor, plan: AttentionPlan) -> None:
         ("q_order.index", plan.q_order.index),
         ("kv_order.index", plan.kv_order.index),
         ("block_mask.kv_counts", mask.kv_counts),
+        ("head_remainders", mask.kv_counts if plan.head_remainders is None else plan.head_remainders),
     ):
         for size, want, letter in zip(tensor.shape[:2], q.shape[:2], "BH", strict=True):
             if size not in (1, want):

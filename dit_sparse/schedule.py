@@ -308,7 +308,7 @@ class Schedule:
         if (remainder, skip) == (plan.remainder, plan.skip_threshold):
             return plan
         # Both at once, because a plan has one of them at most.
-        return replace(plan, remainder=remainder, skip_threshold=skip)
+        return replace(plan, remainder=remainder, skip_threshold=skip, head_remainders=None)
 
     def key(self, site: Site) -> tuple[Any, ...]:
         """What shares a plan with this site: branches, layers and models never mix unless the method is static."""

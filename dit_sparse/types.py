@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dit_sparse.block_mask import BlockMask, PackedBlockMask, TokenPredicate
-from dit_sparse.head_shard import HeadShard
+from dit_sparse.head_shard import HeadShard, select_heads
 from dit_sparse.token_order import BlockGeometry, TokenOrder
 
 __all__ = [
@@ -141,7 +141,8 @@ class AttentionPlan:
     - "mass": as "value", with `a_ij` larger by `exp(min(m_Ij, ln B_j))`, the second order.
 
     A query of which every block is kept has no remainder; one that keeps nothing has the remainder alone. Row sums
-    count the weights `a_ij`. With one-token blocks all but "none" equal dense attention.
+    count the weights `a_ij`. With one-token blocks all but "none" equal dense attention. Heads may have a remainder of
+    their own, further up in this list than `remainder`: `safe_remainder` gives it to those that would be worse off.
 
     With a `skip_threshold` some of the kept blocks are skipped while attention is computed: their scores are, but no
     weight, and their values are not read. A query block goes over its key blocks in turn, first those kept whole and
@@ -156,13 +157,15 @@ class AttentionPlan:
         block_mask: which key blocks each query block keeps; its offsets are those of the orders.
         remainder: "none", "mean", "value" or "mass".
         skip_threshold: from 0, where nothing is skipped, to 1; then `remainder` must be "none".
+        head_remainders: `[B|1, H|1]` int8, each head's own remainder by its place in `REMAINDERS`, at most that of
+            `remainder`; `None` where all heads have that one.
 
     Attributes:
         derived: what kernels have made of this plan, to be made once; it goes when the plan goes.
 
     Raises:
         ValueError: the mask's block counts are not the orders', an unknown remainder, a `skip_threshold` outside
-            [0, 1], or one beside a remainder.
+            [0, 1], or one beside a remainder, or `head_remainders` that are not int8 `[B|1, H|1]`.
     """
 
     q_order: TokenOrder
@@ -170,6 +173,7 @@ class AttentionPlan:
     block_mask: BlockMask
     remainder: Remainder = "none"
     skip_threshold: float = 0.0
+    head_remainders: Tensor | None = None
     derived: dict[Any, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -186,6 +190,9 @@ class AttentionPlan:
                 f"remainder must be 'none' where blocks are skipped, got {self.remainder!r} with skip_threshold "
                 f"{self.skip_threshold:g}: a skipped block leaves nothing"
             )
+        own = self.head_remainders
+        if own is not None and (own.dtype != torch.int8 or own.ndim != 2):
+            raise ValueError(f"head_remainders must be int8 [B|1, H|1], got {own.dtype} {tuple(own.shape)}")
         for order in (self.q_order, self.kv_order):
             order.geometry  # noqa: B018  # read once here, so that no later call waits for the device
 
@@ -205,8 +212,10 @@ class AttentionPlan:
         return cls(order, kv_order, mask, remainder)
 
     def with_remainder(self, remainder: Remainder) -> AttentionPlan:
-        """This plan with another remainder."""
-        return self if remainder == self.remainder else replace(self, remainder=remainder)
+        """This plan with another remainder, for all heads."""
+        if remainder == self.remainder and self.head_remainders is None:
+            return self
+        return replace(self, remainder=remainder, head_remainders=None)
 
     def with_skip(self, skip_threshold: float) -> AttentionPlan:
         """This plan with another `skip_threshold`."""
@@ -226,7 +235,7 @@ class AttentionPlan:
         """This plan at rest; how many pairs it keeps is counted first, so that nobody need do it again."""
         pairs = self.block_mask.count_pairs(self.q_order.index, self.kv_order.index)
         mask = replace(self.block_mask, kept_pairs=pairs).pack()
-        return PackedPlan(self.q_order, self.kv_order, mask, self.remainder, self.skip_threshold)
+        return PackedPlan(self.q_order, self.kv_order, mask, self.remainder, self.skip_threshold, self.head_remainders)
 
     def unpack(self) -> AttentionPlan:
         """This plan, which is not at rest."""
@@ -234,20 +243,31 @@ class AttentionPlan:
 
     def of_heads(self, heads: tuple[int, ...]) -> AttentionPlan:
         """What this plan says of `heads`; made once a plan, and the plan itself where it says the same of all."""
-        if all(x.shape[1] == 1 for x in (self.q_order.index, self.kv_order.index, self.block_mask.kv_counts)):
+        if self.num_heads == 1:
             return self
         if ("heads", heads) not in self.derived:
             q_order = self.q_order.of_heads(heads)
             kv_order = q_order if self.kv_order is self.q_order else self.kv_order.of_heads(heads)
+            own = None if self.head_remainders is None else select_heads(self.head_remainders, heads)
             self.derived["heads", heads] = AttentionPlan(
-                q_order, kv_order, self.block_mask.of_heads(heads), self.remainder, self.skip_threshold
+                q_order, kv_order, self.block_mask.of_heads(heads), self.remainder, self.skip_threshold, own
             )
         return self.derived["heads", heads]
 
     @property
     def num_heads(self) -> int:
         """Heads that the plan tells apart; 1 where it says the same of all."""
-        return max(x.shape[1] for x in (self.q_order.index, self.kv_order.index, self.block_mask.kv_counts))
+        return max(x.shape[1] for x in self._by_head)
+
+    @property
+    def num_batches(self) -> int:
+        """Batches that the plan tells apart; 1 where it says the same of all."""
+        return max(x.shape[0] for x in self._by_head)
+
+    @property
+    def _by_head(self) -> list[Tensor]:
+        tensors = [self.q_order.index, self.kv_order.index, self.block_mask.kv_counts]
+        return tensors if self.head_remainders is None else [*tensors, self.head_remainders]
 
     def token_mask(self) -> Tensor:
         """`[B|1, H|1, N, N]` bool mask over tokens in the sequence's own order. For tests: it is N x N."""
@@ -263,7 +283,8 @@ class AttentionPlan:
         """The same plan on another device."""
         q_order = self.q_order.to(device)
         kv_order = q_order if self.kv_order is self.q_order else self.kv_order.to(device)
-        return AttentionPlan(q_order, kv_order, self.block_mask.to(device), self.remainder, self.skip_threshold)
+        own = None if self.head_remainders is None else self.head_remainders.to(device)
+        return AttentionPlan(q_order, kv_order, self.block_mask.to(device), self.remainder, self.skip_threshold, own)
 
 
 @dataclass(frozen=True, eq=False)
@@ -278,11 +299,14 @@ class PackedPlan:
     block_mask: PackedBlockMask
     remainder: Remainder = "none"
     skip_threshold: float = 0.0
+    head_remainders: Tensor | None = None
 
     def unpack(self) -> AttentionPlan:
         """The plan itself, equal to the one that was packed."""
         mask = self.block_mask.unpack()
-        return AttentionPlan(self.q_order, self.kv_order, mask, self.remainder, self.skip_threshold)
+        return AttentionPlan(
+            self.q_order, self.kv_order, mask, self.remainder, self.skip_threshold, self.head_remainders
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,11 @@ def random_plan(
     order = TokenOrder.from_index(index, offsets)
     kept = torch.rand(1, heads, order.num_blocks, order.num_blocks, generator=generator) < density
     return AttentionPlan.from_kept(order, kept)
+
+
+def of_heads(plan: AttentionPlan, heads: int) -> AttentionPlan:
+    levels = torch.zeros(1, heads, dtype=torch.int8)
+    return replace(plan.with_remainder("mean"), head_remainders=levels)
 
 
 def oracle(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> tuple[Tensor, Tensor]:
@@ -63,6 +70,7 @@ def test_scale_is_a_factor_on_the_scores() -> None:
         (lambda a: a.update(v=a["v"][:, :, :5]), "must agree"),
         (lambda a: a.update(q=a["q"][:, :, :5]), "q_order is for 21 tokens, got 5"),
         (lambda a: a.update(plan=random_plan(2, 21)), "must have 1 or 3 in dimension H"),
+        (lambda a: a.update(plan=of_heads(a["plan"], 2)), "head_remainders must have 1 or 3 in dimension H, got 2"),
         (lambda a: a.update(backend="gathr"), "gather"),
     ],
 )

@@ -26,9 +26,10 @@ MAY_IMPORT = {
     "methods": {"types", "block_mask", "kernels", "reorder", "masks"},
     "schedule": {"types", "methods"},
     "attention": {"types", "kernels"},
+    "safety": {"types", "kernels", "attention"},
     "parallel": {"types", "block_mask", "kernels", "attention", "head_shard", "lost_ranks"},
     "cost": {"types"},
-    "pipelines": {"types", "kernels", "methods", "schedule", "attention", "cost", "parallel"},
+    "pipelines": {"types", "kernels", "methods", "schedule", "attention", "safety", "cost", "parallel"},
     "demo": set(),
     "cluster": set(),
     "eval": {"types", "kernels", "reorder", "masks", "methods", "schedule", "pipelines"},
@@ -41,7 +42,7 @@ MAY_IMPORT = {
     "vbench": {"eval", "generate", "cluster"},
     "calibrate": {
         *("types", "block_mask", "kernels", "masks", "reorder", "methods", "schedule", "attention", "pipelines"),
-        *("eval", "generate", "compare"),
+        *("safety", "eval", "generate", "compare"),
     },
     "report": {"schedule", "generate", "bench", "compare"},
     "analyze": {

@@ -164,6 +164,18 @@ class TestAttentionPlan:
             assert other.remainder == "value"
         assert value.block_mask is plan.block_mask
 
+    def test_remainders_of_heads_go_wherever_the_plan_goes(self):
+        order = orders(1, 1, 8, blocks=4)
+        plan = AttentionPlan.from_kept(order, torch.eye(4, dtype=torch.bool)[None, None], remainder="value")
+        own = replace(plan, head_remainders=torch.tensor([[2, 0, 1]], dtype=torch.int8))
+        assert (own.num_batches, own.num_heads) == (1, 3)
+        for other in (own, own.pack().unpack(), own.with_skip(0), own.to("cpu"), own.of_heads((0, 1, 2))):
+            assert torch.equal(other.head_remainders, own.head_remainders)
+        assert own.of_heads((2, 0)).head_remainders.tolist() == [[1, 2]]
+        assert own.with_remainder("value").head_remainders is None
+        with pytest.raises(ValueError, match=r"head_remainders must be int8 \[B|1, H|1\], got torch.int64 \(1, 3\)"):
+            replace(own, head_remainders=torch.tensor([[2, 0, 1]]))
+
     def test_an_unknown_remainder_is_refused(self):
         order = orders(1, 1, 8, blocks=4)
         with pytest.raises(ValueError, match="remainder must be one of none, mean, value, mass, got 'means'"):

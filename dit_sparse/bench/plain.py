@@ -16,10 +16,9 @@ def exact_terms(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: flo
     """The terms of the plan's remainder in float64; `None` without one. Arguments as in `Backend.forward`."""
     if plan.remainder == "none":
         return None
-    layouts = [BlockLayout(o.offsets, o.geometry, o.num_tokens) for o in (plan.q_order, plan.kv_order)]
-    return remainder_terms(
-        q.double(), k.double(), v.double(), layouts[0], layouts[1], plan.block_mask.kept_blocks, scale, plan.remainder
-    )
+    rows, columns = (BlockLayout(o.offsets, o.geometry, o.num_tokens) for o in (plan.q_order, plan.kv_order))
+    q, k, v, kept = q.double(), k.double(), v.double(), plan.block_mask.kept_blocks
+    return remainder_terms(q, k, v, rows, columns, kept, scale, plan.remainder, plan.head_remainders)
 
 
 def plain_attention(

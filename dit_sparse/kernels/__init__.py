@@ -23,7 +23,7 @@ from dit_sparse.kernels.hopper_backend import HopperBackend
 from dit_sparse.kernels.keep_best import keep_best
 from dit_sparse.kernels.modulate import add_gated, gelu_tanh_, layer_norm
 from dit_sparse.kernels.norm_rope import norm_rope
-from dit_sparse.kernels.output_error import Probes, attend_rows, output_errors, scattered_rows
+from dit_sparse.kernels.output_error import Probes, attend_rows, output_errors, scattered_places, scattered_rows
 from dit_sparse.kernels.permute import permute, restore
 from dit_sparse.kernels.pooled import pooled_blocks
 from dit_sparse.kernels.reference import ReferenceBackend
@@ -57,6 +57,7 @@ __all__ = [
     "restore",
     "sample_rows",
     "sampled_block_mass",
+    "scattered_places",
     "scattered_rows",
     "select",
 ]

@@ -86,7 +86,8 @@ def block_sparse(
     q_blocks, k_blocks = list(plan.q_order.geometry), list(plan.kv_order.geometry)
     remainder = "none" if mask.is_full else plan.remainder
     kept = None if remainder == "none" else mask.kept_blocks
-    lists = mask.q_offsets, mask.k_offsets, mask.kv_counts, mask.kv_indices, *partial, bits, kept
+    own = None if remainder == "none" else plan.head_remainders
+    lists = mask.q_offsets, mask.k_offsets, mask.kv_counts, mask.kv_indices, *partial, bits, kept, own
     # Only a compiler needs the operator, and its dispatch costs time on the host.
     attend = _operator if torch.compiler.is_compiling() else _attend
     options = scale, remainder, plan.skip_threshold, return_lse, kernel
@@ -106,6 +107,7 @@ def _attend(
     partial_indices: Tensor | None,
     bits: Tensor | None,
     kept: Tensor | None,
+    head_remainders: Tensor | None,
     q_blocks: list[int],
     k_blocks: list[int],
     scale: float,
@@ -140,12 +142,14 @@ def _attend(
         skipped=skipped if skip_threshold else None,
     )
     with torch.cuda.device(q.device) if q.is_cuda else contextlib.nullcontext():
-        for part in _with_terms(call, kept, cast(Remainder, remainder)):
+        for part in _with_terms(call, kept, cast(Remainder, remainder), head_remainders):
             _launchers[kernel](part)
     return out, lse, skipped
 
 
-def _with_terms(call: Call, kept: Tensor | None, remainder: Remainder) -> Iterator[Call]:
+def _with_terms(
+    call: Call, kept: Tensor | None, remainder: Remainder, head_remainders: Tensor | None
+) -> Iterator[Call]:
     """`call` with the terms of its remainder, in groups of heads whose terms fit in `_TERMS_BYTES`."""
     if kept is None:
         yield call
@@ -161,9 +165,11 @@ def _with_terms(call: Call, kept: Tensor | None, remainder: Remainder) -> Iterat
             for offsets, blocks, x in ((part.q_offsets, part.q_blocks, part.q), (part.k_offsets, part.k_blocks, part.k))
         )
         own = kept[:, start : start + size] if kept.shape[1] > 1 else kept
-        terms = remainder_terms(
-            part.q, part.k, part.v, q_layout, k_layout, own, part.scale, remainder, compact=part.q.element_size() == 2
-        )
+        levels = head_remainders
+        if levels is not None and levels.shape[1] > 1:
+            levels = levels[:, start : start + size]
+        given = part.q, part.k, part.v, q_layout, k_layout, own, part.scale, remainder, levels
+        terms = remainder_terms(*given, compact=part.q.element_size() == 2)
         yield replace(
             part, terms=replace(terms, keys=terms.keys.to(part.q.dtype), values=terms.values.to(part.v.dtype))
         )

@@ -26,7 +26,7 @@ from dit_sparse.kernels.score_tiles import ScoreBackend, use_triton
 from dit_sparse.kernels.triton_launch import interpreted, on_device_of, padded, rows_of
 from dit_sparse.types import TokenOrder
 
-__all__ = ["Probes", "attend_rows", "output_errors", "scattered_rows"]
+__all__ = ["Probes", "attend_rows", "output_errors", "scattered_places", "scattered_rows"]
 
 _CHUNK_SCORES = 3 << 17  # with what is made of them they stay in a core's cache
 _CHUNK_SCORES_GPU = 1 << 26
@@ -143,12 +143,16 @@ def scattered_rows(offsets: Tensor, rows: int) -> Tensor:
         raise ValueError(f"offsets must be [1, 1, M+1] to sample rows, got {tuple(offsets.shape)}: share them")
     if rows < 1:
         raise ValueError(f"rows must be at least 1, got {rows}: 8 is usual")
+    within = scattered_places(offsets.diff(dim=-1)[0, 0], rows)
+    return (offsets[0, 0, :-1, None].long() + within).clamp(max=offsets[0, 0, -1] - 1)
+
+
+def scattered_places(sizes: Tensor, rows: int) -> Tensor:
+    """`[..., rows]` int64 places in blocks of `sizes` `[...]` tokens, as `scattered_rows` takes them."""
     # A step near the golden section that has no divisor in common visits every place once, neighbours far apart.
     step = next(s for s in range(max(1, round(0.618 * rows)), 2 * rows + 1) if math.gcd(s, rows) == 1)
-    number = torch.arange(rows, device=offsets.device)
-    sizes = offsets.diff(dim=-1)[0, 0, :, None].long()
-    within = sizes * (number * rows + number * step % rows) // (rows * rows)
-    return (offsets[0, 0, :-1, None].long() + within).clamp(max=offsets[0, 0, -1] - 1)
+    number = torch.arange(rows, device=sizes.device)
+    return sizes[..., None].long() * (number * rows + number * step % rows) // (rows * rows)
 
 
 _known: weakref.WeakKeyDictionary[TokenOrder, dict[int, Tensor]] = weakref.WeakKeyDictionary()

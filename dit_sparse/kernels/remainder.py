@@ -17,7 +17,7 @@ from torch import Tensor
 from dit_sparse.kernels.block_layout import BlockLayout
 from dit_sparse.kernels.moments import Moments, block_moments, by_kernel
 from dit_sparse.kernels.triton_terms import weigh_by_triton
-from dit_sparse.types import AttentionPlan, Remainder
+from dit_sparse.types import REMAINDERS, AttentionPlan, Remainder
 
 __all__ = ["HeadRemainder", "RemainderTerms", "add_remainder", "head_remainder", "remainder_terms", "score_spread"]
 
@@ -54,6 +54,7 @@ def remainder_terms(
     kept: Tensor,
     scale: float,
     remainder: Remainder,
+    head_remainders: Tensor | None = None,
     *,
     compact: bool = False,
 ) -> RemainderTerms:
@@ -66,6 +67,7 @@ def remainder_terms(
         kept: `[B|1, H|1, Mq, Mk]` bool, blocks kept whole or in part.
         scale: factor of the scores.
         remainder: "mean", "value" or "mass".
+        head_remainders: as in `AttentionPlan`.
         compact: on a GPU, the bias in float16 less the log of the largest block's size, so that it is exact for most.
     """
     first_order = remainder != "mean"
@@ -74,14 +76,14 @@ def remainder_terms(
     assert keys.v_mean is not None
     weights: Tensor | None
     if q.element_size() == 2 and by_kernel(q, k, v):
-        mass = remainder == "mass"
         base = math.log(max(1, k_layout.blocks.largest)) if compact else 0.0
         dtype = torch.float16 if compact else torch.float32
-        bias, weights = weigh_by_triton(queries, keys, k_layout, kept, scale, mass, LARGEST_SPREAD, base, dtype)
+        given = queries, keys, k_layout, kept, scale, remainder, head_remainders
+        bias, weights = weigh_by_triton(*given, LARGEST_SPREAD, base, dtype)
     else:
         base = 0.0
-        bias = _bias(queries, keys, k_layout, kept, scale, remainder)
-        weights = _weights(queries, keys, bias, scale) if first_order else None
+        bias = _bias(queries, keys, k_layout, kept, scale, remainder, head_remainders)
+        weights = _weights(queries, keys, bias, scale, head_remainders) if first_order else None
     if keys.products is None or weights is None:
         return RemainderTerms(keys.mean, keys.v_mean, bias, None, base)
     slopes = (weights @ keys.products.flatten(3)).unflatten(-1, keys.products.shape[3:])
@@ -94,25 +96,40 @@ def score_spread(queries: Moments, keys: Moments, scale: float) -> Tensor:
 
 
 def _bias(
-    queries: Moments, keys: Moments, k_layout: BlockLayout, kept: Tensor, scale: float, remainder: Remainder
+    queries: Moments,
+    keys: Moments,
+    k_layout: BlockLayout,
+    kept: Tensor,
+    scale: float,
+    remainder: Remainder,
+    head_remainders: Tensor | None = None,
 ) -> Tensor:
     """`[B, H, Mq, Mk]` added to the scores of the blocks' means."""
     log_sizes = k_layout.sizes.to(keys.mean.dtype).log()[..., None, :]  # -inf for an empty block
     spread = score_spread(queries, keys, scale)
     out = (spread > LARGEST_SPREAD).logical_or_(kept)
     bias = log_sizes + torch.minimum(spread, log_sizes) if remainder == "mass" else log_sizes.expand(spread.shape)
+    if head_remainders is not None:
+        own = head_remainders[..., None, None]
+        bias = torch.where(own < REMAINDERS.index("mass"), log_sizes, bias)
+        out |= own < REMAINDERS.index("mean")
     return bias.masked_fill(out, -math.inf)
 
 
-def _weights(queries: Moments, keys: Moments, bias: Tensor, scale: float) -> Tensor:
+def _weights(
+    queries: Moments, keys: Moments, bias: Tensor, scale: float, head_remainders: Tensor | None = None
+) -> Tensor:
     """`[B, H, Mq, M']`, `scale` times what each block is worth to the mean query, in the dtype of the products.
 
-    Zeros in a row without a remainder, and past the last block where there are more products.
+    Zeros in a row without a remainder, in heads with a lower one than "value", and past the last block where there are
+    more products.
     """
     assert keys.products is not None
     scores = (queries.mean * scale) @ keys.mean.transpose(-1, -2) + bias
     empty = scores.isneginf().all(-1, keepdim=True)
     weights = scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0) * scale
+    if head_remainders is not None:
+        weights = weights * (head_remainders[..., None, None] >= REMAINDERS.index("value"))
     columns = keys.products.shape[2]
     return torch.nn.functional.pad(weights, (0, columns - weights.shape[-1])).to(keys.products.dtype)
 
@@ -150,7 +167,10 @@ def head_remainder(
     q_layout, k_layout = (BlockLayout.of_head(order, batch, head) for order in (plan.q_order, plan.kv_order))
     kept = plan.block_mask.kept_blocks
     kept = kept[batch % kept.shape[0], head % kept.shape[1]][None, None]
-    terms = remainder_terms(q, k, v, q_layout, k_layout, kept, scale, plan.remainder)
+    own = plan.head_remainders
+    if own is not None:
+        own = own[batch % own.shape[0], head % own.shape[1]][None, None]
+    terms = remainder_terms(q, k, v, q_layout, k_layout, kept, scale, plan.remainder, own)
     slopes = None if terms.slopes is None else terms.slopes[0, 0].to(dtype)
     keys, values, bias = (x[0, 0].to(dtype) for x in (terms.keys, terms.values, terms.bias))
     return HeadRemainder(keys, values, bias, slopes, q_layout)

@@ -31,6 +31,7 @@ def gather_plan(plan: AttentionPlan, shard: HeadShard, agreement: Agreement) -> 
         "one order": plan.kv_order is plan.q_order,
         "remainder": plan.remainder,
         "skip threshold": plan.skip_threshold,
+        "remainders by head": plan.head_remainders is not None,
     }
     agreement.check("putting their plans together", facts)
     q_order, kv_order = plan.q_order, plan.kv_order
@@ -40,7 +41,10 @@ def gather_plan(plan: AttentionPlan, shard: HeadShard, agreement: Agreement) -> 
     bits = shard.gather(_expanded(pack_bits(mask.full_blocks), own))
     kept = unpack_bits(bits, mask.num_k_blocks)
     whole = BlockMask.from_bool(kept, q_order.offsets, kv_order.offsets)
-    return AttentionPlan(q_order, kv_order, whole, plan.remainder, plan.skip_threshold)
+    remainders = plan.head_remainders
+    if remainders is not None:
+        remainders = shard.gather(_expanded(remainders, own))
+    return AttentionPlan(q_order, kv_order, whole, plan.remainder, plan.skip_threshold, remainders)
 
 
 def _is_by_head(plan: AttentionPlan, own: int, agreement: Agreement) -> bool:

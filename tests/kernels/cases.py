@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -121,6 +123,12 @@ def remainder_plans(batch: int = 2, heads: int = 2) -> dict[str, AttentionPlan]:
         order, kept, partial=partial & kept.roll(1, -1), predicate=lambda b, h, i, j: (i - j + 7 * h + 3 * b) % 4 == 0
     )
     return plans
+
+
+def own_remainders() -> AttentionPlan:
+    """A plan of two batches and two heads that have each remainder once."""
+    plan = random_plan(RAGGED, batch=2, heads=2).with_remainder("mass")
+    return replace(plan, head_remainders=torch.tensor([[0, 1], [2, 3]], dtype=torch.int8))
 
 
 def nothing_left(remainder: Remainder) -> tuple[AttentionPlan, list[Tensor]]:

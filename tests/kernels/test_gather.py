@@ -215,6 +215,12 @@ def test_remainders_of_every_plan(remainder: Remainder, dtype: torch.dtype) -> N
         cases.assert_plan_as_good_as_torch(run(q, k, v, plan), q, k, v, plan, 0.3)
 
 
+def test_heads_with_remainders_of_their_own() -> None:
+    plan = cases.own_remainders()
+    q, k, v = cases.inputs(plan, 2, 2, 40)
+    cases.assert_plan_as_good_as_torch(run(q, k, v, plan), q, k, v, plan, 0.3)
+
+
 def test_a_remainder_of_query_blocks_wide_enough_for_the_flash_operator() -> None:
     bounds = [0, 200, 400, 590]
     plan = cases.keeping(torch.eye(3, dtype=torch.bool)[None, None], bounds, remainder="value")

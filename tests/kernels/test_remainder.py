@@ -42,7 +42,8 @@ def literal(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float) 
             for i, (start, stop) in enumerate(pairwise(q_bounds)):
                 if start == stop:
                     continue
-                terms = left_over(q[b, h, start:stop], k[b, h], v[b, h], spans, kept_blocks[b, h, i], scale, plan)
+                own = plan.remainder if plan.head_remainders is None else REMAINDERS[int(plan.head_remainders[b, h])]
+                terms = left_over(q[b, h, start:stop], k[b, h], v[b, h], spans, kept_blocks[b, h, i], scale, own)
                 for row in range(start, stop):
                     keys = allowed[b, h, row].nonzero()[:, 0]
                     weights = (k[b, h, keys] @ q[b, h, row] * scale).exp()
@@ -51,7 +52,7 @@ def literal(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float) 
                     for _, size, larger, key, value, _ in terms:
                         weight = size * math.exp(scale * float(q[b, h, row] @ key) + larger)
                         top, tail = top + weight * value, tail + weight
-                    if plan.remainder in ("value", "mass") and terms:
+                    if own in ("value", "mass") and terms:
                         slope = sum(share * products for share, *_, products in terms)
                         top = top + tail * scale * (q[b, h, row] @ slope)
                     bottom = bottom + tail
@@ -60,18 +61,18 @@ def literal(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float) 
     return out, lse
 
 
-def left_over(q: Tensor, k: Tensor, v: Tensor, spans: list, kept: Tensor, scale: float, plan: AttentionPlan) -> list:
+def left_over(q: Tensor, k: Tensor, v: Tensor, spans: list, kept: Tensor, scale: float, own: Remainder) -> list:
     """(share, size, log of the factor of "mass", mean key, mean value, products) of each block in U(I)."""
     terms = []
     for j, (start, stop) in enumerate(spans):
-        if plan.remainder == "none" or kept[j] or start == stop:
+        if own == "none" or kept[j] or start == stop:
             continue
         size, key, value = stop - start, k[start:stop].mean(0), v[start:stop].mean(0)
         variance = ((k[start:stop] - key) ** 2).mean(0)
         spread = 0.5 * scale**2 * float((q**2).mean(0) @ variance)
         if spread > LARGEST_SPREAD:
             continue
-        larger = min(spread, math.log(size)) if plan.remainder == "mass" else 0.0
+        larger = min(spread, math.log(size)) if own == "mass" else 0.0
         products = sum(torch.outer(k[t] - key, v[t]) for t in range(start, stop)) / size
         share = size * math.exp(scale * float(q.mean(0) @ key) + larger)
         terms.append((share, size, larger, key, value, products))
@@ -99,6 +100,12 @@ def some_blocks_are_spread(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
 def test_equals_a_literal_loop(remainder: Remainder, bounds: list[int], own: bool) -> None:
     lead = (2, 2) if own else (1, 1)
     plan = cases.random_plan(bounds, batch=lead[0], heads=lead[1]).with_remainder(remainder)
+    q, k, v = cases.inputs(plan, 2, 2, 8, torch.float64)
+    assert_equals_the_loop(*some_blocks_are_spread(q, k), v, plan)
+
+
+def test_heads_with_remainders_of_their_own() -> None:
+    plan = cases.own_remainders()
     q, k, v = cases.inputs(plan, 2, 2, 8, torch.float64)
     assert_equals_the_loop(*some_blocks_are_spread(q, k), v, plan)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -189,7 +191,7 @@ def test_the_operator_follows_torchs_rules(remainder: Remainder, threshold: floa
         if strided:
             q = q.transpose(1, 2).contiguous().transpose(1, 2)
         lists = mask.q_offsets, mask.k_offsets, mask.kv_counts, mask.kv_indices, None, None, None
-        lists += (None if remainder == "none" else mask.kept_blocks,)
+        lists += (None if remainder == "none" else mask.kept_blocks, None)
         geometry = list(plan.q_order.geometry), list(plan.kv_order.geometry)
         torch.library.opcheck(
             torch.ops.dit_sparse.block_sparse.default,
@@ -222,8 +224,15 @@ def test_a_remainder_of_more_blocks_than_a_tile_holds(remainder: Remainder) -> N
     cases.assert_plan_as_good_as_torch(run(q, k, v, plan), q, k, v, plan, 0.3)
 
 
+def test_heads_with_remainders_of_their_own() -> None:
+    plan = cases.own_remainders()
+    q, k, v = cases.inputs(plan, 2, 2, 16)
+    cases.assert_plan_as_good_as_torch(run(q, k, v, plan), q, k, v, plan, 0.3)
+
+
 def test_heads_whose_terms_do_not_fit_go_in_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = cases.random_plan(cases.RAGGED, heads=3).with_remainder("value")
+    plan = replace(plan, head_remainders=torch.tensor([[2, 0, 1]], dtype=torch.int8))
     q, k, v = cases.inputs(plan, 2, 3, 16)
     whole = run(q, k, v, plan)
     monkeypatch.setattr(block_sparse, "_TERMS_BYTES", 1 << 16)
