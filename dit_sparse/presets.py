@@ -79,7 +79,7 @@ _PRESETS = (
     Preset(
         "demo",
         ("demo",),
-        Schedule(LeastError(density=0.11, early=2.0), warmup=0),
+        Schedule(LeastError(density=0.125, early=2.0), warmup=0),
         Defaults(96, 128, 29, 20, 3.5, 16),
         "our own choice, on this model",
         "speed and quality on a CPU",

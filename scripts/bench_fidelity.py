@@ -216,7 +216,7 @@ class Bench:
             self.stage.call(CALIBRATION, SEED, output_type="latent")
         axes, starts = search.axes(), Calibration().starts(search.num_steps)
         with tempfile.TemporaryDirectory(dir=folder) as own, MassStore(Path(own), 1) as store:
-            with observe(self.pipe, MassSums(store, axes, lacking[0].block, starts, search.grid)):
+            with observe(self.pipe, MassSums(store, axes, lacking[0].cut, starts, search.grid)):
                 self.stage.call(CALIBRATION, SEED, output_type="latent")
             for method in lacking:
                 calibration = Calibration(Paro(density=method.density))

@@ -4,6 +4,7 @@
     python scripts/bench_recall.py --methods adaspa,svg --densities 0.25
     python scripts/bench_recall.py --methods proxy,proxy:groups=3          # a parameter, or more with + between them
     python scripts/bench_recall.py --seer gates.safetensors                # with the gates of scripts/train_gate.py
+    python scripts/bench_recall.py --merge old.json new.json --out recall.json  # a method of both is the later one's
 
 The model runs dense, and some of its attention calls are kept with their row LSE. Every method plans for each of them,
 as if it were its first plan after the warm-up, and the mass of the kept blocks is summed exactly: the share of the
@@ -16,7 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,28 @@ def table(rows: Sequence[Row]) -> Table:
     return out
 
 
+def merge_reports(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One report of several over the same calls; a method that several have is that of the last.
+
+    Raises:
+        ValueError: reports of other calls, machines or versions.
+    """
+    first, rows = reports[0], {}
+    for report in reports:
+        for name in ("environment", "calls", "steps"):
+            if _but_commit(report[name]) != _but_commit(first[name]):
+                raise ValueError(f"--merge: reports must be of one {name}, got {report[name]} and {first[name]}")
+        methods = {row["method"] for row in report["rows"]}
+        kept = {key: row for key, row in rows.items() if key[0] not in methods}
+        rows = kept | {(row["method"], row["density"]): row for row in report["rows"]}
+    commits = dict.fromkeys(report["environment"]["commit"] for report in reports)
+    return {**first, "environment": first["environment"] | {"commit": ", ".join(commits)}, "rows": list(rows.values())}
+
+
+def _but_commit(value: Any) -> Any:
+    return {name: own for name, own in value.items() if name != "commit"} if isinstance(value, dict) else value
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", default=",".join(METHODS), help="by default all, with their defaults")
@@ -133,8 +156,18 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=demo_defaults["num_inference_steps"], help="denoising steps")
     parser.add_argument("--shares", default="0.25,0.75", help="shares of the run at which calls are kept")
     parser.add_argument("--layers", type=int, default=4, help="every n-th layer is looked at")
+    parser.add_argument("--merge", nargs="+", type=Path, metavar="PART", help="make --out of these; measures nothing")
     parser.add_argument("--out", type=Path, help="write the rows and the environment to this JSON file")
     options = parser.parse_args()
+    if options.merge:
+        if options.out is None:
+            parser.error("--merge needs --out")
+        try:
+            report = merge_reports([json.loads(part.read_text("utf-8")) for part in options.merge])
+        except ValueError as error:
+            parser.error(str(error))
+        options.out.write_text(json.dumps(report, indent=2) + "\n")
+        return
     torch.set_grad_enabled(False)
     calls = capture(options.steps, [float(share) for share in options.shares.split(",")], options.layers)
     methods = methods_for(options.methods.split(","), options.seer)

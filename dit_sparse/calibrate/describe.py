@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dit_sparse.block_mask import unpack_bits
 from dit_sparse.methods.plan_file import PlanFile
+from dit_sparse.reorder import Block, tile_along
 
 HEADS_A_ROW = 8
 
@@ -45,7 +46,7 @@ def describe(file: PlanFile) -> dict[str, Any]:
         "model": header.model,
         "grid": str(header.grid),
         "tokens": header.grid.num_tokens,
-        "block": header.block,
+        "block": block_text(header.block),
         "density": header.density,
         "threshold": header.threshold,
         "steps": header.steps,
@@ -53,6 +54,11 @@ def describe(file: PlanFile) -> dict[str, Any]:
         "prompts": list(header.prompts),
         "models": models,
     }
+
+
+def block_text(block: Block) -> int | str:
+    """Tokens a block, or the sides of a tile such as "2x4x8"."""
+    return block if isinstance(block, int) else "x".join(map(str, block))
 
 
 def kept_blocks(file: PlanFile, model: str, layer: int, slot: int) -> Tensor:
@@ -68,8 +74,10 @@ def mask_density(file: PlanFile, kept: Tensor) -> Tensor:
 
 
 def order_name(file: PlanFile, axes: str) -> str:
-    """The order without the axes of one token: an image has HW and WH."""
-    grid = file.header.grid
+    """The order without the axes of one token: an image has HW and WH. Of tiles, their sides along F, H and W."""
+    grid, block = file.header.grid, file.header.block
+    if not isinstance(block, int):
+        return str(block_text(tile_along(grid, axes, block)))
     return "".join(axis for axis in axes if grid.shape["FHW".index(axis)] > 1) or axes
 
 

@@ -34,7 +34,9 @@ def draw(file: PlanFile, path: str | os.PathLike[str], layers: int = 4, heads: i
     """
     header = file.header
     description = describe(file)
-    rows: list[Image.Image] = [_text(f"{header.grid}, blocks of {header.block}, density {header.density:g}", 15)]
+    rows: list[Image.Image] = [
+        _text(f"{header.grid}, blocks of {description['block']}, density {header.density:g}", 15)
+    ]
     for name, model in description["models"].items():
         densities = torch.tensor([layer["densities"] for layer in model["layers"]]).mean(1)
         names = [file.axes(name, layer) for layer in range(len(model["layers"]))]

@@ -12,7 +12,7 @@ from dit_sparse.masks import best_orders, with_other_text
 from dit_sparse.methods import Paro
 from dit_sparse.methods.paro import mass_under
 from dit_sparse.methods.plan_header import ModelPlans
-from dit_sparse.reorder import axis_orders_per_head, distinct_axis_orders
+from dit_sparse.reorder import Block, axis_orders_per_head, block_tokens, distinct_axis_orders
 from dit_sparse.types import Site, TokenGrid, TokenOrder
 
 
@@ -49,7 +49,7 @@ class OrderSearch:
     def axes(self) -> dict[str, list[tuple[str, ...]]]:
         """For each transformer and layer, the best order of each head."""
         assert self.grid is not None
-        candidates = distinct_axis_orders(self.grid)
+        candidates = distinct_axis_orders(self.grid, self.method.cut)
 
         def names(metrics: Tensor) -> tuple[str, ...]:
             return tuple(candidates[number] for number in best_orders(metrics, self.method.alpha).tolist())
@@ -63,7 +63,7 @@ class MassSums:
     Args:
         store: where the sums wait.
         axes: for each transformer and layer, the order of each head.
-        block: tokens a block.
+        block: tokens a block, or the sides of a tile, as in `axis_order`.
         starts: shares of the run at which a new slot begins.
         grid: the layout that the sums are of; calls may have text of another length, whose mass does not matter.
     """
@@ -72,7 +72,7 @@ class MassSums:
         self,
         store: MassStore,
         axes: Mapping[str, Sequence[tuple[str, ...]]],
-        block: int,
+        block: Block,
         starts: tuple[float, ...],
         grid: TokenGrid,
     ) -> None:
@@ -88,7 +88,7 @@ class MassSums:
         order = self._order(self._axes[site.model][site.layer], site.grid, q.device)
         mass = mass_under(order, q, k, lse)
         if site.grid != self._grid:
-            mass = with_other_text(mass, site.grid, self._grid, self._block, 0.0)
+            mass = with_other_text(mass, site.grid, self._grid, block_tokens(self._block), 0.0)
         self._store.add((site.model, site.layer, slot), mass)
 
     def _order(self, axes: tuple[str, ...], grid: TokenGrid, device: torch.device) -> TokenOrder:

@@ -124,7 +124,7 @@ def calibrate(
     expected = (len(starts) + 1) * max(map(len, axes.values()))
     assert search.grid is not None
     with tempfile.TemporaryDirectory(prefix=".dit-sparse-", dir=folder) as own, MassStore(Path(own), expected) as store:
-        watch("masks", MassSums(store, axes, calibration.method.block, starts, search.grid))
+        watch("masks", MassSums(store, axes, calibration.method.cut, starts, search.grid))
         write_calibration(path, calibration, search, store, axes, model, prompts)
     return PlanFile.open(path)
 
@@ -196,7 +196,7 @@ def _header(
     epsilon = 1 / search.grid.num_tokens if method.epsilon is None else method.epsilon
     return PlanHeader(
         grid=search.grid,
-        block=method.block,
+        block=method.cut,
         models=models,
         density=method.density,
         model=one_line(model),

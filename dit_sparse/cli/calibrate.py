@@ -41,7 +41,10 @@ def calibrate(
     guidance: opt.Guidance = None,
     seed: Annotated[int, opt.option("Seed of each prompt's noise.", opt.SAMPLING)] = 0,
     negative_prompt: opt.NegativePrompt = None,
-    block: Annotated[int, opt.option("Tokens a block.", opt.METRICS)] = 64,
+    block: Annotated[int, opt.option("Tokens a block, where no tile is given.", opt.METRICS)] = 64,
+    tile: Annotated[
+        str | None, opt.option("Blocks are tiles, such as 4x4x4: sides along a head's axes.", opt.METRICS)
+    ] = None,
     sigma: Annotated[
         float | None, opt.option("A block is sparse when this share of it is small.", opt.METRICS, default="0.99")
     ] = None,
@@ -69,12 +72,14 @@ def calibrate(
         from dit_sparse.calibrate.describe import describe
         from dit_sparse.generate import Request, report
         from dit_sparse.methods import Paro
+        from dit_sparse.methods.parameters import parse_parameter
 
         wants_quality = command.wants_quality(method, error, psnr)
         if out is None:
             out = Path(f"{method}.json" if wants_quality else "plan.safetensors")
         given: dict[str, Any] = {"sigma": sigma, "epsilon": epsilon, "alpha": alpha, "sample_blocks": sample_blocks}
-        paro = Paro(density, block, **{name: value for name, value in given.items() if value is not None})
+        sides = None if tile is None else parse_parameter(Paro, "tile", tile)
+        paro = Paro(density, block, sides, **{name: value for name, value in given.items() if value is not None})
         calibration = Calibration(paro, threshold, shared_from, seed)  # type: ignore[arg-type]
         request = Request(
             prompts=tuple(opt.collect_prompts([] if prompts is None else [str(prompts)], prompt)),

@@ -21,7 +21,7 @@ from dit_sparse.kernels.flex import FlexBackend
 from dit_sparse.kernels.gather import GatherBackend
 from dit_sparse.kernels.hopper_backend import HopperBackend
 from dit_sparse.kernels.keep_best import keep_best
-from dit_sparse.kernels.modulate import add_gated, layer_norm
+from dit_sparse.kernels.modulate import add_gated, gelu_tanh_, layer_norm
 from dit_sparse.kernels.norm_rope import norm_rope
 from dit_sparse.kernels.output_error import Probes, attend_rows, output_errors, scattered_places, scattered_rows
 from dit_sparse.kernels.permute import permute, restore
@@ -43,6 +43,7 @@ __all__ = [
     "check_remainder",
     "check_skips",
     "dense_attention",
+    "gelu_tanh_",
     "get_backend",
     "keep_best",
     "layer_norm",

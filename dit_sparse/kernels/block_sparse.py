@@ -168,7 +168,10 @@ def _with_terms(
         levels = head_remainders
         if levels is not None and levels.shape[1] > 1:
             levels = levels[:, start : start + size]
-        terms = remainder_terms(part.q, part.k, part.v, q_layout, k_layout, own, part.scale, remainder, levels)
+        compact = part.q.element_size() == 2
+        terms = remainder_terms(
+            part.q, part.k, part.v, q_layout, k_layout, own, part.scale, remainder, levels, compact=compact
+        )
         yield replace(
             part, terms=replace(terms, keys=terms.keys.to(part.q.dtype), values=terms.values.to(part.v.dtype))
         )

@@ -268,7 +268,11 @@ class _Call:
         unit = self.prepared.q_unit
         if batch.q_start is None:
             units = x.reshape(-1, unit, *target.shape[1:]).to(target.dtype)
-            target.view(-1, unit, *target.shape[1:]).index_copy_(0, batch.q_units.view(-1), units)
+            places = target.view(-1, unit, *target.shape[1:])
+            if batch.q_inverse is None:
+                places.index_copy_(0, batch.q_units.view(-1), units)
+            else:
+                torch.index_select(units, 0, batch.q_inverse, out=places)
             return
         rows = target[batch.q_start * unit :][: batch.q_units.numel() * unit]
         if rows.data_ptr() != x.data_ptr():

@@ -59,6 +59,7 @@ class Batch:
     Args:
         q_units: `[n, mq]` int64 query units of each row.
         q_start: the first of them where they are one run; else `None`.
+        q_inverse: where each unit of the head is among them if all are, so that they can be put back in turn.
         blocks: `[n]` int64 query block of each row, the first one of stacked ones.
         filling: `[n, f]` bool, which of the keys behind the means only fill up a row.
         partial: tokens at the end of each row that the predicate refines.
@@ -67,6 +68,7 @@ class Batch:
 
     q_units: Tensor
     q_start: int | None
+    q_inverse: Tensor | None
     blocks: Tensor
     filling: Tensor
     partial: int
@@ -203,7 +205,16 @@ class _Rows:
         hidden = np.arange(filling.max(initial=0) * self.k_unit) < filling[:, None] * self.k_unit
         blocks = torch.tensor([row.blocks[0] for row in rows])
         refined = rows[0].partial.size * self.k_unit
-        return Batch(torch.from_numpy(q_units), _run_start(q_units), blocks, torch.from_numpy(hidden), refined, groups)
+        inverse = torch.from_numpy(q_units.ravel().argsort()) if q_units.size == self.q_bounds[-1] else None
+        return Batch(
+            torch.from_numpy(q_units),
+            _run_start(q_units),
+            inverse,
+            blocks,
+            torch.from_numpy(hidden),
+            refined,
+            groups,
+        )
 
     def _group(self, part: slice, rows: list[_Row], filling: np.ndarray) -> Group:
         """The rows that are `part` of a batch, each with `filling` units behind the means; any units do, its own least.

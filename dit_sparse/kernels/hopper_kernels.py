@@ -7,8 +7,8 @@ one tile overlaps P V of the tile before, as in FlashAttention-3 (arXiv 2407.086
 A key tile is one block, a part of a larger block, or (PAIR) two blocks of at most 64 keys side by side. Full blocks
 stand first among a row's entries, partial ones after them. Only tiles that hold an uneven or a partial block are
 masked. A row without keys visits one tile that is hidden whole, so that producer and consumers always agree on the
-number of tiles; it gives zeros and -inf. With a remainder (MEANS) tiles of all blocks' means follow, with a bias that
-hides those of kept blocks, and (SLOPES) the query block's matrix as one more tile of values. Tensors come as TMA
+number of tiles; it gives zeros and -inf. With a remainder (MEANS) tiles of all blocks' means follow, each with a bias
+that hides those of kept blocks, and (SLOPES) the query block's matrix as one more tile of values. Tensors come as TMA
 descriptors over `[B, H, N, D]`; lists are `[B|1, H|1, ...]`.
 """
 
@@ -29,6 +29,7 @@ from dit_sparse.kernels.hopper_tiles import (
     ROWS,
     add_bias,
     count_tiles,
+    first_barriers,
     hide,
     plain_tiles,
     query_tile,
@@ -93,42 +94,46 @@ def write_rows(
 
 
 @gluon.jit
-def next_tile(nexts, full, free, turn):
+def next_tile(nexts, barriers, full, free, turn):
     """The query tile that the producer has taken for the next turn."""
     slot = turn % 2
-    mbarrier.wait(full.index(slot), (turn // 2) & 1)
+    mbarrier.wait(barriers.index(full + slot), (turn // 2) & 1)
     tile = gl.max(nexts.index(slot).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
-    mbarrier.arrive(free.index(slot), count=1)
+    mbarrier.arrive(barriers.index(free + slot), count=1)
     return tile
 
 
 @gluon.jit
 def multiply(
-    queries, operand, acc, ks, vs, barriers, k_number, v_number, BLOCK_N: gl.constexpr, STAGES_K: gl.constexpr,
-    STAGES_V: gl.constexpr, LAYOUT: gl.constexpr,
+    queries, operand, acc, ks, vs, biases, barriers, k_number, v_number, tile, exact, unit, base, mean_blocks,
+    BLOCK_N: gl.constexpr, STAGES_K: gl.constexpr, STAGES_V: gl.constexpr, MEANS: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """Start Q K^T of a tile and P V of the tile before; wait for the first of them alone."""
-    k_full, k_free, v_full, _, _, _, _, _ = barriers
+    k_full, k_free, v_full, _, _, _, _, _ = first_barriers(STAGES_K, STAGES_V)
     k_slot = k_number % STAGES_K
     v_slot = v_number % STAGES_V
     zero = gl.zeros([ROWS, BLOCK_N], gl.float32, LAYOUT)
-    mbarrier.wait(k_full.index(k_slot), (k_number // STAGES_K) & 1)
+    mbarrier.wait(barriers.index(k_full + k_slot), (k_number // STAGES_K) & 1)
     product = warpgroup_mma(queries, ks.index(k_slot).permute((1, 0)), zero, use_acc=False, is_async=True)
-    mbarrier.wait(v_full.index(v_slot), (v_number // STAGES_V) & 1)
+    mbarrier.wait(barriers.index(v_full + v_slot), (v_number // STAGES_V) & 1)
     values = warpgroup_mma(operand, vs.index(v_slot), acc, is_async=True)
     scores = warpgroup_mma_wait(1, deps=(product,))
-    mbarrier.arrive(k_free.index(k_slot), count=1)
+    if MEANS:  # noqa: SIM102, it is known when the kernel is compiled
+        if tile >= exact:
+            first = (tile - exact) * BLOCK_N
+            scores = add_bias(scores, biases.index(k_slot), base, unit, first, mean_blocks, BLOCK_N, LAYOUT)
+    mbarrier.arrive(barriers.index(k_free + k_slot), count=1)
     return values, scores
 
 
 @gluon.jit
 def add_slopes(
-    queries, tail, acc, vs, full, free, number,
+    queries, tail, acc, vs, barriers, full, free, number,
     Q_IN_REGISTERS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """The first order of the remainder: queries times their block's matrix, which came as one more tile of values."""
     slot = number % STAGES
-    mbarrier.wait(full.index(slot), (number // STAGES) & 1)
+    mbarrier.wait(barriers.index(full + slot), (number // STAGES) & 1)
     if Q_IN_REGISTERS:
         rows = gl.convert_layout(queries, gl.DotOperandLayout(0, LAYOUT, 2))
     else:
@@ -136,7 +141,7 @@ def add_slopes(
     zero = gl.zeros([ROWS, D], gl.float32, LAYOUT)
     product = warpgroup_mma(rows, vs.index(slot).slice(0, D), zero, use_acc=False, is_async=True)
     product = warpgroup_mma_wait(0, deps=(product,))
-    mbarrier.arrive(free.index(slot), count=1)
+    mbarrier.arrive(barriers.index(free + slot), count=1)
     return acc + gl.convert_layout(tail, gl.SliceLayout(1, LAYOUT))[:, None] * product
 
 
@@ -149,11 +154,11 @@ def consume(
     MEANS: gl.constexpr, SLOPES: gl.constexpr,
 ):  # fmt: skip
     """A consumer warpgroup: softmax(q K^T) V of its 64 rows of every tile."""
-    qs, ks, vs, o_tiles, os, nexts = shared
-    k_full, k_free, v_full, v_free, q_full, q_free, next_full, next_free = barriers
+    qs, ks, vs, biases, o_tiles, os, nexts = shared
+    k_full, k_free, v_full, v_free, q_full, q_free, next_full, next_free = first_barriers(STAGES_K, STAGES_V)
     tiles, _, _, last, _, _ = sizes
     bits, bits_sb, bits_sh, bits_sm, bits_sl, words, q_block = partial
-    bias, bias_sb, bias_sh, bias_sm, mean_blocks, mean_tiles = means
+    mean_blocks, mean_tiles, base = means
     unit = 1.4426950408889634 / scale  # makes a bias a score
     S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
@@ -170,7 +175,6 @@ def consume(
         )  # fmt: skip
         exact = count_tiles(row, PAIR, K_TILES)
         count = exact + mean_tiles
-        own_bias = bias + b * bias_sb + h * bias_sh + block.to(gl.int64) * bias_sm
         first_row += GROUP * ROWS
         first = start + GROUP * ROWS
         own_bits = bits
@@ -181,18 +185,18 @@ def consume(
         tail = gl.zeros([ROWS], gl.float32, S_ROWS)
         acc = gl.zeros([ROWS, D], gl.float32, OUT)
         plain = plain_tiles(row, PAIR, K_TILES)
-        mbarrier.wait(q_full, turn & 1)
+        mbarrier.wait(barriers.index(q_full), turn & 1)
         if Q_IN_REGISTERS:
             queries = qs.index(GROUP).load(gl.DotOperandLayout(0, S, 2))
             if EARLY:
-                mbarrier.arrive(q_free, count=1)
+                mbarrier.arrive(barriers.index(q_free), count=1)
         else:
             queries = qs.index(GROUP)
         slot = done % STAGES_K
-        mbarrier.wait(k_full.index(slot), (done // STAGES_K) & 1)
+        mbarrier.wait(barriers.index(k_full + slot), (done // STAGES_K) & 1)
         product = warpgroup_mma(queries, ks.index(slot).permute((1, 0)), zero, use_acc=False, is_async=True)
         scores = warpgroup_mma_wait(0, deps=(product,))
-        mbarrier.arrive(k_free.index(slot), count=1)
+        mbarrier.arrive(barriers.index(k_free + slot), count=1)
         if plain == 0:
             scores = hide(
                 scores, 0, row, last, own_bits, bits_sl, words, q_block, first_row, PAIR, K_TILES, BLOCK_N, PARTIAL, S
@@ -201,39 +205,40 @@ def consume(
         operand = gl.convert_layout(weights.to(vs.dtype), WEIGHTS)
         for i in range(1, count):
             values, scores = multiply(
-                queries, operand, acc, ks, vs, barriers, done + i, done_v + i - 1, BLOCK_N, STAGES_K, STAGES_V, S
+                queries, operand, acc, ks, vs, biases, barriers, done + i, done_v + i - 1, i, exact, unit, base,
+                mean_blocks, BLOCK_N, STAGES_K, STAGES_V, MEANS, S,
             )  # fmt: skip
             if (i >= plain) & (i < exact):
                 scores = hide(
                     scores, i, row, last, own_bits, bits_sl, words, q_block, first_row, PAIR, K_TILES, BLOCK_N, PARTIAL,
                     S,
                 )  # fmt: skip
-            if MEANS:
-                scores = add_bias(scores, own_bias, unit, i, exact, mean_blocks, BLOCK_N, S)
             before = total
             m, total, keep, weights = soften(scores, m, total, scale)
             if SLOPES:
                 tail = tail * keep + (total - before * keep) * (i >= exact).to(gl.float32)
             acc = warpgroup_mma_wait(0, deps=(values,))
-            mbarrier.arrive(v_free.index((done_v + i - 1) % STAGES_V), count=1)
+            mbarrier.arrive(barriers.index(v_free + (done_v + i - 1) % STAGES_V), count=1)
             acc = acc * gl.convert_layout(keep, gl.SliceLayout(1, OUT))[:, None]
             operand = gl.convert_layout(weights.to(vs.dtype), WEIGHTS)
         done += count
         done_v += count
         v_slot = (done_v - 1) % STAGES_V
-        mbarrier.wait(v_full.index(v_slot), ((done_v - 1) // STAGES_V) & 1)
+        mbarrier.wait(barriers.index(v_full + v_slot), ((done_v - 1) // STAGES_V) & 1)
         acc = warpgroup_mma_wait(0, deps=(warpgroup_mma(operand, vs.index(v_slot), acc, is_async=True),))
-        mbarrier.arrive(v_free.index(v_slot), count=1)
+        mbarrier.arrive(barriers.index(v_free + v_slot), count=1)
         if SLOPES:
-            acc = add_slopes(queries, tail, acc, vs, v_full, v_free, done_v, Q_IN_REGISTERS, D, STAGES_V, OUT)
+            acc = add_slopes(
+                queries, tail, acc, vs, barriers, v_full, v_free, done_v, Q_IN_REGISTERS, D, STAGES_V, OUT
+            )  # fmt: skip
             done_v += 1
         write_rows(
             o_tiles.index(GROUP), os.index(GROUP), acc, m, total, outputs, b, h, first, end, D, RETURN_LSE, OUT, S_ROWS
         )
         if not EARLY:
             tma.store_wait(0)
-            mbarrier.arrive(q_free, count=1)
-        tile = next_tile(nexts, next_full, next_free, turn)
+            mbarrier.arrive(barriers.index(q_free), count=1)
+        tile = next_tile(nexts, barriers, next_full, next_free, turn)
         turn += 1
     if EARLY:
         tma.store_wait(0)
@@ -243,19 +248,19 @@ def consume(
 PLAIN_NUMBERS = [
     "o_sb", "o_sh", "o_sn", "lse_sb", "lse_sh", "qo_sb", "qo_sh", "ko_sb", "ko_sh", "c_sb", "c_sh", "i_sb", "i_sh",
     "i_sm", "pc_sb", "pc_sh", "pi_sb", "pi_sh", "pi_sm", "bits_sb", "bits_sh", "bits_sm", "bits_sl", "words",
-    "q_block", "tiles", "heads", "row_tiles", "last", "run_start", "run_end", "k_size", "channels", "bias_sb",
-    "bias_sh", "bias_sm", "mean_blocks", "mean_tiles",
+    "q_block", "tiles", "heads", "row_tiles", "last", "run_start", "run_end", "k_size", "channels", "mean_blocks",
+    "mean_tiles",
 ]  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=PLAIN_NUMBERS)
 def forward_kernel(
-    q_desc, k_desc, v_desc, o_desc, mean_k_desc, mean_v_desc, slope_desc, out, lse, counts, indices, partial_counts,
-    partial_indices, bits, q_offsets, k_offsets, bias,
+    q_desc, k_desc, v_desc, o_desc, mean_k_desc, mean_v_desc, slope_desc, bias_desc, out, lse, counts, indices,
+    partial_counts, partial_indices, bits, q_offsets, k_offsets,
     o_sb, o_sh, o_sn, lse_sb, lse_sh, qo_sb, qo_sh, ko_sb, ko_sh, c_sb, c_sh, i_sb, i_sh, i_sm,
     pc_sb, pc_sh, pi_sb, pi_sh, pi_sm, bits_sb, bits_sh, bits_sm, bits_sl, words, q_block,
     tiles, heads, row_tiles, last, run_start, run_end, k_size, channels, scale, taken,
-    bias_sb, bias_sh, bias_sm, mean_blocks, mean_tiles,
+    mean_blocks, mean_tiles, base,
     GROUPS: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr, K_TILES: gl.constexpr, PAIR: gl.constexpr,
     Q_TILES: gl.constexpr, STAGES_K: gl.constexpr, STAGES_V: gl.constexpr, Q_IN_REGISTERS: gl.constexpr,
     PARTIAL: gl.constexpr, RETURN_LSE: gl.constexpr, EARLY: gl.constexpr, FLAT: gl.constexpr,
@@ -278,37 +283,36 @@ def forward_kernel(
     else:
         o_tiles = q_tiles
     os = seen_as(o_tiles, [GROUPS, ROWS, D], FLAT)
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES_K, 1], BARRIER)
-    k_free = gl.allocate_shared_memory(gl.int64, [STAGES_K, 1], BARRIER)
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES_V, 1], BARRIER)
-    v_free = gl.allocate_shared_memory(gl.int64, [STAGES_V, 1], BARRIER)
-    q_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
-    q_free = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     nexts = gl.allocate_shared_memory(gl.int32, [2, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    next_full = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
-    next_free = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    if MEANS:
+        bias_tiles = gl.allocate_shared_memory(gl.float16, [STAGES_K, 1, 1, 1, BLOCK_N], bias_desc.layout)
+        biases = seen_as(bias_tiles, [STAGES_K, BLOCK_N], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    else:
+        bias_tiles = nexts
+        biases = nexts
+    barriers = gl.allocate_shared_memory(gl.int64, [32 if STAGES_K + STAGES_V > 5 else 16, 1], BARRIER)
+    k_full, k_free, v_full, v_free, q_full, q_free, next_full, next_free = first_barriers(STAGES_K, STAGES_V)
     for slot in gl.static_range(2):
-        mbarrier.init(next_full.index(slot), count=1)
-        mbarrier.init(next_free.index(slot), count=GROUPS)
+        mbarrier.init(barriers.index(next_full + slot), count=1)
+        mbarrier.init(barriers.index(next_free + slot), count=GROUPS)
     for stage in gl.static_range(STAGES_K):
-        mbarrier.init(k_full.index(stage), count=1)
-        mbarrier.init(k_free.index(stage), count=GROUPS)
+        mbarrier.init(barriers.index(k_full + stage), count=1)
+        mbarrier.init(barriers.index(k_free + stage), count=GROUPS)
     for stage in gl.static_range(STAGES_V):
-        mbarrier.init(v_full.index(stage), count=1)
-        mbarrier.init(v_free.index(stage), count=GROUPS)
-    mbarrier.init(q_full, count=1)
-    mbarrier.init(q_free, count=GROUPS)
+        mbarrier.init(barriers.index(v_full + stage), count=1)
+        mbarrier.init(barriers.index(v_free + stage), count=GROUPS)
+    mbarrier.init(barriers.index(q_full), count=1)
+    mbarrier.init(barriers.index(q_free), count=GROUPS)
     fence_async_shared()
-    barriers = (k_full, k_free, v_full, v_free, q_full, q_free, next_full, next_free)
     lists = (counts, indices, partial_counts, partial_indices, q_offsets, k_offsets)
     strides = (c_sb, c_sh, i_sb, i_sh, i_sm, pc_sb, pc_sh, pi_sb, pi_sh, pi_sm, qo_sb, qo_sh, ko_sb, ko_sh)
     partial = (bits, bits_sb, bits_sh, bits_sm, bits_sl, words, q_block)
     outputs = (o_desc, out, o_sb, o_sh, o_sn, channels, lse, lse_sb, lse_sh)
     sizes = (tiles, heads, row_tiles, last, run_start, run_end)
-    reads = (qs, ks, vs, o_tiles, os, nexts)
-    descs = (q_desc, k_desc, v_desc, mean_k_desc, mean_v_desc, slope_desc)
-    means = (bias, bias_sb, bias_sh, bias_sm, mean_blocks, mean_tiles)
-    copies = (q_tiles, k_tiles, v_tiles, nexts)
+    reads = (qs, ks, vs, biases, o_tiles, os, nexts)
+    descs = (q_desc, k_desc, v_desc, mean_k_desc, mean_v_desc, slope_desc, bias_desc)
+    means = (mean_blocks, mean_tiles, base)
+    copies = (q_tiles, k_tiles, v_tiles, bias_tiles, nexts)
     # Compile-time numbers keep their kind only where the tuple of arguments is written out.
     if GROUPS == 2:
         gl.warp_specialize(

@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from dit_sparse.kernels.hopper_kernels import seen_as
 from dit_sparse.kernels.hopper_producer import load_async, slot_of
-from dit_sparse.kernels.hopper_tiles import ROWS
+from dit_sparse.kernels.hopper_tiles import ROWS, first_barriers
 
 GROUPS = gl.constexpr(2)  # consumer warpgroups
 
@@ -51,19 +51,19 @@ def produce_run(
     """Keys of a run of blocks, and of one more, which the consumers have begun by then; their values."""
     k_desc, v_desc = descs
     ks, vs = tiles
-    k_full, k_free, v_full, v_free = barriers
+    k_full, k_free, v_full, v_free, _, _, _, _ = first_barriers(STAGES, STAGES)
     k_number, v_number = numbers
     SIZE: gl.constexpr = BLOCK_N * D * 2
     if first < end:
         start = gl.load(starts + first)
-        slot, barrier = slot_of(k_full, k_free, k_number, STAGES, SIZE)
+        slot, barrier = slot_of(barriers, k_full, k_free, k_number, STAGES, SIZE)
         load_async(k_desc, [b, h, start, 0], barrier, ks.index(slot))
         following = gl.load(starts + gl.minimum(first + 1, end - 1))
         for i in range(first, end):
             later = gl.load(starts + gl.minimum(i + 2, end - 1))
-            slot, barrier = slot_of(k_full, k_free, k_number + i - first + 1, STAGES, SIZE)
+            slot, barrier = slot_of(barriers, k_full, k_free, k_number + i - first + 1, STAGES, SIZE)
             load_async(k_desc, [b, h, following, 0], barrier, ks.index(slot))
-            slot, barrier = slot_of(v_full, v_free, v_number + i - first, STAGES, SIZE)
+            slot, barrier = slot_of(barriers, v_full, v_free, v_number + i - first, STAGES, SIZE)
             load_async(v_desc, [b, h, start, 0], barrier, vs.index(slot))
             start = following
             following = later
@@ -99,11 +99,11 @@ def produce(
 
 
 @gluon.jit
-def attend(queries, ks, full, number, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, LAYOUT: gl.constexpr):
+def attend(queries, ks, barriers, full, number, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, LAYOUT: gl.constexpr):
     """Start Q K^T of the `number`-th tile of keys."""
     zero = gl.zeros([ROWS, BLOCK_N], gl.float32, LAYOUT)
     slot = number % STAGES
-    mbarrier.wait(full.index(slot), (number // STAGES) & 1)
+    mbarrier.wait(barriers.index(full + slot), (number // STAGES) & 1)
     keys = ks.index(slot).slice(0, BLOCK_N).permute((1, 0))
     return warpgroup_mma(queries, keys, zero, use_acc=False, is_async=True)
 
@@ -144,7 +144,7 @@ def consume_run(
 ):  # fmt: skip
     """A consumer warpgroup's part of a run of blocks of at most `BLOCK_N` keys, or (not MASKED) of just as many."""
     ks, vs = shared
-    k_full, k_free, v_full, v_free = barriers
+    k_full, k_free, v_full, v_free, _, _, _, _ = first_barriers(STAGES, STAGES)
     queries, attended, sums, spread = probes
     errors, share, exists = results
     k_number, v_number = numbers
@@ -159,20 +159,20 @@ def consume_run(
     places += first
     count = end - first
     if count > 0:
-        product = attend(queries, ks, k_full, k_number, BLOCK_N, STAGES, S)
+        product = attend(queries, ks, barriers, k_full, k_number, BLOCK_N, STAGES, S)
         change = gl.zeros([ROWS, D], gl.float32, OUT)
         before = gl.zeros([ROWS], gl.float32, OUT_ROWS)
         size = gl.load(places + 2 * blocks)
         near = gl.load(spread + gl.load(places))
         scores = warpgroup_mma_wait(0, deps=(product,))
-        mbarrier.arrive(k_free.index(k_number % STAGES), count=1)
+        mbarrier.arrive(barriers.index(k_free + k_number % STAGES), count=1)
         weights, total = weigh(scores, size, near, largest_spread, sums, scale, BLOCK_N, MASKED, S)
         operand = gl.convert_layout(weights.to(vs.dtype), WEIGHTS)
         following = gl.minimum(1, count - 1)
         size = gl.load(places + 2 * blocks + following)
         near = gl.load(spread + gl.load(places + following))
         for i in range(count):
-            product = attend(queries, ks, k_full, k_number + i + 1, BLOCK_N, STAGES, S)
+            product = attend(queries, ks, barriers, k_full, k_number + i + 1, BLOCK_N, STAGES, S)
             # What a block needs beside its keys is read ahead: its number two steps, the rest one.
             later = gl.minimum(i + 2, count - 1)
             later_block = gl.load(places + later)
@@ -181,21 +181,21 @@ def consume_run(
             store_squares(errors + block, change, before, attended, share, exists & (i > 0), SUMMED)
             slot = (v_number + i) % STAGES
             phase = ((v_number + i) // STAGES) & 1
-            mbarrier.wait(v_full.index(slot), phase)
+            mbarrier.wait(barriers.index(v_full + slot), phase)
             zero = gl.zeros([ROWS, D], gl.float32, OUT)
             values = vs.index(slot).slice(0, BLOCK_N)
             values = warpgroup_mma(operand, values, zero, use_acc=False, is_async=True)
             before = gl.convert_layout(total, OUT_ROWS)
             scores = warpgroup_mma_wait(1, deps=(product,))
-            mbarrier.arrive(k_free.index((k_number + i + 1) % STAGES), count=1)
+            mbarrier.arrive(barriers.index(k_free + (k_number + i + 1) % STAGES), count=1)
             weights, total = weigh(scores, size, near, largest_spread, sums, scale, BLOCK_N, MASKED, S)
             near = gl.load(spread + later_block)
             # What waits with the product is kept apart from it: its weights till then, the next ones from then on.
             fresh = gl.convert_layout(weights.to(vs.dtype), WEIGHTS)
             # Passed already; without a branch here the assembler moves the next wait up, before the weights are made.
-            mbarrier.wait(v_full.index(slot), phase)
+            mbarrier.wait(barriers.index(v_full + slot), phase)
             change, operand = warpgroup_mma_wait(0, deps=(values, fresh))
-            mbarrier.arrive(v_free.index(slot), count=1)
+            mbarrier.arrive(barriers.index(v_free + slot), count=1)
             size = later_size
         block = gl.load(places + count - 1)
         store_squares(errors + block, change, before, attended, share, exists, SUMMED)
@@ -279,17 +279,14 @@ def search_kernel(
     v_tiles = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, D], v_desc.layout)
     ks = seen_as(k_tiles, [STAGES, BLOCK_N, D], FLAT)
     vs = seen_as(v_tiles, [STAGES, BLOCK_N, D], FLAT)
-    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    k_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    v_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    barriers = gl.allocate_shared_memory(gl.int64, [4 * STAGES, 1], BARRIER)
+    k_full, k_free, v_full, v_free, _, _, _, _ = first_barriers(STAGES, STAGES)
     for stage in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(stage), count=1)
-        mbarrier.init(k_free.index(stage), count=GROUPS)
-        mbarrier.init(v_full.index(stage), count=1)
-        mbarrier.init(v_free.index(stage), count=GROUPS)
+        mbarrier.init(barriers.index(k_full + stage), count=1)
+        mbarrier.init(barriers.index(k_free + stage), count=GROUPS)
+        mbarrier.init(barriers.index(v_full + stage), count=1)
+        mbarrier.init(barriers.index(v_free + stage), count=GROUPS)
     fence_async_shared()
-    barriers = (k_full, k_free, v_full, v_free)
     inputs = (q, out, lse, spread, errors)
     strides = (q_sb, q_sh, l_sb, l_sh, s_sb, s_sh, s_sm, e_sb, e_sh, e_sm)
     sizes = (heads, q_blocks, blocks, num_rows, span, whole, wide)

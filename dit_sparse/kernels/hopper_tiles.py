@@ -13,6 +13,18 @@ ROWS = gl.constexpr(64)  # query rows of a consumer warpgroup, the height of a w
 
 
 @gluon.jit
+def first_barriers(STAGES_K: gl.constexpr, STAGES_V: gl.constexpr):
+    """Where in the array of barriers those stand of slots of keys and of values, full and free, of queries full and
+    free, and of the next query tile told and heard.
+
+    They are one array, because each of its own would take shared memory to be handed to the warps.
+    """
+    V: gl.constexpr = 2 * STAGES_K
+    Q: gl.constexpr = V + 2 * STAGES_V
+    return 0, STAGES_K, V, V + STAGES_V, Q, Q + 1, Q + 2, Q + 4
+
+
+@gluon.jit
 def plain_entries(full, indices, sizes):
     """The whole key blocks of a row that fill their tiles: their numbers ascend, so they stand together in the list."""
     _, _, _, _, run_start, run_end = sizes
@@ -151,16 +163,11 @@ def tile_starts(
 
 
 @gluon.jit
-def add_bias(scores, bias, unit, tile, exact, blocks, BLOCK_N: gl.constexpr, LAYOUT: gl.constexpr):
-    """Scores of block means with their bias; scores of keys, before the `exact`-th tile, as they are.
-
-    The bias is read here and not ahead: it would take a quarter of a tile's columns in registers of every thread.
-    """
-    if tile >= exact:
-        mean = (tile - exact) * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, LAYOUT))
-        found = gl.load(bias + mean, mask=mean < blocks, other=-float("inf"))
-        scores += (found * unit)[None, :]
-    return scores
+def add_bias(scores, bias, base, unit, first, blocks, BLOCK_N: gl.constexpr, LAYOUT: gl.constexpr):
+    """Scores of block means from the `first`-th on with their bias, which came with the keys; -inf past the last."""
+    mean = first + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, LAYOUT))
+    found = bias.load(gl.SliceLayout(0, LAYOUT))
+    return scores + gl.where(mean < blocks, (found.to(gl.float32) + base) * unit, -float("inf"))[None, :]
 
 
 @gluon.jit

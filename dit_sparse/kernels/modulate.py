@@ -5,16 +5,19 @@ Plain torch writes every intermediate result between the matrix products of a bl
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dit_sparse.kernels.triton_launch import broadcast_strides, on_device_of, rows_of, takes_kernel
 
-__all__ = ["add_gated", "layer_norm"]
+__all__ = ["add_gated", "gelu_tanh_", "layer_norm"]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _LARGEST = 16384  # channels that one program holds
+_GELU = math.sqrt(2 / math.pi)
 
 
 def layer_norm(
@@ -63,6 +66,17 @@ def add_gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     if _takes(x, y, gate):
         return add_gated_by_triton(x, y, gate)
     return add_gated_by_torch(x, y, gate)
+
+
+def gelu_tanh_(x: Tensor) -> Tensor:
+    """GELU by tanh (arXiv 1606.08415, section 2), in place: x sigmoid(2 u), on a CPU faster than x (1 + tanh(u)) / 2.
+
+    Args:
+        x: of any shape, overwritten; gradients are not wanted.
+    """
+    u = x * x
+    u.mul_(2 * _GELU * 0.044715).add_(2 * _GELU).mul_(x).sigmoid_()
+    return x.mul_(u)
 
 
 def layer_norm_by_torch(

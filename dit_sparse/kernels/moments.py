@@ -11,11 +11,11 @@ from dit_sparse.kernels.block_layout import BlockLayout
 from dit_sparse.kernels.score_tiles import use_triton
 from dit_sparse.kernels.triton_launch import broadcast_strides, interpreted, on_device_of, padded, rows_of
 
-__all__ = ["Moments", "block_moments"]
+__all__ = ["Moments", "block_moments", "by_kernel", "moments_by_triton"]
 
 _LARGEST_TILE = 128  # value channels that one program holds products of
 _ALIGNED = 8  # blocks; cuBLAS takes its fast kernels for these
-_CHUNK_ELEMENTS = 1 << 16
+_CHUNK_ELEMENTS = 1 << 17
 
 
 class Moments(NamedTuple):
@@ -48,42 +48,43 @@ def block_moments(
 
     On a GPU one kernel reads `x` and `v` once; where gradients are wanted, or the dtype is float64, it is plain torch.
     """
-    inputs = [x] if v is None else [x, v]
-    learns = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
-    if not learns and max(t.shape[-1] for t in inputs) <= 256 and use_triton("auto", *inputs):
+    if by_kernel(*([x] if v is None else [x, v])):
         return moments_by_triton(x, layout, v, centred=centred, products=products)
+    return _by_torch(x, layout, v, centred, products)
+
+
+def _by_torch(x: Tensor, layout: BlockLayout, v: Tensor | None, centred: bool, products: bool) -> Moments:
+    """`block_moments` in plain torch, anywhere."""
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
-    parts, sizes = layout.split(x.to(compute)), layout.sizes[..., None]
+    parts, count = layout.split(x.to(compute)), layout.sizes.clamp(min=1).to(compute)[..., None]
+    values = None if v is None else layout.split(v.to(compute))
+    mean, square = (torch.empty_like(parts[:, :, :, 0]) for _ in range(2))
+    v_mean = None if values is None else torch.empty_like(values[:, :, :, 0])
+    found = x.new_empty(*mean.shape, values.shape[-1]) if products and values is not None else None
+    # The padding of short blocks is no token, so it must not differ from the mean.
+    tokens = None if layout.is_even else torch.arange(parts.shape[3], device=x.device) < layout.sizes[..., None]
     # In pieces that stay in the cache, because fresh memory costs more than the arithmetic.
     step = max(1, _CHUNK_ELEMENTS // max(1, parts[:, :, :1].numel()))
-    values = [None] * parts.shape[2] if v is None else layout.split(v.to(compute)).split(step, 2)
-    given = zip(parts.split(step, 2), values, sizes.split(step, 2), strict=False)
-    pieces = [_moments(*piece, centred, products, layout.is_even) for piece in given]
+    for start in range(0, parts.shape[2], step):
+        part = slice(start, start + step)
+        apart, own = parts[:, :, part], count[:, :, part]
+        middle = mean[:, :, part] = apart.sum(3).div_(own)
+        if centred:
+            apart = apart - middle[..., None, :]
+            if tokens is not None:
+                apart *= tokens[:, :, part, :, None]
+        if values is not None and v_mean is not None:
+            v_mean[:, :, part] = values[:, :, part].sum(3).div_(own)
+        if values is not None and found is not None:
+            found[:, :, part] = (apart.transpose(-1, -2) @ values[:, :, part]).div_(own[..., None])
+        square[:, :, part] = (apart * apart).sum(3).div_(own)
+    return Moments(mean, square, v_mean, found)
 
-    def joined(name: str) -> Tensor:
-        return torch.cat([getattr(piece, name) for piece in pieces], 2)
 
-    found = joined("products").to(x.dtype) if products else None
-    return Moments(joined("mean"), joined("square"), None if v is None else joined("v_mean"), found)
-
-
-def _moments(
-    parts: Tensor, values: Tensor | None, sizes: Tensor, centred: bool, products: bool, is_even: bool
-) -> Moments:
-    """Moments of blocks `[B, H, M, L, D]` of `sizes` `[B|1, H|1, M, 1]`, padded with zeros unless they are even."""
-    count = sizes.clamp(min=1).to(parts.dtype)
-    mean = parts.sum(3).div_(count)
-    apart = parts
-    if centred:
-        apart = parts - mean[..., None, :]
-        if not is_even:
-            # The padding of short blocks is no token, so it must not differ from the mean.
-            apart *= (torch.arange(parts.shape[3], device=parts.device) < sizes)[..., None]
-    square = apart.square().sum(3).div_(count)
-    if values is None:
-        return Moments(mean, square)
-    found = (apart.transpose(-1, -2) @ values).div_(count[..., None]) if products else None
-    return Moments(mean, square, values.sum(3).div_(count), found)
+def by_kernel(*inputs: Tensor) -> bool:
+    """Whether a kernel makes the moments of `inputs`, and what a remainder needs of them."""
+    learns = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    return not learns and max(x.shape[-1] for x in inputs) <= 256 and use_triton("auto", *inputs)
 
 
 def moments_by_triton(
@@ -107,21 +108,24 @@ def moments_by_triton(
         found[:, :, blocks:].zero_()
     block_dv = min(_LARGEST_TILE, padded(v_dim))
     parts = 1 if v is None else triton.cdiv(v_dim, block_dv)
-    block_n, num_warps = _tile(layout.blocks.largest, x.dtype, max(dim, v_dim), products)
+    block_n, num_warps, span = _tile(layout.blocks.largest, x.dtype, max(dim, v_dim), products)
     with on_device_of(x):
-        moments_kernel[blocks * parts, heads, batch](
+        moments_kernel[triton.cdiv(blocks, span) * parts, heads, batch](
             x, values, mean, square, v_mean, found, offsets,
             *x.stride()[:3], *values.stride()[:3], *mean.stride()[:3], *v_mean.stride()[:3], *found.stride()[:4],
-            *broadcast_strides(offsets),
+            *broadcast_strides(offsets), blocks, *layout.blocks,
             D=dim, DV=v_dim, BLOCK_D=padded(dim), BLOCK_DV=block_dv, BLOCK_N=block_n,
-            PARTS=parts, CENTRED=centred, VALUES=v is not None, PRODUCTS=products,
-            SINGLE=layout.blocks.largest <= block_n, UPCAST=interpreted(), num_warps=num_warps,
+            PARTS=parts, SPAN=span, CENTRED=centred, VALUES=v is not None, PRODUCTS=products,
+            SINGLE=layout.blocks.largest <= block_n, UPCAST=interpreted(), num_warps=num_warps, num_stages=2,
         )  # fmt: skip
     return Moments(mean, square, None if v is None else v_mean, found if products else None)
 
 
-def _tile(largest: int, dtype: torch.dtype, dim: int, products: bool) -> tuple[int, int]:
-    """Tokens of a tile, and warps: a whole block where it fits in registers."""
+def _tile(largest: int, dtype: torch.dtype, dim: int, products: bool) -> tuple[int, int, int]:
+    """Tokens of a tile, a whole block where it fits in registers; warps; blocks that one program goes through.
+
+    Of the fast sizes each the fastest of those timed on an H200.
+    """
     if dtype == torch.float32 or dim > 128 or largest > 128:
-        return (16 if dtype == torch.float32 else 32), (8 if products else 4)
-    return max(16, padded(largest)), (8 if largest > 64 else 4)
+        return (16 if dtype == torch.float32 else 32), (8 if products else 4), 1
+    return max(16, padded(largest)), (4 if products else 2), (4 if products else 2)

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from dit_sparse.kernels.block_layout import BlockLayout
-from dit_sparse.kernels.moments import Moments, block_moments
+from dit_sparse.kernels.moments import Moments, block_moments, by_kernel
+from dit_sparse.kernels.triton_terms import weigh_by_triton
 from dit_sparse.types import REMAINDERS, AttentionPlan, Remainder
 
 __all__ = ["HeadRemainder", "RemainderTerms", "add_remainder", "head_remainder", "remainder_terms", "score_spread"]
@@ -34,12 +35,14 @@ class RemainderTerms:
         keys, values: `[B, H, Mk, D]` and `[B, H, Mk, DV]` block means.
         bias: `[B, H, Mq, Mk]` added to the scores of `keys`; -inf where a block leaves no remainder.
         slopes: `[B, H, Mq, D, DV]` `scale * C_I`; `None` for "mean".
+        base: what `bias` lacks everywhere; 0 unless it is compact.
     """
 
     keys: Tensor
     values: Tensor
     bias: Tensor
     slopes: Tensor | None
+    base: float = 0.0
 
 
 def remainder_terms(
@@ -52,6 +55,8 @@ def remainder_terms(
     scale: float,
     remainder: Remainder,
     head_remainders: Tensor | None = None,
+    *,
+    compact: bool = False,
 ) -> RemainderTerms:
     """The terms of `remainder`, in float32 (float64 for float64), `slopes` in the dtype of `k`.
 
@@ -63,27 +68,37 @@ def remainder_terms(
         scale: factor of the scores.
         remainder: "mean", "value" or "mass".
         head_remainders: as in `AttentionPlan`.
+        compact: on a GPU, the bias in float16 less the log of the largest block's size, so that it is exact for most.
     """
     first_order = remainder != "mean"
     keys = block_moments(k, k_layout, v, products=first_order)
     queries = block_moments(q, q_layout, centred=False)
     assert keys.v_mean is not None
-    bias = _bias(queries, keys, k_layout, kept, scale, remainder)
+    base = 0.0
+    if fused := q.element_size() == 2 and by_kernel(q, k, v):
+        base = math.log(max(1, k_layout.blocks.largest)) if compact else 0.0
+
+    def weigh(remainder: Remainder) -> tuple[Tensor, Tensor | None]:
+        if fused:
+            mass, dtype = remainder == "mass", torch.float16 if compact else torch.float32
+            return weigh_by_triton(queries, keys, k_layout, kept, scale, mass, LARGEST_SPREAD, base, dtype)
+        bias = _bias(queries, keys, k_layout, kept, scale, remainder)
+        return bias, _weights(queries, keys, bias, scale) if first_order else None
+
+    bias, weights = weigh(remainder)
     if head_remainders is not None:
-        own = head_remainders[..., None, None]
-        if remainder == "mass":
-            lower = _bias(queries, keys, k_layout, kept, scale, "value")
-            bias = torch.where(own < REMAINDERS.index("mass"), lower, bias)
-        bias = bias.masked_fill(own < REMAINDERS.index("mean"), -math.inf)
-    if keys.products is None:
-        return RemainderTerms(keys.mean, keys.v_mean, bias, None)
-    weights = _weights(queries, keys, bias, scale)
-    if head_remainders is not None:
-        weights = weights * (own >= REMAINDERS.index("value"))
-    products = keys.products.flatten(3)
-    weights = torch.nn.functional.pad(weights * scale, (0, products.shape[2] - weights.shape[-1]))
-    slopes = (weights.to(products.dtype) @ products).unflatten(-1, keys.products.shape[3:])
-    return RemainderTerms(keys.mean, keys.v_mean, bias, slopes)
+        level = head_remainders[..., None, None]
+        if remainder == "mass" and weights is not None:
+            lower, lower_weights = weigh("value")
+            assert lower_weights is not None
+            bias.copy_(torch.where(level < REMAINDERS.index("mass"), lower, bias))  # in place, as its rows are aligned
+            weights = torch.where(level < REMAINDERS.index("mass"), lower_weights, weights)
+        bias.masked_fill_(level < REMAINDERS.index("mean"), -math.inf)
+        weights = None if weights is None else weights.masked_fill(level < REMAINDERS.index("value"), 0.0)
+    if keys.products is None or weights is None:
+        return RemainderTerms(keys.mean, keys.v_mean, bias, None, base)
+    slopes = (weights @ keys.products.flatten(3)).unflatten(-1, keys.products.shape[3:])
+    return RemainderTerms(keys.mean, keys.v_mean, bias, slopes, base)
 
 
 def score_spread(queries: Moments, keys: Moments, scale: float) -> Tensor:
@@ -103,10 +118,16 @@ def _bias(
 
 
 def _weights(queries: Moments, keys: Moments, bias: Tensor, scale: float) -> Tensor:
-    """`[B, H, Mq, Mk]`, what each block is worth to the mean query; zeros in a row without a remainder."""
+    """`[B, H, Mq, M']`, `scale` times what each block is worth to the mean query, in the dtype of the products.
+
+    Zeros in a row without a remainder, and past the last block where there are more products.
+    """
+    assert keys.products is not None
     scores = (queries.mean * scale) @ keys.mean.transpose(-1, -2) + bias
     empty = scores.isneginf().all(-1, keepdim=True)
-    return scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
+    weights = scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0) * scale
+    columns = keys.products.shape[2]
+    return torch.nn.functional.pad(weights, (0, columns - weights.shape[-1])).to(keys.products.dtype)
 
 
 @dataclass(frozen=True)

@@ -75,14 +75,15 @@ def attend_tile(
 
 @triton.jit
 def attend_means(
-    q, m, total, tail, acc, keys, values, bias, start, num_blocks, k_stride, v_stride, scale,
+    q, m, total, tail, acc, keys, values, bias, base, start, num_blocks, k_stride, v_stride, scale,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
     """As `attend_tile`, for the means of blocks from `start` on; `tail` is their part of the sum, rescaled with it."""
     blocks = start + tl.arange(0, BLOCK_N)
     means = load_tile(keys, blocks, num_blocks, k_stride, D, BLOCK_D, True)
-    own = tl.load(bias + blocks, mask=blocks < num_blocks, other=-float("inf")) * 1.4426950408889634
+    own = tl.load(bias + blocks, mask=blocks < num_blocks, other=-float("inf")).to(tl.float32) + base
+    own *= 1.4426950408889634
     scores = multiply(q, tl.trans(means), UPCAST) * scale + own[None, :]
     peak = tl.maximum(m, tl.max(scores, 1))
     # A row that has seen no key yet: -inf less -inf would be NaN.
@@ -142,8 +143,8 @@ def forward_kernel(
     q_sb, q_sh, q_sn, k_sb, k_sh, k_sn, v_sb, v_sh, v_sn, o_sb, o_sh, o_sn, lse_sb, lse_sh,
     qo_sb, qo_sh, ko_sb, ko_sh, c_sb, c_sh, i_sb, i_sh, i_sm, pc_sb, pc_sh, pi_sb, pi_sh, pi_sm,
     bits_sb, bits_sh, bits_sm, bits_sl, words, q_block, run_start, run_end, k_size, scale,
-    num_k_blocks, mk_sb, mk_sh, mk_sm, mv_sb, mv_sh, mv_sm, bias_sb, bias_sh, bias_sm, slope_sb, slope_sh, slope_sm,
-    slope_sd, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    num_k_blocks, base, mk_sb, mk_sh, mk_sm, mv_sb, mv_sh, mv_sm, bias_sb, bias_sh, bias_sm, slope_sb, slope_sh,
+    slope_sm, slope_sd, D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, Q_TILES: tl.constexpr, K_TILES: tl.constexpr,
     PARTIAL: tl.constexpr, RETURN_LSE: tl.constexpr, MEANS: tl.constexpr, SLOPES: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -219,7 +220,7 @@ def forward_kernel(
         bias += b * bias_sb + h * bias_sh + block.to(tl.int64) * bias_sm
         for i in tl.range(0, num_k_blocks, BLOCK_N):
             m, total, tail, acc = attend_means(
-                queries, m, total, tail, acc, mean_k, mean_v, bias, i, num_k_blocks, mk_sm, mv_sm, scale,
+                queries, m, total, tail, acc, mean_k, mean_v, bias, base, i, num_k_blocks, mk_sm, mv_sm, scale,
                 D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, UPCAST,
             )  # fmt: skip
         if SLOPES:

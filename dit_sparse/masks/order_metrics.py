@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dit_sparse.reorder import axis_order
+from dit_sparse.reorder import Block, axis_order, block_tokens
 from dit_sparse.types import TokenGrid
 
 _CHUNK_SCORES = 1 << 24
@@ -78,12 +78,12 @@ def _of_row(weights: Tensor, sigma: float, epsilon: float) -> Tensor:
 
 
 def metrics_by_order(
-    q: Tensor, k: Tensor, lse: Tensor, grid: TokenGrid, orders: Sequence[str], **options: Any
+    q: Tensor, k: Tensor, lse: Tensor, grid: TokenGrid, orders: Sequence[str], *, block: Block, **options: Any
 ) -> Tensor:
     """`order_metrics` of `q, k, lse` in the sequence's own order under each of the axis `orders`, `[H, O, 2]`."""
-    metrics = []
+    metrics, options = [], options | {"block": block_tokens(block)}
     for axes in orders:
-        order = axis_order(grid, axes, options["block"], device=q.device)
+        order = axis_order(grid, axes, block, device=q.device)
         metrics.append(order_metrics(order.permute(q), order.permute(k), order.permute(lse), grid, **options))
     return torch.stack(metrics, 1)
 

@@ -1,4 +1,4 @@
-"""The settings of a neighborhood that keep a wanted density and waste least on tiles, found by counting alone."""
+"""The settings of a neighborhood that keep a wanted density, are fast and reach far, found by counting alone."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from dit_sparse.masks.neighborhood import Axes, AxisWindow, neighborhood_predica
 from dit_sparse.masks.tiling import TileCost, TileCounts, axis_counts, count_tiles, tiles_for
 from dit_sparse.types import TokenGrid
 
-# Settings this near in efficiency count as equal, and the shape of the window decides.
+# Settings this near count as equal, and the shape of the window decides.
 _EQUAL = 0.02
+# Share of the efficiency of whole tiles that a setting must have to come before others.
+_EFFICIENT = 0.8
 _TOLERANCE = 0.1
 _THIN = 16
 
@@ -47,9 +49,17 @@ class _Found:
 def suggest_settings(grid: TokenGrid, density: float, count: int = 5, cost: TileCost | None = None) -> list[Setting]:
     """Settings whose density is near `density`, best first.
 
-    Windows are whole tiles, or the whole axis; strides are 1 or a few tiles. The settings that come nearest to their
-    ideal speed-up come first; among equals those whose windows have the grid's proportions, then those of the smallest
-    stride.
+    Windows are whole tiles, or the whole axis; strides are 1 or a few tiles. Three things count:
+
+    - the efficiency, which is the expected speed-up over the ideal one;
+    - the reach: a stride of s leaves every query of its group a sliding window of w - s + 1 around it at least, and
+      this is the share of the axis that it covers, on the axis where that is least;
+    - how compact the tile is: the side of a cube of its volume over its longest side. The tokens of compact tiles are
+      more alike, so that a remainder has more of them.
+
+    Settings come first that have four fifths of the efficiency of whole tiles; of them those of the largest efficiency
+    times the square root of the reach and the compactness to the power of 0.3, less by the factor that the density is
+    off. Among equals come those whose windows have the grid's proportions, then those of the smallest stride.
 
     Args:
         grid: the layout of the sequence.
@@ -101,9 +111,12 @@ def _of_tile(grid: TokenGrid, tile: Axes, density: float, cost: TileCost, count:
     sizes = [np.array([[axis.window, axis.stride] for axis in choices]) for choices in axes]
     windows, strides = np.stack([size[at] for size, at in zip(sizes, chosen, strict=True)]).transpose(2, 1, 0)
     shares = _without_single_axes(windows / np.array(grid.shape), grid)
+    efficiency = all_pairs / time * reached
+    merit = efficiency * _reach(windows, strides, grid) ** 0.5 * _compactness(tile, grid) ** 0.3 * np.exp(-gap)
     keys = (
         np.where(gap <= _TOLERANCE, 0.0, gap),
-        -np.round(all_pairs / time * reached / _EQUAL),
+        (efficiency * min(cost.block_128, cost.block_64) < _EFFICIENT).astype(np.float64),
+        -np.round(merit / _EQUAL),
         shares.max(1) / shares.min(1),
         strides.prod(1).astype(np.float64),
         gap,
@@ -122,6 +135,19 @@ def _of_tile(grid: TokenGrid, tile: Axes, density: float, cost: TileCost, count:
         )
         for i in first
     ]
+
+
+def _reach(windows: np.ndarray, strides: np.ndarray, grid: TokenGrid) -> np.ndarray:
+    """`[C]` share of an axis that every query sees around itself at least, on the axis where that is least."""
+    lengths = np.array(grid.shape)
+    held = np.where(windows == lengths, lengths, windows - strides + 1)
+    return _without_single_axes(held / lengths, grid).min(1)
+
+
+def _compactness(tile: Axes, grid: TokenGrid) -> float:
+    """Side of a cube (a square, in an image) as large as `tile`, over the longest side of `tile`."""
+    sides = [side for side, length in zip(tile, grid.shape, strict=True) if length > 1] or [1]
+    return float(prod(sides) ** (1 / len(sides)) / max(sides))
 
 
 def _without_single_axes(shares: np.ndarray, grid: TokenGrid) -> np.ndarray:

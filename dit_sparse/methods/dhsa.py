@@ -16,7 +16,7 @@ from dit_sparse.kernels import pooled_blocks
 from dit_sparse.masks import select_density
 from dit_sparse.methods.any_grid import AnyGrid
 from dit_sparse.methods.description import Description
-from dit_sparse.methods.parameters import check_block, check_share
+from dit_sparse.methods.parameters import check_share, check_tile
 from dit_sparse.reorder import tiles_once
 from dit_sparse.types import AttentionPlan, Previous, Scope, Site, TokenGrid, TokenOrder
 
@@ -55,10 +55,7 @@ class Dhsa(AnyGrid):
 
     def __post_init__(self) -> None:
         check_share("density", self.density)
-        for size in self.tile:
-            check_block("tile", size)
-        if len(self.tile) != 3:
-            raise ValueError(f"tile must be three sizes (frames, height, width), got {self.tile!r}")
+        check_tile(self.tile)
 
     def shared_order(self, grid: TokenGrid, device: torch.device) -> TokenOrder:
         """The order by tiles."""

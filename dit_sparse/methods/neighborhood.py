@@ -11,7 +11,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dit_sparse.masks import NeighborhoodPredicate, best_tile, neighborhood_predicate, suggest_settings, tile_pairs
+from dit_sparse.masks import (
+    NeighborhoodPredicate,
+    Setting,
+    best_tile,
+    neighborhood_predicate,
+    suggest_settings,
+    tile_pairs,
+)
 from dit_sparse.masks.neighborhood import flag_per_axis, per_axis
 from dit_sparse.methods.description import Description
 from dit_sparse.reorder import tiles_once
@@ -39,7 +46,8 @@ class Neighborhood:
             made from `density` the one that suits it.
         dilation: distance between the keys of a window.
         causal: whether a query sees nothing after itself along an axis.
-        tile: tokens of a tile; one tile is one block. By default the one that the cost model finds fastest.
+        tile: tokens of a tile; one tile is one block. By default the one that the cost model finds fastest, or with a
+            window made from `density` the one that suits it.
         exact: whether blocks that a window cuts are computed in part, exact to the token, or whole.
         density: share of the video keys that a query sees; only used where `window` is not given. On causal axes
             queries near the start see fewer.
@@ -53,7 +61,7 @@ class Neighborhood:
     """
 
     name: ClassVar[str] = "neighborhood"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
     paper: ClassVar[str] = "Generalized Neighborhood Attention (arXiv 2504.16922)"
     described: ClassVar[Description] = Description(
         order="3-D tiles, one tile a block",
@@ -84,7 +92,10 @@ class Neighborhood:
     )
     tile: int | tuple[int, int, int] | None = field(
         default=None,
-        metadata={"help": "tokens of a tile along frames, height, width; one tile is one block; none: the fastest"},
+        metadata={
+            "help": "tokens of a tile along frames, height, width; one tile is one block; none: chosen with a window "
+            "made from density, else the fastest"
+        },
     )
     exact: bool = field(
         default=True, metadata={"help": "compute blocks that a window cuts to the token; false keeps them whole"}
@@ -110,7 +121,7 @@ class Neighborhood:
     def window_for(self, grid: TokenGrid) -> Axes:
         """The window in use on `grid`: the one given, or one made from `density`.
 
-        Where only the density is given, window and stride are those that waste least on tiles (`suggest_settings`).
+        Where only the density is given, window, stride and tile are chosen together (`suggest_settings`).
         Else the window is cut to the density alone: an axis no longer than its tile (2x8x8 where none is given) is
         covered whole; the others take equal shares, whose product comes as near to `density` as whole tokens allow. No
         window is smaller than a tile or the stride where the grid has room.
@@ -118,7 +129,7 @@ class Neighborhood:
         if self.window is not None:
             return per_axis("window", self.window)
         if (chosen := self._chosen(grid)) is not None:
-            return chosen[0]
+            return chosen.window
         dilation, stride = per_axis("dilation", self.dilation), self.stride_for(grid)
         tile = _LEAST_WINDOW if self.tile is None else per_axis("tile", self.tile)
         most = [max(1, length // d) for length, d in zip(grid.shape, dilation, strict=True)]
@@ -137,10 +148,10 @@ class Neighborhood:
         if self.stride is not None:
             return per_axis("stride", self.stride)
         chosen = self._chosen(grid)
-        return (1, 1, 1) if chosen is None else chosen[1]
+        return (1, 1, 1) if chosen is None else chosen.stride
 
-    def _chosen(self, grid: TokenGrid) -> tuple[Axes, Axes] | None:
-        """Window and stride for `grid`, where the density alone is given and some setting suits."""
+    def _chosen(self, grid: TokenGrid) -> Setting | None:
+        """Window, stride and tile for `grid`, where the density alone is given and some setting suits."""
         given = self.window is not None or self.stride is not None or self.tile is not None or self.density == 1
         special = per_axis("dilation", self.dilation) != (1, 1, 1) or any(flag_per_axis("causal", self.causal))
         # The search is over shapes: a sequence along one axis has none, and would take minutes.
@@ -158,12 +169,15 @@ class Neighborhood:
         return neighborhood_predicate(grid, self.window_for(grid), self.stride_for(grid), dilation, causal)
 
     def tile_for(self, grid: TokenGrid) -> Axes:
-        """The tile in use on `grid`: the one given, or the one with the largest expected speed-up.
+        """The tile in use on `grid`: the one given, the one chosen with the window, or the fastest by the cost model.
 
         Raises:
             ValueError: as in `check`.
         """
-        return _best_tile(self.predicate(grid), self.exact) if self.tile is None else per_axis("tile", self.tile)
+        if self.tile is not None:
+            return per_axis("tile", self.tile)
+        chosen = self._chosen(grid)
+        return _best_tile(self.predicate(grid), self.exact) if chosen is None else chosen.counts.tile
 
     def check(self, grid: TokenGrid) -> None:
         """Whether the parameters fit `grid`.
@@ -202,14 +216,14 @@ _best_tile = lru_cache(maxsize=64)(best_tile)
 
 
 @lru_cache(maxsize=64)
-def _suited(frames: int, height: int, width: int, density: float) -> tuple[Axes, Axes] | None:
-    """The first suggested window, with its stride, that meets `density` within 10% and is nowhere below the least."""
+def _suited(frames: int, height: int, width: int, density: float) -> Setting | None:
+    """The first suggested setting that meets `density` within 10% and whose window is nowhere below the least."""
     grid = TokenGrid(frames, height, width)
     least = [min(n, at_least) for n, at_least in zip(grid.shape, _LEAST_WINDOW, strict=True)]
     for found in suggest_settings(grid, density, count=32):
         near = abs(log(found.counts.density / density)) <= _TOLERANCE
         if near and all(n >= at_least for n, at_least in zip(found.window, least, strict=True)):
-            return found.window, found.stride
+            return found
     return None
 
 

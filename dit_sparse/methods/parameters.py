@@ -176,6 +176,14 @@ def check_block(name: str, value: int) -> None:
         raise ValueError(f"{name} must be a whole number of tokens, at least 1 (64 and 128 are fast), got {value!r}")
 
 
+def check_tile(tile: tuple[int, int, int] | None) -> None:
+    """Raise ValueError unless `tile` is three whole numbers of tokens, at least 1, or None."""
+    if tile is not None and len(tile) != 3:
+        raise ValueError(f"tile must be three sides (frames, height, width) such as 4x4x4, got {tile!r}")
+    for side in tile or ():
+        check_block("tile", side)
+
+
 def check_count(name: str, value: int, least: int = 1) -> None:
     """Raise ValueError unless `value` is a whole number, at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:

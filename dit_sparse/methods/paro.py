@@ -15,10 +15,10 @@ from dit_sparse.kernels import block_mass, dense_attention
 from dit_sparse.masks import best_orders, heaviest_blocks, metrics_by_order
 from dit_sparse.methods.any_grid import AnyGrid
 from dit_sparse.methods.description import Description
-from dit_sparse.methods.parameters import check_block, check_share
+from dit_sparse.methods.parameters import check_block, check_share, check_tile
 from dit_sparse.methods.plan_ahead import reader_of
 from dit_sparse.methods.plan_file import PlanFile
-from dit_sparse.reorder import axis_orders_per_head, distinct_axis_orders
+from dit_sparse.reorder import Block, axis_orders_per_head, block_tokens, distinct_axis_orders
 from dit_sparse.types import AttentionPlan, Previous, Scope, Site, TokenGrid, TokenOrder
 
 
@@ -33,15 +33,22 @@ class Paro(AnyGrid):
     Differs from the paper: calibration may be online, and then belongs to one prompt and serves all steps; the metrics
     are taken on `sample_blocks` query blocks a head; as printed the paper minimises both metrics, here the sparse one
     is 1 - M_sparse; `alpha` is not reported there, and is 1 here because nothing is quantised; `sigma` and `epsilon`
-    are 0.9 and 1e-3 there, which chose worse orders than raster where that was measured (docs/methods/paro.md).
+    are 0.9 and 1e-3 there, which chose worse orders than raster where that was measured (docs/methods/paro.md). Blocks
+    are runs of the order there; with a `tile` they are 3-D tiles whose sides follow it, for a remainder's sake.
 
     Raises:
         ValueError: a share outside its range, a block or a sample below 1.
     """
 
     density: float = field(default=0.5, metadata={"help": "share of query-key pairs computed, text included"})
-    block: int = field(default=64, metadata={"help": "tokens a block"})
-    plan_file: str | None = field(default=None, metadata={"help": "a saved calibration; its density and block win"})
+    block: int = field(default=64, metadata={"help": "tokens a block, where no tile is given"})
+    tile: tuple[int, int, int] | None = field(
+        default=None,
+        metadata={"help": "blocks are tiles with these sides along a head's slowest, middle, fastest axis; none: runs"},
+    )
+    plan_file: str | None = field(
+        default=None, metadata={"help": "a saved calibration; its density, block and tile win"}
+    )
     sigma: float = field(default=0.99, metadata={"help": "a block is sparse when this share of its entries is small"})
     epsilon: float | None = field(
         default=None, metadata={"help": "an attention weight below this is small; none: below the mean weight"}
@@ -53,7 +60,7 @@ class Paro(AnyGrid):
     version: ClassVar[int] = 1
     paper: ClassVar[str] = "PAROAttention (arXiv 2506.16054), section 4"
     described: ClassVar[Description] = Description(
-        order="per head the best of the six axis orders",
+        order="per head the best of the six axis orders, in runs or in tiles",
         score="exact attention mass",
         selection="the heaviest of a head, whatever their row, text kept",
         cached="row LSE; orders and masks, in a plan file",
@@ -86,8 +93,19 @@ class Paro(AnyGrid):
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha must be from 0 to 1, got {self.alpha!r}")
         check_block("block", self.block)
+        check_tile(self.tile)
         if self.sample_blocks < 1:
             raise ValueError(f"sample_blocks must be at least 1, got {self.sample_blocks!r}")
+
+    @property
+    def cut(self) -> Block:
+        """How the orders are cut: in tiles where one is given."""
+        return self.tile or self.block
+
+    @property
+    def query_block(self) -> int:
+        """Tokens a query block."""
+        return block_tokens(self.cut)
 
     def check(self, grid: TokenGrid) -> None:
         """Whether the plan file, if any, can be read and is for `grid`."""
@@ -101,10 +119,10 @@ class Paro(AnyGrid):
         lse = None if previous is None else previous.lse
         if lse is None:
             lse = dense_attention(q, k, v, return_lse=True)[1]
-        candidates = distinct_axis_orders(site.grid)
+        candidates = distinct_axis_orders(site.grid, self.cut)
         best = best_orders(self.metrics(q, k, lse, site.grid), self.alpha)
         axes = [candidates[number] for number in best.tolist()]
-        order = axis_orders_per_head(site.grid, axes, self.block, device=q.device)
+        order = axis_orders_per_head(site.grid, axes, self.cut, device=q.device)
         mass = mass_under(order, q, k, lse)
         return AttentionPlan.from_kept(order, heaviest_blocks(mass, self.density, order.offsets, site.grid))
 
@@ -115,8 +133,8 @@ class Paro(AnyGrid):
             k,
             lse,
             grid,
-            distinct_axis_orders(grid),
-            block=self.block,
+            distinct_axis_orders(grid, self.cut),
+            block=self.cut,
             sigma=self.sigma,
             epsilon=self.epsilon,
             sample_blocks=self.sample_blocks,

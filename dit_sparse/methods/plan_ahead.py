@@ -15,7 +15,7 @@ from torch import Tensor
 from dit_sparse.block_mask import PackedBlockMask
 from dit_sparse.masks import with_other_text
 from dit_sparse.methods.plan_file import PlanFile
-from dit_sparse.reorder import axis_orders_per_head
+from dit_sparse.reorder import axis_orders_per_head, block_tokens
 from dit_sparse.types import AttentionPlan, TokenGrid, TokenOrder
 
 Place = tuple[str, int, int]
@@ -69,7 +69,7 @@ class PlanReader:
         packed = PackedBlockMask(self._arrived(arriving)[None], None, order.offsets, order.offsets)
         if grid == own:
             return AttentionPlan(order, order, packed.unpack())
-        kept = with_other_text(packed.unpack().kept_blocks, own, grid, self.file.header.block, True)
+        kept = with_other_text(packed.unpack().kept_blocks, own, grid, block_tokens(self.file.header.block), True)
         return AttentionPlan.from_kept(self._order(model, layer, grid), kept)
 
     def _following(self, model: str, layer: int, slot: int) -> Place | None:

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dit_sparse.methods.plan_header import VERSION, ModelPlans, PlanHeader
-from dit_sparse.reorder import AXIS_ORDERS, axis_order
+from dit_sparse.reorder import AXIS_ORDERS, Block, axis_order
 from dit_sparse.types import TokenGrid, TokenOrder
 
 FORMAT = "dit-sparse-plan"
@@ -182,7 +182,7 @@ def write_plans(
         Path(temporary).unlink(missing_ok=True)
 
 
-def axes_of(order: TokenOrder, grid: TokenGrid, block: int) -> list[str]:
+def axes_of(order: TokenOrder, grid: TokenGrid, block: Block) -> list[str]:
     """Which of the six axis orders each head of `order` is.
 
     Raises:

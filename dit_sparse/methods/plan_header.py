@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from dit_sparse.reorder import distinct_axis_orders
+from dit_sparse.reorder import Block, block_tokens, distinct_axis_orders
 from dit_sparse.types import TokenGrid
 
 VERSION = 2
@@ -54,7 +54,8 @@ class PlanHeader:
     """What a plan file says of itself.
 
     Args:
-        grid, block: what it was calibrated for.
+        grid: what it was calibrated for.
+        block: tokens a block, or the sides of a tile, as in `axis_order`.
         models: its plans, by the name of the transformer in the pipeline.
         density: wanted share of the query-key pairs.
         model: name of the model, for people.
@@ -67,7 +68,7 @@ class PlanHeader:
     """
 
     grid: TokenGrid
-    block: int
+    block: Block
     models: Mapping[str, ModelPlans]
     density: float
     model: str = ""
@@ -81,16 +82,17 @@ class PlanHeader:
     @property
     def orders(self) -> tuple[str, ...]:
         """The candidates that were compared."""
-        return distinct_axis_orders(self.grid)
+        return distinct_axis_orders(self.grid, self.block)
 
     @property
     def num_blocks(self) -> int:
-        return -(-self.grid.video_len // self.block) + -(-self.grid.text_len // self.block)
+        size = block_tokens(self.block)
+        return -(-self.grid.video_len // size) + -(-self.grid.text_len // size)
 
     @property
     def offsets(self) -> Tensor:
         """`[1, 1, M+1]` int32 bounds of the blocks, as in every axis order."""
-        sizes = [_sizes(self.grid.video_len, self.block), _sizes(self.grid.text_len, self.block)]
+        sizes = [_sizes(length, block_tokens(self.block)) for length in (self.grid.video_len, self.grid.text_len)]
         joined = torch.cat(sizes[::-1] if self.grid.text_first else sizes)
         return torch.nn.functional.pad(joined.cumsum(0), (1, 0)).to(torch.int32)[None, None]
 
@@ -137,7 +139,7 @@ class PlanHeader:
             raise ValueError("its models must be at least one, got none")
         return cls(
             grid=_grid(content["grid"]),
-            block=_whole("block", content["block"], 1, _MAX_LENGTH),
+            block=_block(content["block"]),
             models=models,
             density=_number("density", content["density"], 0, 1),
             model=_text("model", content["model"]),
@@ -199,6 +201,15 @@ def _grid(value: Any) -> TokenGrid:
     if grid.num_tokens >= _MAX_LENGTH:
         raise ValueError(f"its grid must have fewer than 2**31 tokens, got {grid}")
     return grid
+
+
+def _block(value: Any) -> Block:
+    if not isinstance(value, list):
+        return _whole("block", value, 1, _MAX_LENGTH)
+    sides = _sequence("block", value, lambda name, side: _whole(name, side, 1, _MAX_COUNT))
+    if len(sides) != 3 or math.prod(sides) > _MAX_LENGTH:
+        raise ValueError(f"its block must be a number of tokens or three sides of a tile, got {_short(value)}")
+    return sides[0], sides[1], sides[2]
 
 
 def _keys(name: str, content: dict[str, Any], cls: type[Any]) -> None:

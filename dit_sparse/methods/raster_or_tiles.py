@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from dit_sparse.methods.any_grid import AnyGrid
-from dit_sparse.methods.parameters import check_block
+from dit_sparse.methods.parameters import check_block, check_tile
 from dit_sparse.reorder import raster_once, tiles_once
 from dit_sparse.types import TokenGrid, TokenOrder
 
@@ -44,5 +44,4 @@ class RasterOrTiles(AnyGrid):
             ValueError: a block or a side of the tile below 1.
         """
         check_block("block", self.block)
-        for side in self.tile or ():
-            check_block("tile", side)
+        check_tile(self.tile)

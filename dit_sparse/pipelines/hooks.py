@@ -90,6 +90,7 @@ class SiteHook:
         # A forward before this one may have failed.
         self._stop_moving()
         self._stop_cutting(module)
+        self.adapter.end_forward(module)
         self.adapter.follow(module, self.session, self.originals)
         self.adapter.check_installed(module, self.model)
         inputs = _by_name(module, args, kwargs)
@@ -100,6 +101,7 @@ class SiteHook:
         movable = self.adapter.takes_order(module, inputs) if self._parallel is None else self._parallel.mesh.ring == 1
         device = latents.device if movable else None
         order = self.session.begin_forward(layout, self.model, self._branch, device, self._parallel, latents)
+        self.adapter.begin_forward(module, inputs, self.session.sparse_layers(self.adapter.num_layers(module)))
         if self._parallel is not None:
             # All ranks have the same schedule, as they have just found, so this fails on all or none.
             check_spread(module, self.session.schedule)
@@ -114,6 +116,7 @@ class SiteHook:
     def _after(self, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
         self._stop_moving()
         self._stop_cutting(module)
+        self.adapter.end_forward(module)
         self.session.end_forward()
 
     def _stop_cutting(self, module: torch.nn.Module) -> None:

@@ -16,6 +16,7 @@ from dit_sparse.methods.plan_file import axes_of, write_plans
 from dit_sparse.methods.plan_header import ModelPlans, PlanHeader, one_line
 from dit_sparse.pipelines.adapter import FamilyAdapter
 from dit_sparse.pipelines.context_parallel import check_spread
+from dit_sparse.pipelines.conv3d import by_onednn, by_torch
 from dit_sparse.pipelines.families import adapter_for, transformers_of
 from dit_sparse.pipelines.hooks import CallRecorder, SiteHook, reset_caches
 from dit_sparse.pipelines.session import Session
@@ -98,6 +99,8 @@ def install(pipe: Pipeline, session: Session) -> Pipeline:
         hook = SiteHook(transformer, model, session, adapter, originals)
         reset_caches(transformer)
         setattr(transformer, _INSTALLED, _Installed(session, hook))
+    if not changed:
+        by_onednn(getattr(pipe, "vae", None))
     session.watch(pipe)
     return pipe
 
@@ -113,6 +116,7 @@ def unsparsify(pipe: Pipeline) -> Pipeline:
         reset_caches(transformer)
         installed.session.steps.release()
         delattr(transformer, _INSTALLED)
+        by_torch(getattr(pipe, "vae", None))
     return pipe
 
 
@@ -199,11 +203,11 @@ def save_plan(pipe: Any, path: str | os.PathLike[str], *, model: str = "", promp
     models = {name: sorted(layer for own, layer in plans if own == name) for name, _ in plans}
     if any(layers != list(range(len(layers))) for layers in models.values()):
         raise ValueError(f"a plan needs every layer, got {models}; run without dense_layers")
-    axes = {n: [axes_of(plans[n, layer].q_order, grid, method.block) for layer in own] for n, own in models.items()}
+    axes = {n: [axes_of(plans[n, layer].q_order, grid, method.cut) for layer in own] for n, own in models.items()}
     bits = {n: [plans[n, layer].block_mask.pack().full_bits.cpu() for layer in own] for n, own in models.items()}
     header = PlanHeader(
         grid,
-        method.block,
+        method.cut,
         {name: ModelPlans(len(layers), len(layers[0])) for name, layers in axes.items()},
         method.density,
         one_line(model),

@@ -1,6 +1,7 @@
 """Wan 2.1 and 2.2: where its attention lets the toolkit in."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -26,7 +27,7 @@ from dit_sparse.pipelines.adapter import (
 )
 from dit_sparse.pipelines.layout import Layout
 from dit_sparse.pipelines.norm_rotate import RotaryEmbedding, is_watched
-from dit_sparse.pipelines.wan_block import fuse_block, unfuse_block
+from dit_sparse.pipelines.wan_block import forget_text, fuse_block, merge_text, unfuse_block
 from dit_sparse.types import TokenGrid, TokenOrder
 
 
@@ -95,6 +96,13 @@ class WanAdapter(FamilyAdapter):
     def unfuse(self, transformer: Any) -> None:
         for block in transformer.blocks:
             unfuse_block(block)
+
+    def begin_forward(self, transformer: Any, inputs: Inputs, sparse: Sequence[int]) -> None:
+        if sparse:
+            merge_text([transformer.blocks[layer] for layer in sparse], inputs["encoder_hidden_states"])
+
+    def end_forward(self, transformer: Any) -> None:
+        forget_text(transformer.blocks)
 
     def layout(self, transformer: Any, inputs: Inputs) -> Layout:
         """`hidden_states` is `[B, C, F, H, W]`."""

@@ -1,18 +1,32 @@
-"""Wan's transformer block with what stands between its matrix products fused; the products stay upstream's."""
+"""Wan's transformer block with what stands between its matrix products fused; the products stay upstream's.
+
+On a CPU, in steps that run sparse, the padding of prompts is merged as well. diffusers pads them with zeros to 512
+tokens and masks none, so most text tokens are alike, and n equal keys with equal values attend as one whose score has
+ln n added.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from types import MethodType
 from typing import Any
 
 import torch
+from diffusers.models.activations import GELU
+from diffusers.models.attention import FeedForward
 from diffusers.models.normalization import FP32LayerNorm
-from diffusers.models.transformers.transformer_wan import WanTransformerBlock
+from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor, WanTransformerBlock
+from torch import Tensor
 
-from dit_sparse.kernels import add_gated, layer_norm
+from dit_sparse.kernels import add_gated, gelu_tanh_, layer_norm
+from dit_sparse.pipelines.adapter import uses_default_backend
 from dit_sparse.pipelines.norm_rotate import is_watched
 
 _OFF = "_dit_sparse_unfused"
+_ALIKE = "_dit_sparse_alike"  # set on a CPU in steps that run sparse, which need not equal upstream bit for bit
+_FFN_TOKENS = 1024
+_TEXT_UNIT = 16  # keys: a row of scores then fills whole vectors
 _upstream_forward = WanTransformerBlock.forward  # Dynamo does not trace it through the class
 
 
@@ -29,15 +43,50 @@ def unfuse_block(block: WanTransformerBlock) -> None:
         del block.forward
     elif "forward" in block.__dict__:
         setattr(block, _OFF, True)
+    forget_text((block,))
+
+
+def merge_text(blocks: Iterable[WanTransformerBlock], text: Tensor) -> None:
+    """Let fused blocks merge the tokens at the end of the prompt `text` `[B, L, C]` that are alike, on a CPU."""
+    if text.device.type == "cpu" and not (torch.is_grad_enabled() and text.requires_grad):
+        alike = alike_at_end(text)
+        for block in blocks:
+            setattr(block, _ALIKE, alike)
+
+
+def forget_text(blocks: Iterable[WanTransformerBlock]) -> None:
+    """Undo `merge_text`."""
+    for block in blocks:
+        block.__dict__.pop(_ALIKE, None)
+
+
+def alike_at_end(text: Tensor) -> int:
+    """How many tokens at the end of `text` `[B, L, C]` equal the last one, in the sample that has fewest."""
+    others = (text != text[:, -1:]).any(-1).any(0).nonzero()
+    return text.shape[1] - (int(others[-1]) + 1 if len(others) else 0)
+
+
+def merged(text: Tensor, alike: int) -> tuple[Tensor, Tensor | None]:
+    """`text` `[B, L, C]` without most of the last `alike` tokens, and the mask to add to scores, `[1, 1, 1, kept]`.
+
+    The last token that is kept stands for those that are not; without any there is no mask.
+    """
+    length = text.shape[1]
+    kept = min(length, -(-(length - alike + 1) // _TEXT_UNIT) * _TEXT_UNIT)
+    if kept == length:
+        return text, None
+    mask = text.new_zeros(1, 1, 1, kept)
+    mask[..., -1] = math.log(length - kept + 1)
+    return text[:, :kept], mask
 
 
 def fused_forward(
     block: WanTransformerBlock,
-    hidden_states: torch.Tensor,
-    encoder_hidden_states: torch.Tensor,
-    temb: torch.Tensor,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    temb: Tensor,
     rotary_emb: Any,
-) -> torch.Tensor:
+) -> Tensor:
     """The forward of `WanTransformerBlock`, on tokens `[B, N, C]`; arguments and result as there."""
     if not _applies(block, hidden_states, temb):
         return _upstream_forward(block, hidden_states, encoder_hidden_states, temb, rotary_emb)
@@ -45,18 +94,49 @@ def fused_forward(
     x = _normed(block.norm1, hidden_states, scale, shift)
     hidden_states = add_gated(hidden_states, block.attn1(x, None, None, rotary_emb), gate)
     x = _normed(block.norm2, hidden_states) if isinstance(block.norm2, FP32LayerNorm) else hidden_states
-    hidden_states = hidden_states + block.attn2(x, encoder_hidden_states, None, None)
+    text, mask, alike = encoder_hidden_states, None, block.__dict__.get(_ALIKE)
+    if alike is not None and _takes_mask(block.attn2):
+        text, mask = merged(text, alike)
+    hidden_states = hidden_states + block.attn2(x, text, mask, None)
     x = _normed(block.norm3, hidden_states, ffn_scale, ffn_shift)
-    return add_gated(hidden_states, block.ffn(x), ffn_gate)
+    return add_gated(hidden_states, block.ffn(x) if alike is None else feed_forward(block.ffn, x), ffn_gate)
 
 
-def _normed(norm: FP32LayerNorm, x: torch.Tensor, *modulation: torch.Tensor) -> torch.Tensor:
+def _normed(norm: FP32LayerNorm, x: Tensor, *modulation: Tensor) -> Tensor:
     return layer_norm(x, norm.weight, norm.bias, norm.eps, *modulation)
 
 
-def _applies(block: WanTransformerBlock, hidden_states: torch.Tensor, temb: torch.Tensor) -> bool:
-    """Whether the fused forward computes what upstream's does, and faster: eager, on a GPU, one timestep a sample."""
-    if torch.compiler.is_compiling() or not hidden_states.is_cuda or temb.ndim != 3:
+def feed_forward(ffn: FeedForward, x: Tensor) -> Tensor:
+    """`ffn` of tokens `[B, N, C]`, of so many at a time that their hidden channels stay in a CPU's cache."""
+    if not _is_plain(ffn, x):
+        return ffn(x)
+    up, down = ffn.net[0].proj, ffn.net[2]
+    out = torch.empty_like(x)
+    for part, own in zip(x.split(_FFN_TOKENS, 1), out.split(_FFN_TOKENS, 1), strict=True):
+        own.copy_(down(gelu_tanh_(up(part))))
+    return out
+
+
+def _is_plain(ffn: FeedForward, x: Tensor) -> bool:
+    """Whether `ffn` is two linear layers around GELU by tanh, and nobody watches it or wants gradients."""
+    act = ffn.net[0]
+    layers = type(ffn) is FeedForward and len(ffn.net) == 3 and type(act) is GELU and act.approximate == "tanh"
+    quiet = not torch.is_grad_enabled() and not ffn.training and not any(map(is_watched, (ffn, *ffn.net)))
+    return layers and quiet and x.dtype == torch.float32
+
+
+def _takes_mask(attn: WanAttention) -> bool:
+    """Whether cross-attention takes a mask: upstream's own, to text alone, by torch's SDPA."""
+    return type(attn.processor) is WanAttnProcessor and attn.add_k_proj is None and uses_default_backend(attn.processor)
+
+
+def _applies(block: WanTransformerBlock, hidden_states: Tensor, temb: Tensor) -> bool:
+    """Whether the fused forward computes what upstream's does, and faster: eager, one timestep a sample.
+
+    On a CPU only in steps that run sparse, as it rounds otherwise.
+    """
+    wanted = hidden_states.is_cuda or _ALIKE in block.__dict__
+    if torch.compiler.is_compiling() or not wanted or temb.ndim != 3:
         return False
     norms = [block.norm1, block.norm3] + ([] if type(block.norm2) is torch.nn.Identity else [block.norm2])
     return _OFF not in block.__dict__ and all(type(norm) is FP32LayerNorm and not is_watched(norm) for norm in norms)

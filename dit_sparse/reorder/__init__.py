@@ -1,6 +1,14 @@
 """Token orders: raster, the six axis orders, 3-D tiles, space-filling curves and clusters."""
 
-from dit_sparse.reorder.axes import AXIS_ORDERS, axis_order, axis_orders_per_head, distinct_axis_orders
+from dit_sparse.reorder.axes import (
+    AXIS_ORDERS,
+    Block,
+    axis_order,
+    axis_orders_per_head,
+    block_tokens,
+    distinct_axis_orders,
+    tile_along,
+)
 from dit_sparse.reorder.choose import choose_order
 from dit_sparse.reorder.clusters import cluster_order, co_clusters, kmeans, spread_tokens
 from dit_sparse.reorder.curve import curve_order
@@ -22,9 +30,11 @@ from dit_sparse.reorder.tiles import tile_order
 
 __all__ = [
     "AXIS_ORDERS",
+    "Block",
     "axes_once",
     "axis_order",
     "axis_orders_per_head",
+    "block_tokens",
     "choose_order",
     "cluster_order",
     "co_clusters",
@@ -44,6 +54,7 @@ __all__ = [
     "raster_order",
     "sort_in_segments",
     "spread_tokens",
+    "tile_along",
     "tile_order",
     "tiles_once",
 ]

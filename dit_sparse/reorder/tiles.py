@@ -39,21 +39,27 @@ def tile_order(
     """
     if len(tile) != 3 or min(tile) < 1:
         raise ValueError(f"tile must be three sizes of at least 1 (frames, height, width), got {tile}")
-    tile_of = _tile_of_token(grid, tile)
     if even:
-        is_smaller = tile_of.bincount() < prod(tile)
-        rank = is_smaller.long().argsort(stable=True).argsort()
-        return grid_order(grid, rank[tile_of].argsort(stable=True), block_size=prod(tile), device=device)
+        return grid_order(grid, even_tile_walk(grid.shape, tile), block_size=prod(tile), device=device)
+    tile_of = _tile_of_token(grid.shape, tile)
     # A stable sort leaves the tokens of one tile in raster order.
     index = tile_of.argsort(stable=True)
     offsets = torch.nn.functional.pad(tile_of.bincount().cumsum(0), (1, 0))
     return grid_order(grid, index, block_size=prod(tile), video_offsets=offsets, device=device)
 
 
-def _tile_of_token(grid: TokenGrid, tile: tuple[int, int, int]) -> Tensor:
+def even_tile_walk(shape: tuple[int, int, int], tile: tuple[int, int, int]) -> Tensor:
+    """`[V]` int64 raster numbers of the tokens of a video of `shape`, tile by tile, whole tiles before smaller ones."""
+    tile_of = _tile_of_token(shape, tile)
+    is_smaller = tile_of.bincount() < prod(tile)
+    rank = is_smaller.long().argsort(stable=True).argsort()
+    return rank[tile_of].argsort(stable=True)
+
+
+def _tile_of_token(shape: tuple[int, int, int], tile: tuple[int, int, int]) -> Tensor:
     """`[V]` int64 number of the tile that each video token lies in."""
     number = torch.zeros(1, 1, 1, dtype=torch.int64)
-    for axis, (length, size) in enumerate(zip(grid.shape, tile, strict=True)):
+    for axis, (length, size) in enumerate(zip(shape, tile, strict=True)):
         along = torch.arange(length) // size
         number = number * -(-length // size) + along.reshape([-1 if a == axis else 1 for a in range(3)])
     return number.flatten()

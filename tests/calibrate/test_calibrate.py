@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from dit_sparse.calibrate.store import MassStore
 from dit_sparse.masks import heaviest_blocks, mass_threshold
 from dit_sparse.methods.plan_file import PlanFile
 from dit_sparse.pipelines import observe, session_of
-from dit_sparse.reorder import AXIS_ORDERS, axis_order, raster_order
+from dit_sparse.reorder import AXIS_ORDERS, Block, axis_order, raster_order
 
 BLOCK = 16
 ARGUMENTS = {
@@ -58,9 +59,9 @@ def attention_maps(pipe: Any) -> tuple[TokenGrid, dict[tuple[int, int], list[Ten
     return grid, maps
 
 
-def blocked(attention: Tensor, axes: str, grid: TokenGrid) -> Tensor:
+def blocked(attention: Tensor, axes: str, grid: TokenGrid, cut: Block = BLOCK) -> Tensor:
     """`[M, M, BLOCK * BLOCK]` weights of one map's blocks under an order."""
-    index = axis_order(grid, axes, BLOCK).index[0, 0]
+    index = axis_order(grid, axes, cut).index[0, 0]
     blocks = grid.num_tokens // BLOCK
     return attention[index][:, index].reshape(blocks, BLOCK, blocks, BLOCK).transpose(1, 2).flatten(2)
 
@@ -72,24 +73,26 @@ def whole_metrics(maps: list[Tensor], head: int, axes: str, grid: TokenGrid) -> 
     return [float(sparse.double().mean()), float((blocks.amax(-1) / blocks.mean(-1)).mean())]
 
 
-def literal_mass(maps: list[Tensor], axes: tuple[str, ...], grid: TokenGrid) -> Tensor:
+def literal_mass(maps: list[Tensor], axes: tuple[str, ...], grid: TokenGrid, cut: Block) -> Tensor:
     """`[1, 2, M, M]` mean mass of each block."""
-    heads = [sum(blocked(m[head], name, grid).sum(-1) for m in maps) / len(maps) for head, name in enumerate(axes)]
+    heads = [sum(blocked(m[head], name, grid, cut).sum(-1) for m in maps) / len(maps) for head, name in enumerate(axes)]
     return torch.stack(heads)[None].float()  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("threshold", ["head", "global"])
-def test_it_finds_what_whole_attention_maps_give(pipe, path: Path, threshold: Any) -> None:
-    file = calibrate(pipe, PROMPTS, path, Calibration(METHOD, threshold), model="tiny", **ARGUMENTS)
+@pytest.mark.parametrize(("threshold", "tile"), [("head", None), ("global", None), ("head", (1, 2, 8))])
+def test_it_finds_what_whole_attention_maps_give(pipe, path: Path, threshold: Any, tile: Any) -> None:
+    method = replace(METHOD, tile=tile)
+    file = calibrate(pipe, PROMPTS, path, Calibration(method, threshold), model="tiny", **ARGUMENTS)
     grid, maps = attention_maps(pipe)
     header = file.header
+    assert header.block == method.cut
     assert (header.grid, header.prompts, header.steps, header.threshold) == (grid, tuple(PROMPTS), 4, threshold)
     assert header.models["transformer"].starts == (0, 0.25, 0.5)
     slots = [(0,), (1,), (2, 3)]
     offsets = raster_order(grid, BLOCK).offsets
     masses = {
         (layer, slot): literal_mass(
-            [m for step in steps for m in maps[layer, step]], file.axes("transformer", layer), grid
+            [m for step in steps for m in maps[layer, step]], file.axes("transformer", layer), grid, method.cut
         )
         for layer in range(2)
         for slot, steps in enumerate(slots)

@@ -6,12 +6,14 @@ from pathlib import Path
 import pytest
 
 from dit_sparse.calibrate.quality import THRESHOLDS
+from dit_sparse.reorder import AXIS_ORDERS
 from tests.cli.command import SMALL, exit_code, prompts_file
 
 
-def test_calibrates_inspects_and_generates_from_the_plan(model, capsys):
+@pytest.mark.parametrize("cut", [("--block", "8"), ("--tile", "1x2x4")], ids=["runs", "tiles"])
+def test_calibrates_inspects_and_generates_from_the_plan(model, capsys, cut):
     prompts = prompts_file("a red ball", "a blue square")
-    command = ["calibrate", "--prompts", prompts, "--model", model, *SMALL, "--density", "0.5", "--block", "8"]
+    command = ["calibrate", "--prompts", prompts, "--model", model, *SMALL, "--density", "0.5", *cut]
     assert exit_code(*command, "--out", "plan.safetensors", "--alpha", "0.5") == 0
     output = capsys.readouterr()
     assert "a blue square" in output.out
@@ -25,6 +27,13 @@ def test_calibrates_inspects_and_generates_from_the_plan(model, capsys):
     assert exit_code("inspect", "plan.safetensors", "--json") == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["grid"], found["steps"], found["model"]) == ("3x4x4", 2, "tiny")
+    orders = {order for layer in found["models"]["transformer"]["layers"] for order in layer["orders"]}
+    if "--tile" in cut:
+        assert found["block"] == "1x2x4"
+        assert all(order.replace("x", "").isdecimal() for order in orders)
+    else:
+        assert found["block"] == 8
+        assert orders <= set(AXIS_ORDERS)
     run = ["generate", "--prompt", "a ball", "--model", model, *SMALL, "--method", "paro", "--out", "out"]
     assert exit_code(*run, "--plan-file", "plan.safetensors", "--warmup", "0") == 0
     (line,) = [json.loads(line) for line in Path("out/manifest.jsonl").read_text().splitlines()]
@@ -60,6 +69,8 @@ def test_calibrates_for_a_quality_and_generates_from_the_config(model, capsys):
         (["calibrate", "--prompt", "a", "--method", "adaspa", "--error", "7"], "error must be above 0"),
         (["calibrate", "--prompt", "a", "--threshold", "x"], "threshold must be head or global"),
         (["calibrate", "--prompt", "a", "--shared-from", "2"], "shared_from must be from 0 to 1"),
+        (["calibrate", "--prompt", "a", "--tile", "4x4"], "tile must be 3 numbers such as 4x8x8 or none, got '4x4'"),
+        (["calibrate", "--prompt", "a", "--tile", "4x0x4"], "tile must be a whole number of tokens, at least 1"),
         (["calibrate", "--prompt", "a", "--height", "33"], "height must be a multiple of"),
         (["calibrate", "--prompt", "a", "--out", "no/plan"], "must exist"),
         (["inspect", "nowhere"], "must be an existing file"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from bench_recall import Call, measure, methods_for, table
+from bench_recall import Call, measure, merge_reports, methods_for, table
 
 from dit_sparse import AdaSpa, Neighborhood, Oracle, PbsAttention, ProxyAttention, Site, TokenGrid
 from dit_sparse.eval.floors import RandomBlocks
@@ -31,6 +31,19 @@ def test_methods_are_named_with_their_parameters() -> None:
     assert [*methods_for(["adaspa", "seer"], "gates")] == ["adaspa", "seer"]
     with pytest.raises(ValueError, match="did you mean 'groups'"):
         methods_for(["proxy:grups=3"], None)
+
+
+def test_methods_measured_again_take_the_place_of_what_was_there() -> None:
+    def report(commit: str, steps: int = 8, **recalls: float) -> dict:
+        rows = [{"method": name, "density": d, "recall": x} for name, x in recalls.items() for d in (0.5, 0.25)]
+        return {"environment": {"cpu": "a", "commit": commit}, "calls": ["c"], "steps": steps, "rows": rows}
+
+    merged = merge_reports([report("1", paro=0.1, svg=0.2), report("2", svg=0.3)])
+    assert merged["environment"] == {"cpu": "a", "commit": "1, 2"}
+    assert {(row["method"], row["recall"]) for row in merged["rows"]} == {("paro", 0.1), ("svg", 0.3)}
+    assert len(merged["rows"]) == 4
+    with pytest.raises(ValueError, match="reports must be of one steps, got 4 and 8"):
+        merge_reports([report("1", svg=0.2), report("2", steps=4, svg=0.3)])
 
 
 def test_a_threshold_of_its_own_is_measured_where_there_is_one() -> None:

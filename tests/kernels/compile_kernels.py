@@ -28,7 +28,7 @@ ROW_STRIDES = [f"{name}_{dim}" for name in "qkvo" for dim in ("sb", "sh", "sn")]
 ROW_STRIDES += [f"{name}_{dim}" for name in ("mk", "mv", "slope", "x", "m", "vm", "p") for dim in ("sb", "sh", "sm")]
 ROW_STRIDES += ["slope_sd", "x_sn", "p_sd"]
 DATA = ("q", "k", "v", "out", "x", "mean_k", "mean_v", "slopes", "products", "means")
-NUMBERS = ("scale", "floor", "largest_spread")
+NUMBERS = ("scale", "floor", "largest_spread", "base")
 FLOATS = ("lse", "bias", "spread", "mean", "square", "v_mean", "norms", "overlaps", "errors", "sums")
 LISTS = ("counts", "indices", "partial_counts", "partial_indices", "bits", "q_offsets", "k_offsets", "offsets", "taken")
 LISTS += ("places", "skips")
@@ -71,10 +71,20 @@ def skipping(job: dict):
 def moments(job: dict):
     constants = dict(
         D=job["dim"], DV=job["dim"], BLOCK_D=job["padded"], BLOCK_DV=min(128, job["padded"]), BLOCK_N=job["block_n"],
-        PARTS=-(-job["dim"] // 128), CENTRED=True, VALUES=True, PRODUCTS=job["remainder"] == "value",
+        PARTS=-(-job["dim"] // 128), SPAN=4, CENTRED=True, VALUES=True, PRODUCTS=job["remainder"] == "value",
         SINGLE=job["single"], UPCAST=False,
     )  # fmt: skip
     return triton_source(remainder_kernels.moments_kernel, constants, job), options_of(job)
+
+
+def weights(job: dict):
+    constants = dict(
+        D=job["dim"], BLOCK_D=job["padded"], BLOCK_M=job["block"], BLOCK_N=job["block"], MASS=True, WEIGHTS=True,
+        UPCAST=False,
+    )  # fmt: skip
+    special = {"kept": "*u8", "weights": f"*{job['dtype']}"}
+    special |= dict.fromkeys(("q_mean", "q_square", "k_mean", "k_square"), "*fp32")
+    return triton_source(remainder_kernels.weigh_kernel, constants, job, special), options_of(job)
 
 
 def errors(job: dict):
@@ -106,8 +116,8 @@ def options_of(job: dict) -> dict[str, int]:
     return dict(num_warps=job["warps"], num_stages=job["stages"])
 
 
-def triton_source(kernel, constants: dict, job: dict) -> ASTSource:
-    types = signature(kernel, constants, {}, job["dtype"])
+def triton_source(kernel, constants: dict, job: dict, special: dict[str, str] | None = None) -> ASTSource:
+    types = signature(kernel, constants, special or {}, job["dtype"])
     # What a launch finds out of its arguments: tensors and their rows begin at multiples of 16.
     aligned = [i for i, name in enumerate(kernel.arg_names) if types[name][0] == "*" or name in ROW_STRIDES]
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
@@ -118,8 +128,8 @@ def layout(*shape: int) -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout.get_default_for(list(shape), gl.bfloat16)
 
 
-def descriptor(*shape: int) -> str:
-    return f"tensordesc<bf16{list(shape)!r},{layout(*shape)!r}>"
+def descriptor(*shape: int, data: str = "bf16") -> str:
+    return f"tensordesc<{data}{list(shape)!r},{layout(*shape)!r}>"
 
 
 def search(job: dict):
@@ -144,7 +154,9 @@ def hopper(job: dict):
     box = descriptor(1, 1, 64, 64) if job["pair"] else descriptor(1, 1, 128, job["dim"])
     rows = descriptor(1, 1, 64, job["dim"])
     special = {"q_desc": rows, "o_desc": rows}
-    special |= dict.fromkeys(("k_desc", "v_desc", "mean_k_desc", "mean_v_desc", "slope_desc"), box)
+    special |= dict.fromkeys(("k_desc", "v_desc", "mean_k_desc", "mean_v_desc", "slope_desc", "bias_desc"), box)
+    if job["remainder"] != "none":
+        special["bias_desc"] = descriptor(1, 1, 1, 128, data="fp16")
     kernel = hopper_kernels.forward_kernel
     options = dict(num_warps=4) | ({} if job["registers"] is None else {"maxnreg": job["registers"]})
     return GluonASTSource(kernel, signature(kernel, constants, special, "bf16"), constexprs=constants), options
@@ -152,7 +164,7 @@ def hopper(job: dict):
 
 def report(job: dict) -> dict:
     kinds = {"triton": portable, "moments": moments, "errors": errors, "changes": changes, "hopper": hopper}
-    kinds |= {"choice": choice, "search": search, "skip": skipping}
+    kinds |= {"weights": weights, "choice": choice, "search": search, "skip": skipping}
     source, options = kinds[job["kernel"]](job)
     log = io.StringIO()
     with contextlib.redirect_stdout(log):

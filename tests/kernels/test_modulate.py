@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dit_sparse.kernels import add_gated, layer_norm
+from dit_sparse.kernels import add_gated, gelu_tanh_, layer_norm
 from dit_sparse.kernels.modulate import (
     add_gated_by_torch,
     add_gated_by_triton,
@@ -123,3 +123,15 @@ def test_on_a_gpu_the_kernels_equal_torch(affine, modulated) -> None:
         want = want * (1 + scale.double()) + shift.double() if modulated else want
         assert relative(got, want) <= 2 * relative(low, want)
         assert relative(add_gated(x, got, gate), x.double() + got.double() * gate.double()) <= 4e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gelu_errs_no_more_than_torchs(dtype) -> None:
+    x = torch.cat([torch.linspace(-12, 12, 4001), torch.tensor([0.0, -60.0, 60.0])]).to(dtype)
+    exact, torchs = F.gelu(x.double(), approximate="tanh"), F.gelu(x, approximate="tanh")
+    given = x.clone()
+    assert gelu_tanh_(given) is given
+    floor = 2 * torch.finfo(dtype).eps * exact.abs()
+    # Torch computes in float32 whatever the dtype; this rounds every step.
+    steps = 1 if dtype == torch.float32 else 8
+    assert ((given - exact).abs() <= steps * (2 * (torchs - exact).abs() + floor + torch.finfo(dtype).eps)).all()

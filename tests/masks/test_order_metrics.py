@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dit_sparse.masks import best_orders, metrics_by_order, order_metrics
-from dit_sparse.reorder import axis_order, distinct_axis_orders
+from dit_sparse.reorder import Block, axis_order, distinct_axis_orders
 from dit_sparse.types import TokenGrid
 
 
@@ -28,20 +28,21 @@ def attention(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     return scores.softmax(-1), scores.logsumexp(-1)
 
 
+@pytest.mark.parametrize("block", [8, (1, 2, 4)], ids=str)
 @pytest.mark.parametrize(
     "grid", [TokenGrid(2, 4, 8), TokenGrid(2, 4, 8, 5), TokenGrid(2, 4, 8, 5, True), TokenGrid(1, 8, 8)], ids=str
 )
-def test_they_are_the_papers(grid: TokenGrid) -> None:
+def test_they_are_the_papers(grid: TokenGrid, block: Block) -> None:
     torch.manual_seed(0)
     q, k = 2 * torch.randn(2, 1, 2, grid.num_tokens, 16)
     weights, lse = attention(q, k)
-    options = {"block": 8, "sigma": 0.5, "epsilon": 0.01, "sample_blocks": 8}
-    orders = distinct_axis_orders(grid)
+    options = {"block": block, "sigma": 0.5, "epsilon": 0.01, "sample_blocks": 8}
+    orders = distinct_axis_orders(grid, block)
     got = metrics_by_order(q, k, lse, grid, orders, **options)
     assert got.shape == (2, len(orders), 2)
     video = slice(grid.video_start, grid.video_start + grid.video_len)
     for number, axes in enumerate(orders):
-        index = axis_order(grid, axes, 8).index[0, 0, video]
+        index = axis_order(grid, axes, block).index[0, 0, video]
         for head in range(2):
             want = literal_metrics(weights[0, head][index][:, index], 8, 0.5, 0.01)
             assert got[head, number].tolist() == pytest.approx(want, rel=1e-4)

@@ -13,7 +13,7 @@ from torch import Tensor
 from dit_sparse import Paro, Site, TokenGrid
 from dit_sparse.methods.plan_ahead import PlanReader
 from dit_sparse.methods.plan_file import PlanFile
-from dit_sparse.reorder import AXIS_ORDERS, axis_order
+from dit_sparse.reorder import AXIS_ORDERS, axis_order, tile_order
 from tests.methods import plans
 
 GRID = TokenGrid(4, 8, 8)
@@ -43,14 +43,37 @@ def test_heads_choose_for_themselves() -> None:
     assert not torch.equal(plan.q_order.index[0, 0], plan.q_order.index[0, 1])
 
 
+@pytest.mark.parametrize("axis", range(3))
+def test_each_head_turns_the_tile_along_the_axis_that_it_attends_to(axis: int) -> None:
+    """Queries see one axis alone: the tile whose longest side lies along it has most blocks of nothing."""
+    q, k = attends_along(axis)
+    plan = Paro(density=0.25, tile=(1, 2, 4), sample_blocks=99).plan(q, k, k, Site(GRID), None)
+    places = plan.q_order.index[0, 0].reshape(-1, 8)
+    along = {0: places // 64, 1: places // 8 % 8, 2: places % 8}[axis]
+    assert all(len(set(block)) == 4 for block in along.tolist())
+    assert Paro(tile=(1, 2, 4)).query_block == 8
+
+
+def test_a_cube_has_one_order_whatever_a_head_attends_to() -> None:
+    q, k = (torch.cat(side, 1) for side in zip(*map(attends_along, range(3)), strict=True))
+    plan = Paro(density=0.25, tile=(2, 2, 2)).plan(q, k, k, Site(GRID), None)
+    want = tile_order(GRID, (2, 2, 2), even=True)
+    assert torch.equal(plan.q_order.index, want.index.expand(1, 3, -1))
+    with pytest.raises(ValueError, match="tile must be a whole number of tokens, at least 1"):
+        Paro(tile=(2, 0, 2))
+    with pytest.raises(ValueError, match="tile must be three sides"):
+        Paro(tile=(2, 4))  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     "grid", [GRID, TokenGrid(3, 5, 7), TokenGrid(2, 4, 4, 9, True), TokenGrid(2, 4, 4, 9)], ids=str
 )
 @pytest.mark.parametrize("density", [0.3, 0.6])
-def test_density_text_and_rows(grid: TokenGrid, density: float) -> None:
+@pytest.mark.parametrize("tile", [None, (1, 2, 2)])
+def test_density_text_and_rows(grid: TokenGrid, density: float, tile: tuple[int, int, int] | None) -> None:
     torch.manual_seed(0)
     q, k = torch.randn(2, 2, 3, grid.num_tokens, 16)
-    plan = Paro(density=density, block=4).plan(q, k, k, Site(grid), None)
+    plan = Paro(density=density, block=4, tile=tile).plan(q, k, k, Site(grid), None)
     mask = plan.token_mask()
     text = slice(grid.text_start, grid.text_start + grid.text_len)
     assert mask[:, :, text].all()
@@ -101,6 +124,17 @@ def test_a_plan_file_gives_each_step_its_mask(path: Path, q: Tensor) -> None:
             assert torch.equal(plan.block_mask.kept_blocks[0], masks[layer][slot])
             for head, axes in enumerate(plans.AXES[layer]):
                 assert torch.equal(plan.q_order.index[0, head], axis_order(plans.GRID, axes, 8).index[0, 0])
+
+
+def test_a_plan_file_of_tiles(path: Path, q: Tensor) -> None:
+    masks = plans.write(path, block=(1, 2, 4))
+    plan = Paro(plan_file=str(path)).plan(q, q, q, site(1, 0), None)
+    assert torch.equal(plan.block_mask.kept_blocks[0], masks[1][0])
+    for head, axes in enumerate(plans.AXES[1]):
+        assert torch.equal(plan.q_order.index[0, head], axis_order(plans.GRID, axes, (1, 2, 4)).index[0, 0])
+    longer = replace(plans.GRID, text_len=11)
+    plan = Paro(plan_file=str(path)).plan(q, q, q, site(1, 0, grid=longer), None)
+    assert torch.equal(plan.q_order.index[0, 0], axis_order(longer, plans.AXES[1][0], (1, 2, 4)).index[0, 0])
 
 
 def test_a_plan_file_of_version_1_still_serves(q: Tensor) -> None:

@@ -44,6 +44,18 @@ def test_it_comes_back(path: Path, metrics: dict[str, float]) -> None:
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
+def test_tiles_come_back(path: Path) -> None:
+    masks = write(path, block=(1, 2, 4))
+    file = PlanFile.open(path)
+    file.verify()
+    assert file.header.block == (1, 2, 4)
+    assert torch.equal(unpack_bits(file.bits("transformer", 0, 1), file.header.num_blocks), masks[0][1])
+    write(path, block=(2, 2, 2))
+    metrics = PlanFile.open(path).metrics("transformer", 0)
+    assert metrics is not None
+    assert metrics.shape == (2, 1, 2)
+
+
 def test_an_image_has_the_metrics_of_two_orders(path: Path) -> None:
     grid = TokenGrid(1, 5, 7, 3)
     write(path, grid=grid)
@@ -175,6 +187,11 @@ HOSTILE_HEADERS = {
     "block 0": (set_key("block", value=0), "block must be"),
     "half a block": (set_key("block", value=8.5), "block must be"),
     "another block": (set_key("block", value=4), "must be"),
+    "another tile": (set_key("block", value=[1, 2, 3]), "must be"),
+    "half a tile": (set_key("block", value=[2, 4]), "block must be"),
+    "a tile of nothing": (set_key("block", value=[8, 1, 0]), "block must be"),
+    "a tile of text": (set_key("block", value="8x1x1"), "block must be"),
+    "a tile without end": (set_key("block", value=[1 << 20] * 3), "block must be"),
     "density 2": (set_key("density", value=2), "density must be"),
     "density is infinite": (set_key("density", value=1e999), "not a number of JSON"),
     "density is NaN": (set_key("density", value=float("nan")), "not a number of JSON"),

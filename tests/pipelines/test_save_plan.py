@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -13,8 +15,9 @@ from dit_sparse.pipelines import session as session_module
 PARO = Paro(density=0.5, block=16)
 
 
-def test_a_saved_plan_is_the_conditional_branchs(pipe, render, tmp_path) -> None:
-    render(sparsify(pipe, PARO))
+@pytest.mark.parametrize("tile", [None, (1, 2, 8)], ids=["runs", "tiles"])
+def test_a_saved_plan_is_the_conditional_branchs(pipe, render, tmp_path, tile) -> None:
+    render(sparsify(pipe, replace(PARO, tile=tile)))
     found = {key[2]: previous.plan for key, previous in session_of(pipe).previous.items() if key[3] == "cond"}
     save_plan(pipe, tmp_path / "plan.safetensors", model="tiny", prompts=["a red ball"])
     header = PlanFile.open(tmp_path / "plan.safetensors").header

@@ -10,8 +10,10 @@ import torch
 from diffusers.hooks import HookRegistry, ModelHook
 from diffusers.models.transformers.transformer_wan import WanTransformerBlock
 
-from dit_sparse import AdaSpa, sparsify, unsparsify
+from dit_sparse import AdaSpa, Schedule, sparsify, unsparsify
+from dit_sparse.kernels import gelu_tanh_
 from dit_sparse.pipelines import wan_block
+from dit_sparse.pipelines.wan import WanAdapter
 
 pytestmark = pytest.mark.guard
 
@@ -55,6 +57,85 @@ def test_another_norm_is_left_to_upstream(pipe) -> None:
     assert wan_block._applies(block, on_gpu, given[2])
     block.norm1 = torch.nn.Identity()
     assert not wan_block._applies(block, on_gpu, given[2])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "alike"),
+    [([[1, 2, 3]], 1), ([[1, 0, 0]], 2), ([[0, 0, 0]], 3), ([[0, 5, 0]], 1), ([[1, 0, 0], [1, 2, 0]], 1)],
+)
+def test_tokens_alike_at_the_end_are_counted(tokens, alike) -> None:
+    assert wan_block.alike_at_end(torch.tensor(tokens)[..., None].expand(-1, -1, 4).float()) == alike
+
+
+@pytest.mark.parametrize("alike", [1, 2, 48, 63, 64])
+def test_merged_text_attends_as_the_whole(pipe, alike) -> None:
+    attn, hidden = pipe.transformer.blocks[0].attn2.double(), torch.randn(2, 30, 24).double()
+    text = torch.randn(2, 64, 24).double()
+    text[:, -alike:] = text[:, -1:]
+    kept, mask = wan_block.merged(text, alike)
+    assert kept.shape[1] == min(64, -(-(65 - alike) // 16) * 16)
+    want = attn(hidden, text, None, None)
+    assert (attn(hidden, kept, mask, None) - want).abs().max() <= 1e-12
+    if mask is not None and alike < 64:
+        assert (attn(hidden, kept, None, None) - want).abs().max() > 1e-4, "the mask changed nothing"
+
+
+def keys_seen(pipe, run) -> list[int]:
+    """Text tokens of every cross-attention of the first block while `run` runs."""
+    seen = []
+    handle = pipe.transformer.blocks[0].attn2.register_forward_pre_hook(lambda _, args: seen.append(args[1].shape[1]))
+    run()
+    handle.remove()
+    return seen
+
+
+def test_prompts_are_merged_in_sparse_steps_alone(pipe, render, monkeypatch) -> None:
+    """A step has two forwards; the dense ones see all of the padding, and no picture changes."""
+    sparsify(pipe, Schedule(AdaSpa(density=0.5, block=16), warmup=0.4))
+    got = []
+    run = lambda: got.append(render(pipe, max_sequence_length=64))  # noqa: E731
+    assert keys_seen(pipe, run) == [64] * 4 + [16] * 6
+    assert not any(wan_block._ALIKE in block.__dict__ for block in pipe.transformer.blocks)
+    monkeypatch.setattr(WanAdapter, "begin_forward", lambda *_: None)
+    assert keys_seen(pipe, run) == [64] * 10
+    assert (got[0] - got[-1]).abs().max() <= 1e-4 * got[-1].abs().max()
+
+
+def test_prompts_stay_whole_in_a_dense_layer(pipe, render) -> None:
+    sparsify(pipe, Schedule(AdaSpa(density=0.5, block=16), warmup=0.4, dense_layers=(0,)))
+    assert keys_seen(pipe, lambda: render(pipe, max_sequence_length=64)) == [64] * 10
+
+
+def test_prompts_are_left_whole_where_somebody_chose_how_to_attend(pipe, render) -> None:
+    sparsify(pipe, Schedule(AdaSpa(density=0.5, block=16), warmup=0.4))
+    pipe.transformer.blocks[0].attn2.set_attention_backend("_native_math")
+    assert keys_seen(pipe, lambda: render(pipe, max_sequence_length=64)) == [64] * 10
+    unsparsify(pipe)
+    assert not any(wan_block._ALIKE in block.__dict__ for block in pipe.transformer.blocks)
+
+
+def test_prompts_that_are_learnt_stay_whole(pipe) -> None:
+    blocks, text = pipe.transformer.blocks, torch.zeros(1, 64, 24, requires_grad=True)
+    wan_block.merge_text(blocks, text)
+    assert wan_block._ALIKE not in blocks[0].__dict__
+    with torch.no_grad():
+        wan_block.merge_text(blocks, text)
+    assert blocks[0].__dict__[wan_block._ALIKE] == 64
+
+
+@torch.no_grad()
+def test_afeed_forward_in_parts_is_the_whole(pipe, monkeypatch) -> None:
+    ffn, x = pipe.transformer.blocks[0].ffn, torch.randn(2, 30, 24)
+    monkeypatch.setattr(wan_block, "_FFN_TOKENS", 8)
+    exact = copy.deepcopy(ffn).double()(x.double())
+    parts = []
+    monkeypatch.setattr(wan_block, "gelu_tanh_", lambda h: parts.append(h.shape[1]) or gelu_tanh_(h))
+    assert (wan_block.feed_forward(ffn, x) - exact).abs().max() <= 2 * (ffn(x) - exact).abs().max() + 1e-7
+    assert parts == [8, 8, 8, 6]
+    seen = []
+    ffn.net[0].register_forward_hook(lambda _, __, out: seen.append(out.shape[1]))
+    wan_block.feed_forward(ffn, x)
+    assert seen == [30], "who hooks a layer sees its whole input"
 
 
 def test_its_signature_is_upstreams() -> None:

@@ -1,0 +1,69 @@
+"""Bias of the blocks' means and their weights in a matrix C, of all query blocks, by one Triton kernel.
+
+It computes to 16 bits, for tokens of 16 bits.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dit_sparse.kernels.block_layout import BlockLayout
+from dit_sparse.kernels.moments import Moments
+from dit_sparse.kernels.triton_launch import broadcast_strides, interpreted, on_device_of, padded
+
+__all__ = ["weigh_by_triton"]
+
+_ROW = 8  # a row of the bias is a multiple of 16 bytes, as TMA needs it
+
+
+def weigh_by_triton(
+    queries: Moments,
+    keys: Moments,
+    k_layout: BlockLayout,
+    kept: Tensor,
+    scale: float,
+    mass: bool,
+    limit: float,
+    base: float = 0.0,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor | None]:
+    """Bias `[B, H, Mq, Mk]` less `base` and, where `keys` have products, `scale` times the weights, `[B, H, Mq, M']`.
+
+    Args:
+        queries, keys: moments of the query and key blocks, in float32.
+        k_layout: the key blocks.
+        kept: `[B|1, H|1, Mq, Mk]` bool.
+        scale: factor of the scores.
+        mass: whether the bias holds the second order.
+        limit: of the spread, above which a block leaves no remainder.
+        base: taken off the bias.
+        dtype: of the bias.
+
+    Weights have the dtype and the `M'` columns of the products, zeros past the last block.
+    """
+    import triton
+
+    from dit_sparse.kernels.remainder_kernels import weigh_kernel
+
+    batch, heads, q_blocks, dim = queries.mean.shape
+    k_blocks = keys.mean.shape[2]
+    kept = kept.expand(*kept.shape[:2], q_blocks, k_blocks).contiguous().view(torch.uint8)
+    columns = -(-k_blocks // _ROW) * _ROW
+    bias = queries.mean.new_empty(batch, heads, q_blocks, columns, dtype=dtype)[..., :k_blocks]
+    weights = None
+    if keys.products is not None:
+        weights = keys.products.new_empty(batch, heads, q_blocks, keys.products.shape[2])
+    given = bias if weights is None else weights
+    offsets = k_layout.offsets.contiguous()
+    block = 16 if interpreted() or dim > 128 else 64
+    with on_device_of(bias):
+        weigh_kernel[triton.cdiv(q_blocks, block), heads, batch](
+            queries.mean, queries.square, keys.mean, keys.square, kept, offsets, bias, given,
+            *queries.mean.stride()[:3], *keys.mean.stride()[:3], *broadcast_strides(kept), kept.stride(2),
+            *broadcast_strides(offsets), *bias.stride()[:3], *given.stride()[:3],
+            q_blocks, k_blocks, given.shape[-1], scale, limit, base,
+            D=dim, BLOCK_D=padded(dim), BLOCK_M=block, BLOCK_N=block, MASS=mass, WEIGHTS=weights is not None,
+            UPCAST=interpreted(), num_warps=4, num_stages=1,
+        )  # fmt: skip
+    return bias, weights

@@ -1,0 +1,51 @@
+"""3-D convolutions of a VAE through oneDNN on a CPU, however small the video.
+
+For one sample torch takes oneDNN only where channels x frames x rows are more than 20,480. Below that it copies out
+every patch for a matrix product, which takes several times as long.
+"""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["by_onednn", "by_torch"]
+
+
+def by_onednn(vae: Any) -> None:
+    """Let the 3-D convolutions of `vae` run through oneDNN where they can; equal up to rounding. `None` has none."""
+    for conv in _convolutions(vae):
+        conv._conv_forward = MethodType(_convolve, conv)
+
+
+def by_torch(vae: Any) -> None:
+    """Undo `by_onednn`."""
+    for conv in _convolutions(vae):
+        conv.__dict__.pop("_conv_forward", None)
+
+
+def _convolutions(vae: Any) -> list[Any]:
+    modules = vae.modules() if isinstance(vae, torch.nn.Module) else ()
+    return [module for module in modules if isinstance(module, torch.nn.Conv3d)]
+
+
+def _convolve(conv: torch.nn.Conv3d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`torch.nn.Conv3d._conv_forward`; the caller's own `forward` has padded `x` in its way."""
+    padding = conv.padding
+    if isinstance(padding, str) or conv.padding_mode != "zeros" or not _takes(x, weight):
+        return torch.nn.Conv3d._conv_forward(conv, x, weight, bias)
+    return torch.mkldnn_convolution(x, weight, bias, padding, conv.stride, conv.dilation, conv.groups)
+
+
+def _takes(x: Tensor, weight: Tensor) -> bool:
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)):
+        return False
+    batched = x.ndim == 5 and x.numel() > 0 and weight[0, 0].numel() > 1  # a kernel of one token copies no patches
+    return batched and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and _has_onednn()
+
+
+def _has_onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)

@@ -1,0 +1,79 @@
+"""A VAE's convolutions by oneDNN: as torch's own, only where they can be, and taken off again."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch.nn import Conv3d
+
+from dit_sparse import AdaSpa, sparsify, unsparsify
+from dit_sparse.pipelines.conv3d import by_onednn, by_torch
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[torch.Tensor]:
+    """Inputs of oneDNN's convolutions."""
+    seen, convolve = [], torch.mkldnn_convolution
+
+    def spy(x: torch.Tensor, *arguments) -> torch.Tensor:
+        seen.append(x)
+        return convolve(x, *arguments)
+
+    monkeypatch.setattr(torch, "mkldnn_convolution", spy)
+    return seen
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"padding": 1}, {"stride": (1, 2, 2)}, {"dilation": 2}, {"groups": 2}, {"bias": False, "padding": (0, 1, 2)}],
+    ids=str,
+)
+@torch.no_grad()
+def test_it_computes_what_torch_does(options, calls) -> None:
+    conv, x = Conv3d(4, 6, (3, 3, 3), **options), torch.randn(1, 4, 6, 9, 11)
+    exact = copy.deepcopy(conv).double()(x.double())
+    torchs = (conv(x) - exact).abs().max()
+    by_onednn(conv)
+    assert (conv(x) - exact).abs().max() <= 2 * torchs + 1e-6
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("case", ["double", "reflect", "same", "one token", "gradient", "switched off"])
+def test_the_rest_stays_torchs(case, calls) -> None:
+    options = {"reflect": {"padding": 1, "padding_mode": "reflect"}, "same": {"padding": "same"}}
+    conv = Conv3d(4, 6, 1 if case == "one token" else 3, **options.get(case, {}))
+    conv, x = conv.to(torch.float64 if case == "double" else torch.float32), torch.randn(1, 4, 6, 9, 11)
+    x = x.to(conv.weight.dtype)
+    off = torch.backends.mkldnn.flags(enabled=False, allow_tf32=False) if case == "switched off" else nullcontext()
+    with torch.set_grad_enabled(case == "gradient"), off:
+        want = conv(x)
+        by_onednn(conv)
+        assert torch.equal(conv(x), want)
+    assert not calls
+
+
+def test_a_sparse_pipeline_decodes_so_and_a_dense_one_does_not(pipe, calls) -> None:
+    latents = torch.randn(1, 8, 3, 4, 6)
+    with torch.no_grad():
+        want = pipe.vae.decode(latents).sample
+        sparsify(pipe, AdaSpa(block=16))
+        twin = copy.deepcopy(pipe.vae)
+        got = pipe.vae.decode(latents).sample
+        assert calls
+        assert (got - want).abs().max() <= 1e-4 * want.abs().max()
+        unsparsify(pipe)
+        calls.clear()
+        assert torch.equal(pipe.vae.decode(latents).sample, want)
+        assert not calls
+        by_torch(twin)
+        assert torch.equal(twin.decode(latents).sample, want)
+
+
+def test_a_copy_has_its_own_weights(pipe) -> None:
+    sparsify(pipe, AdaSpa(block=16))
+    conv = pipe.vae.decoder.conv_in
+    twin = copy.deepcopy(conv)
+    assert twin._conv_forward.__self__ is twin
