@@ -14,8 +14,11 @@ from dit_sparse.types import REMAINDERS, AttentionPlan, BlockGeometry, BlockMask
 
 __all__ = ["safe_remainder"]
 
-LARGEST_ERROR = 0.7
-"""Squared error of a remainder over that of "none", on the queries that are tried; below 1, as they are a sample."""
+LARGEST_ERROR = 0.95
+"""Squared, over that of "none", on the queries tried."""
+
+DEVIATIONS = 2.0
+"""Standard errors by which it must be below that, as the queries are a sample."""
 
 _BLOCKS = 32
 _ROWS = 8
@@ -28,8 +31,12 @@ def safe_remainder(
     """`plan` with each head's `head_remainders` as high as does it good.
 
     Eight queries of each of up to 32 query blocks attend under the plan with every remainder up to the plan's own, as
-    if they were their whole block, and densely. A head gets the highest remainder whose squared error, summed over
-    these queries, is at most `LARGEST_ERROR` times that of "none"; "none" if there is no such. The batch shares it
+    if they were their whole block, and densely. Let `g_I` be `LARGEST_ERROR` times the squared error of "none" less
+    that of a remainder, on the queries of block I and times its size. A head gets the highest remainder with
+
+        sum of g_I >= DEVIATIONS * sqrt(sum of (g_I - mean of g)^2),
+
+    the right side being the standard errors of the left one, and "none" if there is no such. The batch counts as one
     where the plan tells no batches apart.
 
     That is dense attention of 256 queries at most, less under the plan, and the moments of the key blocks.
@@ -51,16 +58,18 @@ def safe_remainder(
     dense = dense_attention(queries, k, v, scale=scale)
     compute = torch.promote_types(q.dtype, torch.float32)
 
-    def error(remainder: Remainder) -> Tensor:
+    def errors(remainder: Remainder) -> Tensor:
         own = taken.plan.with_remainder(remainder)
         apart = sparse_attention(queries, k, v, own, scale=scale, in_order=True).to(compute) - dense.to(compute)
-        found = (apart.square().sum(-1) * taken.weights).sum(-1)
+        found = (apart.square().sum(-1) * taken.weights).unflatten(-1, (taken.plan.q_order.num_blocks, -1)).sum(-1)
         return found if plan.num_batches > 1 else found.sum(0, keepdim=True)
 
-    limit = LARGEST_ERROR * error("none")
-    levels = torch.zeros(limit.shape, dtype=torch.int8, device=q.device)
+    without = errors("none")
+    levels = torch.zeros(without.shape[:2], dtype=torch.int8, device=q.device)
     for level in range(REMAINDERS.index(plan.remainder), 0, -1):
-        levels.masked_fill_((levels == 0) & (error(REMAINDERS[level]) <= limit), level)
+        gains = LARGEST_ERROR * without - errors(REMAINDERS[level])
+        noise = (gains - gains.mean(-1, keepdim=True)).norm(dim=-1)
+        levels.masked_fill_((levels == 0) & (gains.sum(-1) >= DEVIATIONS * noise), level)
         if levels.device.type == "cpu" and bool(levels.all()):  # a GPU would have to be waited for
             break
     return replace(plan, head_remainders=levels)

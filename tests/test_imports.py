@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "safety": {"types", "kernels", "attention"},
     "parallel": {"types", "block_mask", "kernels", "attention", "head_shard", "lost_ranks"},
     "cost": {"types"},
-    "pipelines": {"types", "kernels", "methods", "schedule", "attention", "safety", "cost", "parallel"},
+    "pipelines": {"types", "kernels", "methods", "schedule", "attention", "cost", "parallel"},
     "demo": set(),
     "cluster": set(),
     "eval": {"types", "kernels", "reorder", "masks", "methods", "schedule", "pipelines"},
@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "vbench": {"eval", "generate", "cluster"},
     "calibrate": {
         *("types", "block_mask", "kernels", "masks", "reorder", "methods", "schedule", "attention", "pipelines"),
-        *("safety", "eval", "generate", "compare"),
+        *("eval", "generate", "compare"),
     },
     "report": {"schedule", "generate", "bench", "compare"},
     "analyze": {

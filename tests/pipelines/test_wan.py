@@ -112,9 +112,9 @@ def test_every_method_has_a_remainder(pipe, render, method, at_rest, monkeypatch
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
 def test_a_remainder_is_tried_before_a_plan_is_used(pipe, render, method, monkeypatch) -> None:
-    """With a limit that nothing meets the run is one without a remainder; a plan of the grid alone is not tried."""
+    """With a demand that nothing meets the run is one without a remainder; a plan of the grid alone is not tried."""
     without = render(sparsify(pipe, method))
-    monkeypatch.setattr(safety, "LARGEST_ERROR", 0.0)
+    monkeypatch.setattr(safety, "DEVIATIONS", 1e9)
     sparsify(pipe, Schedule(method, remainder="value"))
     plans: list[AttentionPlan] = []
     session_of(pipe).on_plan = lambda site, plan: plans.append(plan)
