@@ -168,10 +168,8 @@ def _with_terms(
         levels = head_remainders
         if levels is not None and levels.shape[1] > 1:
             levels = levels[:, start : start + size]
-        compact = part.q.element_size() == 2
-        terms = remainder_terms(
-            part.q, part.k, part.v, q_layout, k_layout, own, part.scale, remainder, levels, compact=compact
-        )
+        given = part.q, part.k, part.v, q_layout, k_layout, own, part.scale, remainder, levels
+        terms = remainder_terms(*given, compact=part.q.element_size() == 2)
         yield replace(
             part, terms=replace(terms, keys=terms.keys.to(part.q.dtype), values=terms.values.to(part.v.dtype))
         )

@@ -74,27 +74,16 @@ def remainder_terms(
     keys = block_moments(k, k_layout, v, products=first_order)
     queries = block_moments(q, q_layout, centred=False)
     assert keys.v_mean is not None
-    base = 0.0
-    if fused := q.element_size() == 2 and by_kernel(q, k, v):
+    weights: Tensor | None
+    if q.element_size() == 2 and by_kernel(q, k, v):
         base = math.log(max(1, k_layout.blocks.largest)) if compact else 0.0
-
-    def weigh(remainder: Remainder) -> tuple[Tensor, Tensor | None]:
-        if fused:
-            mass, dtype = remainder == "mass", torch.float16 if compact else torch.float32
-            return weigh_by_triton(queries, keys, k_layout, kept, scale, mass, LARGEST_SPREAD, base, dtype)
-        bias = _bias(queries, keys, k_layout, kept, scale, remainder)
-        return bias, _weights(queries, keys, bias, scale) if first_order else None
-
-    bias, weights = weigh(remainder)
-    if head_remainders is not None:
-        level = head_remainders[..., None, None]
-        if remainder == "mass" and weights is not None:
-            lower, lower_weights = weigh("value")
-            assert lower_weights is not None
-            bias.copy_(torch.where(level < REMAINDERS.index("mass"), lower, bias))  # in place, as its rows are aligned
-            weights = torch.where(level < REMAINDERS.index("mass"), lower_weights, weights)
-        bias.masked_fill_(level < REMAINDERS.index("mean"), -math.inf)
-        weights = None if weights is None else weights.masked_fill(level < REMAINDERS.index("value"), 0.0)
+        dtype = torch.float16 if compact else torch.float32
+        given = queries, keys, k_layout, kept, scale, remainder, head_remainders
+        bias, weights = weigh_by_triton(*given, LARGEST_SPREAD, base, dtype)
+    else:
+        base = 0.0
+        bias = _bias(queries, keys, k_layout, kept, scale, remainder, head_remainders)
+        weights = _weights(queries, keys, bias, scale, head_remainders) if first_order else None
     if keys.products is None or weights is None:
         return RemainderTerms(keys.mean, keys.v_mean, bias, None, base)
     slopes = (weights @ keys.products.flatten(3)).unflatten(-1, keys.products.shape[3:])
@@ -107,25 +96,40 @@ def score_spread(queries: Moments, keys: Moments, scale: float) -> Tensor:
 
 
 def _bias(
-    queries: Moments, keys: Moments, k_layout: BlockLayout, kept: Tensor, scale: float, remainder: Remainder
+    queries: Moments,
+    keys: Moments,
+    k_layout: BlockLayout,
+    kept: Tensor,
+    scale: float,
+    remainder: Remainder,
+    head_remainders: Tensor | None = None,
 ) -> Tensor:
     """`[B, H, Mq, Mk]` added to the scores of the blocks' means."""
     log_sizes = k_layout.sizes.to(keys.mean.dtype).log()[..., None, :]  # -inf for an empty block
     spread = score_spread(queries, keys, scale)
     out = (spread > LARGEST_SPREAD).logical_or_(kept)
     bias = log_sizes + torch.minimum(spread, log_sizes) if remainder == "mass" else log_sizes.expand(spread.shape)
+    if head_remainders is not None:
+        own = head_remainders[..., None, None]
+        bias = torch.where(own < REMAINDERS.index("mass"), log_sizes, bias)
+        out |= own < REMAINDERS.index("mean")
     return bias.masked_fill(out, -math.inf)
 
 
-def _weights(queries: Moments, keys: Moments, bias: Tensor, scale: float) -> Tensor:
+def _weights(
+    queries: Moments, keys: Moments, bias: Tensor, scale: float, head_remainders: Tensor | None = None
+) -> Tensor:
     """`[B, H, Mq, M']`, `scale` times what each block is worth to the mean query, in the dtype of the products.
 
-    Zeros in a row without a remainder, and past the last block where there are more products.
+    Zeros in a row without a remainder, in heads with a lower one than "value", and past the last block where there are
+    more products.
     """
     assert keys.products is not None
     scores = (queries.mean * scale) @ keys.mean.transpose(-1, -2) + bias
     empty = scores.isneginf().all(-1, keepdim=True)
     weights = scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0) * scale
+    if head_remainders is not None:
+        weights = weights * (head_remainders[..., None, None] >= REMAINDERS.index("value"))
     columns = keys.products.shape[2]
     return torch.nn.functional.pad(weights, (0, columns - weights.shape[-1])).to(keys.products.dtype)
 

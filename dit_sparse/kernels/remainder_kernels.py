@@ -9,6 +9,9 @@ import triton
 import triton.language as tl
 
 from dit_sparse.kernels.triton_kernels import load_tile, multiply
+from dit_sparse.types import REMAINDERS
+
+MEAN_LEVEL, VALUE_LEVEL, MASS_LEVEL = (tl.constexpr(REMAINDERS.index(name)) for name in ("mean", "value", "mass"))
 
 
 @triton.jit
@@ -123,16 +126,16 @@ def multiply_split(a, a_low, b, b_low, UPCAST: tl.constexpr):
 
 @triton.jit
 def weigh_kernel(
-    q_mean, q_square, k_mean, k_square, kept, k_offsets, bias, weights,
-    q_sb, q_sh, q_sm, k_sb, k_sh, k_sm, t_sb, t_sh, t_sm, f_sb, f_sh, b_sb, b_sh, b_sm, w_sb, w_sh, w_sm,
+    q_mean, q_square, k_mean, k_square, kept, k_offsets, levels, bias, weights,
+    q_sb, q_sh, q_sm, k_sb, k_sh, k_sm, t_sb, t_sh, t_sm, f_sb, f_sh, l_sb, l_sh, b_sb, b_sh, b_sm, w_sb, w_sh, w_sm,
     q_blocks, k_blocks, columns, scale, largest_spread, base,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASS: tl.constexpr,
-    WEIGHTS: tl.constexpr, UPCAST: tl.constexpr,
+    WEIGHTS: tl.constexpr, LEVELS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Bias of every block's mean for BLOCK_M query blocks, and (WEIGHTS) what it is worth to their mean query.
 
     `weights` have `columns` of them, `k_blocks` or more, and hold zeros past the last block. Grid: (tiles of query
-    blocks, heads, batch).
+    blocks, heads, batch). Heads may have (LEVELS) a remainder of their own, by its place in `REMAINDERS`.
     """
     b, h = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -147,6 +150,8 @@ def weigh_kernel(
     squares, squares_low = split(squares)
     middle = load_tile(q_mean + q_base, rows, q_blocks, q_sm, D, BLOCK_D, True) * scale
     middle, middle_low = split(middle)
+    if LEVELS:
+        level = tl.load(levels + b * l_sb + h * l_sh)
     peak = tl.full([BLOCK_M], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     for first in tl.range(0, k_blocks, BLOCK_N):
@@ -161,8 +166,12 @@ def weigh_kernel(
         hidden = tl.load(kept + column[None, :], mask=own & inside[None, :], other=1) != 0
         found = logs + tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         if MASS:
-            found += tl.minimum(spread, logs)
-        found = tl.where(hidden | (spread > largest_spread), -float("inf"), found)
+            larger = tl.minimum(spread, logs)
+            found += tl.where(level >= MASS_LEVEL, larger, 0.0) if LEVELS else larger
+        hidden = hidden | (spread > largest_spread)
+        if LEVELS:
+            hidden = hidden | (level < MEAN_LEVEL)
+        found = tl.where(hidden, -float("inf"), found)
         tl.store(bias + column[None, :], (found - base).to(bias.dtype.element_ty), mask=own & inside[None, :])
         if WEIGHTS:
             keys, keys_low = split(load_tile(k_mean + k_base, column, k_blocks, k_sm, D, BLOCK_D, True))
@@ -176,6 +185,8 @@ def weigh_kernel(
         shift = tl.where(peak == -float("inf"), 0.0, peak)
         # A row without a remainder has weights of zero.
         factor = scale / tl.where(total == 0.0, 1.0, total)
+        if LEVELS:
+            factor = tl.where(level >= VALUE_LEVEL, factor, 0.0)
         weights += b * w_sb + h * w_sh + wide_rows * w_sm
         for first in tl.range(0, columns, BLOCK_N):
             column = first + tl.arange(0, BLOCK_N)

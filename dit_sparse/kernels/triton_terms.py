@@ -11,6 +11,7 @@ from torch import Tensor
 from dit_sparse.kernels.block_layout import BlockLayout
 from dit_sparse.kernels.moments import Moments
 from dit_sparse.kernels.triton_launch import broadcast_strides, interpreted, on_device_of, padded
+from dit_sparse.types import Remainder
 
 __all__ = ["weigh_by_triton"]
 
@@ -23,7 +24,8 @@ def weigh_by_triton(
     k_layout: BlockLayout,
     kept: Tensor,
     scale: float,
-    mass: bool,
+    remainder: Remainder,
+    head_remainders: Tensor | None,
     limit: float,
     base: float = 0.0,
     dtype: torch.dtype = torch.float32,
@@ -35,7 +37,7 @@ def weigh_by_triton(
         k_layout: the key blocks.
         kept: `[B|1, H|1, Mq, Mk]` bool.
         scale: factor of the scores.
-        mass: whether the bias holds the second order.
+        remainder, head_remainders: as in `AttentionPlan`.
         limit: of the spread, above which a block leaves no remainder.
         base: taken off the bias.
         dtype: of the bias.
@@ -56,14 +58,16 @@ def weigh_by_triton(
         weights = keys.products.new_empty(batch, heads, q_blocks, keys.products.shape[2])
     given = bias if weights is None else weights
     offsets = k_layout.offsets.contiguous()
+    own = offsets[..., 0] if head_remainders is None else head_remainders
     block = 16 if interpreted() or dim > 128 else 64
     with on_device_of(bias):
         weigh_kernel[triton.cdiv(q_blocks, block), heads, batch](
-            queries.mean, queries.square, keys.mean, keys.square, kept, offsets, bias, given,
+            queries.mean, queries.square, keys.mean, keys.square, kept, offsets, own, bias, given,
             *queries.mean.stride()[:3], *keys.mean.stride()[:3], *broadcast_strides(kept), kept.stride(2),
-            *broadcast_strides(offsets), *bias.stride()[:3], *given.stride()[:3],
+            *broadcast_strides(offsets), *broadcast_strides(own), *bias.stride()[:3], *given.stride()[:3],
             q_blocks, k_blocks, given.shape[-1], scale, limit, base,
-            D=dim, BLOCK_D=padded(dim), BLOCK_M=block, BLOCK_N=block, MASS=mass, WEIGHTS=weights is not None,
-            UPCAST=interpreted(), num_warps=4, num_stages=1,
+            D=dim, BLOCK_D=padded(dim), BLOCK_M=block, BLOCK_N=block, MASS=remainder == "mass",
+            WEIGHTS=weights is not None, LEVELS=head_remainders is not None, UPCAST=interpreted(), num_warps=4,
+            num_stages=1,
         )  # fmt: skip
     return bias, weights

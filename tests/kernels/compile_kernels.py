@@ -80,9 +80,9 @@ def moments(job: dict):
 def weights(job: dict):
     constants = dict(
         D=job["dim"], BLOCK_D=job["padded"], BLOCK_M=job["block"], BLOCK_N=job["block"], MASS=True, WEIGHTS=True,
-        UPCAST=False,
+        LEVELS=True, UPCAST=False,
     )  # fmt: skip
-    special = {"kept": "*u8", "weights": f"*{job['dtype']}"}
+    special = {"kept": "*u8", "levels": "*i8", "weights": f"*{job['dtype']}"}
     special |= dict.fromkeys(("q_mean", "q_square", "k_mean", "k_square"), "*fp32")
     return triton_source(remainder_kernels.weigh_kernel, constants, job, special), options_of(job)
 

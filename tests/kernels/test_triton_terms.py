@@ -28,8 +28,9 @@ def on_device(moments: Moments) -> Moments:
 
 @pytest.mark.parametrize("name", ["mean", "value", "mass"])
 @pytest.mark.parametrize("compact", [False, True])
+@pytest.mark.parametrize("own", [None, (3, 1), (2, 0)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_equals_plain_torch(name: Remainder, dtype: torch.dtype, compact: bool) -> None:
+def test_equals_plain_torch(name: Remainder, dtype: torch.dtype, compact: bool, own: tuple[int, int] | None) -> None:
     layout = BlockLayout(ORDER.offsets, ORDER.geometry, ORDER.num_tokens)
     draw = cases.generator()
     q, k, v = (torch.randn(2, 2, ORDER.num_tokens, 24, generator=draw).to(dtype) for _ in range(3))
@@ -40,21 +41,23 @@ def test_equals_plain_torch(name: Remainder, dtype: torch.dtype, compact: bool) 
     kept = torch.rand(1, 2, blocks, blocks, generator=draw) < 0.3
     kept[:, :, 1] = True  # a row without a remainder
 
-    bias = remainder._bias(queries, keys, layout, kept, SCALE, name)
+    levels = None if own is None else torch.tensor([own], dtype=torch.int8)
+    bias = remainder._bias(queries, keys, layout, kept, SCALE, name, levels)
     assert bias.isfinite().any()
     assert (bias.isneginf() & ~kept).any()  # empty blocks, and those that spread too far
     there = BlockLayout(ORDER.offsets.to(DEVICE), ORDER.geometry, ORDER.num_tokens)
     base, kind = (math.log(ORDER.geometry.largest), torch.float16) if compact else (0.0, torch.float32)
     limit = remainder.LARGEST_SPREAD
-    given = on_device(queries), on_device(keys), there, kept.to(DEVICE), SCALE, name == "mass", limit, base, kind
-    got, weights = weigh_by_triton(*given)
+    levels_there = None if levels is None else levels.to(DEVICE)
+    given = on_device(queries), on_device(keys), there, kept.to(DEVICE), SCALE, name, levels_there
+    got, weights = weigh_by_triton(*given, limit, base, kind)
     assert got.dtype == kind
     torch.testing.assert_close(got.cpu().float() + base, bias, rtol=0, atol=2e-3 if compact else 5e-5)
     if keys.products is None:
         assert weights is None
         return
     assert weights is not None
-    want = remainder._weights(queries, keys, bias, SCALE)
+    want = remainder._weights(queries, keys, bias, SCALE, levels)
     assert weights.shape == want.shape
     assert not weights[:, :, 1].any()
     unit = torch.finfo(dtype).eps
@@ -66,7 +69,7 @@ def test_rows_of_the_bias_are_what_tma_can_address() -> None:
     q = torch.randn(2, 2, ORDER.num_tokens, 16, device=DEVICE)
     moments = block_moments(q, layout)
     kept = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=DEVICE)
-    bias, _ = weigh_by_triton(moments, moments, layout, kept, SCALE, False, 2.0, 0.0, torch.float16)
+    bias, _ = weigh_by_triton(moments, moments, layout, kept, SCALE, "mean", None, 2.0, 0.0, torch.float16)
     assert bias.shape[-1] == ORDER.num_blocks
     assert ORDER.num_blocks % 8
     assert all(stride * bias.element_size() % 16 == 0 for stride in bias.stride()[:-1])
