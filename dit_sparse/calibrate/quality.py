@@ -24,7 +24,6 @@ from dit_sparse.eval.fidelity import psnr
 from dit_sparse.kernels import dense_attention
 from dit_sparse.methods.parameters import accepts_density, takes_error, with_density, with_threshold
 from dit_sparse.pipelines import observe_values
-from dit_sparse.safety import safe_remainder
 from dit_sparse.schedule import Schedule
 from dit_sparse.types import AttentionPlan, Method, PackedPlan, Previous, Site
 
@@ -129,8 +128,7 @@ class LayerErrors:
                 plan = method.plan_from(found, site)
             else:
                 plan = method.plan(q, k, v, site, Previous(None, lse, site.step))
-            plan = self.schedule.finish(plan)
-            plans[value] = (plan if method.scope == "grid" else safe_remainder(q, k, v, plan)).pack()
+            plans[value] = self.schedule.finish(plan).pack()
         return plans
 
     def forget_plans(self) -> None:

@@ -23,7 +23,6 @@ from dit_sparse.pipelines.layout import Group, Layout
 from dit_sparse.pipelines.statistics import CHANGED, CallRecord, RunStatistics, Stopwatch
 from dit_sparse.pipelines.steps import StepCounter
 from dit_sparse.pipelines.strict import ALLOW, NotSparseError, check_blocks, check_inside_run, demands
-from dit_sparse.safety import safe_remainder
 from dit_sparse.schedule import Decision, Schedule
 from dit_sparse.types import AttentionPlan, PackedPlan, Previous, Site, TokenGrid, TokenOrder
 
@@ -339,8 +338,6 @@ class Session:
             planning = Stopwatch(q.device)
             method = self.schedule.method_for(site)
             plan = self.schedule.finish(self.engine.plan(key, method, q, k, v, site, previous))
-            if method.scope != "grid":  # else it is for all layers, whatever their data
-                plan = safe_remainder(q, k, v, plan, in_order=site.in_order)
             planning.stop()
             refused = self._judge.after(plan, site, key, q) if self._judges else None
             if refused is not None:

@@ -19,7 +19,6 @@ from dit_sparse import (
     Pisa,
     Schedule,
     TokenGrid,
-    safety,
     sparsify,
     statistics,
     unsparsify,
@@ -32,7 +31,7 @@ from dit_sparse.pipelines.layout import Layout
 from dit_sparse.pipelines.session import Session
 from dit_sparse.pipelines.wan import SparseWanAttnProcessor, WanAdapter
 from dit_sparse.reorder import tile_order
-from dit_sparse.types import AttentionPlan, PackedPlan
+from dit_sparse.types import PackedPlan
 
 METHODS = [
     Neighborhood(window=(1, 5, 7), tile=(1, 4, 4)),
@@ -108,25 +107,6 @@ def test_every_method_has_a_remainder(pipe, render, method, at_rest, monkeypatch
     want = render(sparsify(pipe, Schedule(method, remainder="value"), backend="reference"))
     assert (got - want).abs().max() <= 1e-4 * want.abs().max()
     assert (got - without).abs().max() > 1e-3 * want.abs().max()
-
-
-@pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
-def test_a_remainder_is_tried_before_a_plan_is_used(pipe, render, method, monkeypatch) -> None:
-    """With a demand that nothing meets the run is one without a remainder; a plan of the grid alone is not tried."""
-    without = render(sparsify(pipe, method))
-    monkeypatch.setattr(safety, "DEVIATIONS", 1e9)
-    sparsify(pipe, Schedule(method, remainder="value"))
-    plans: list[AttentionPlan] = []
-    session_of(pipe).on_plan = lambda site, plan: plans.append(plan)
-    got = render(pipe)
-    if method.scope == "grid":
-        assert all(plan.head_remainders is None for plan in plans)
-        assert (got - without).abs().max() > 1e-3 * got.abs().max()
-    else:
-        heads = pipe.transformer.config.num_attention_heads
-        assert plans
-        assert all(plan.head_remainders.tolist() == [[0] * heads] for plan in plans)
-        assert (got - without).abs().max() <= 1e-4 * got.abs().max()
 
 
 def test_a_backend_without_the_remainder_is_refused_before_the_run(pipe) -> None:
