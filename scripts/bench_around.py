@@ -59,7 +59,7 @@ def pairs(pipe: Any) -> dict[str, tuple[int, Pair]]:
         return block.attn2(hidden, kept, mask, None)
 
     def decode(how: Callable[[Any], None]) -> Tensor:
-        how(pipe.vae)
+        how(pipe.vae.decoder)
         return pipe.vae.decode(latents).sample
 
     return {

@@ -1,4 +1,4 @@
-"""3-D convolutions of a VAE through oneDNN on a CPU, however small the video.
+"""3-D convolutions of a VAE's decoder through oneDNN on a CPU, however small the video.
 
 For one sample torch takes oneDNN only where channels x frames x rows are more than 20,480. Below that it copies out
 every patch for a matrix product, which takes several times as long.
@@ -15,21 +15,21 @@ from torch import Tensor
 __all__ = ["by_onednn", "by_torch"]
 
 
-def by_onednn(vae: Any) -> None:
-    """Let the 3-D convolutions of `vae` run through oneDNN where they can; equal up to rounding. `None` has none."""
-    for conv in _convolutions(vae):
+def by_onednn(module: Any) -> None:
+    """Let the 3-D convolutions of `module` run through oneDNN where they can; equal up to rounding. `None` has none."""
+    for conv in _convolutions(module):
         conv._conv_forward = MethodType(_convolve, conv)
 
 
-def by_torch(vae: Any) -> None:
+def by_torch(module: Any) -> None:
     """Undo `by_onednn`."""
-    for conv in _convolutions(vae):
+    for conv in _convolutions(module):
         conv.__dict__.pop("_conv_forward", None)
 
 
-def _convolutions(vae: Any) -> list[Any]:
-    modules = vae.modules() if isinstance(vae, torch.nn.Module) else ()
-    return [module for module in modules if isinstance(module, torch.nn.Conv3d)]
+def _convolutions(module: Any) -> list[Any]:
+    modules = module.modules() if isinstance(module, torch.nn.Module) else ()
+    return [own for own in modules if isinstance(own, torch.nn.Conv3d)]
 
 
 def _convolve(conv: torch.nn.Conv3d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
