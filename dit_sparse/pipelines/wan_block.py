@@ -1,8 +1,8 @@
 """Wan's transformer block with what stands between its matrix products fused; the products stay upstream's.
 
 On a CPU, after self-attention that was sparse, the padding of prompts is merged as well. diffusers pads them with zeros
-to 512 tokens and masks none, so most text tokens are alike, and n equal keys with equal values attend as one whose score
-has ln n added.
+to 512 tokens and masks none, so most text tokens are alike, and n equal keys with equal values attend as one whose
+score has ln n added.
 """
 
 from __future__ import annotations
