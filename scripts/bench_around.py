@@ -65,7 +65,7 @@ def pairs(pipe: Any) -> dict[str, tuple[int, Pair]]:
     return {
         "cross-attention": (calls, (partial(cross_attend, True), partial(cross_attend, False))),
         "feed-forward": (calls, (partial(block.ffn, hidden), partial(wan_block.feed_forward, block.ffn, hidden))),
-        "VAE decoder": (1, (partial(decode, by_torch), partial(decode, by_onednn))),
+        "VAE decoder": (1, (partial(decode, by_torch), partial(decode, partial(by_onednn, wanted=lambda: True)))),
     }
 
 

@@ -100,7 +100,7 @@ def install(pipe: Pipeline, session: Session) -> Pipeline:
         reset_caches(transformer)
         setattr(transformer, _INSTALLED, _Installed(session, hook))
     if not changed:
-        by_onednn(_decoder(pipe))
+        by_onednn(_decoder(pipe), session.ran_sparse)
     session.watch(pipe)
     return pipe
 
@@ -121,7 +121,7 @@ def unsparsify(pipe: Pipeline) -> Pipeline:
 
 
 def _decoder(pipe: Any) -> Any:
-    """The VAE's; its encoder stays torch's, so that a dense run from an image stays bit for bit what it was."""
+    """The VAE's; its encoder stays torch's, as it works before it is known whether a run is sparse."""
     return getattr(getattr(pipe, "vae", None), "decoder", None)
 
 
