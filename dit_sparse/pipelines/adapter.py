@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self
 
 import torch
@@ -181,8 +181,8 @@ class FamilyAdapter(ABC):
     def unfuse(self, transformer: Any) -> None:  # noqa: B027
         """Undo `fuse`."""
 
-    def begin_forward(self, transformer: Any, inputs: Inputs, sparse: Sequence[int]) -> None:  # noqa: B027
-        """Called before each forward; on a CPU layers that are not in `sparse` must stay upstream's bit for bit."""
+    def begin_forward(self, transformer: Any, inputs: Inputs) -> None:  # noqa: B027
+        """Called before each forward; on a CPU a layer whose attention is dense must stay upstream's bit for bit."""
 
     def end_forward(self, transformer: Any) -> None:  # noqa: B027
         """Undo `begin_forward`; called after each forward, and before the next as it may have failed."""

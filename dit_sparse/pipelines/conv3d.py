@@ -1,4 +1,4 @@
-"""3-D convolutions of a VAE through oneDNN on a CPU, however small the video.
+"""3-D convolutions of a VAE's decoder through oneDNN on a CPU, however small the video.
 
 For one sample torch takes oneDNN only where channels x frames x rows are more than 20,480. Below that it copies out
 every patch for a matrix product, which takes several times as long.
@@ -6,7 +6,8 @@ every patch for a matrix product, which takes several times as long.
 
 from __future__ import annotations
 
-from types import MethodType
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,27 +16,34 @@ from torch import Tensor
 __all__ = ["by_onednn", "by_torch"]
 
 
-def by_onednn(vae: Any) -> None:
-    """Let the 3-D convolutions of `vae` run through oneDNN where they can; equal up to rounding. `None` has none."""
-    for conv in _convolutions(vae):
-        conv._conv_forward = MethodType(_convolve, conv)
+def by_onednn(module: Any, wanted: Callable[[], bool]) -> None:
+    """Let the 3-D convolutions of `module` run through oneDNN where they can; equal up to rounding.
+
+    Args:
+        module: `None` has none.
+        wanted: asked at every convolution whether it may.
+    """
+    for conv in _convolutions(module):
+        conv._conv_forward = functools.partial(_convolve, conv, wanted)
 
 
-def by_torch(vae: Any) -> None:
+def by_torch(module: Any) -> None:
     """Undo `by_onednn`."""
-    for conv in _convolutions(vae):
+    for conv in _convolutions(module):
         conv.__dict__.pop("_conv_forward", None)
 
 
-def _convolutions(vae: Any) -> list[Any]:
-    modules = vae.modules() if isinstance(vae, torch.nn.Module) else ()
-    return [module for module in modules if isinstance(module, torch.nn.Conv3d)]
+def _convolutions(module: Any) -> list[Any]:
+    modules = module.modules() if isinstance(module, torch.nn.Module) else ()
+    return [own for own in modules if isinstance(own, torch.nn.Conv3d)]
 
 
-def _convolve(conv: torch.nn.Conv3d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _convolve(
+    conv: torch.nn.Conv3d, wanted: Callable[[], bool], x: Tensor, weight: Tensor, bias: Tensor | None
+) -> Tensor:
     """`torch.nn.Conv3d._conv_forward`; the caller's own `forward` has padded `x` in its way."""
     padding = conv.padding
-    if isinstance(padding, str) or conv.padding_mode != "zeros" or not _takes(x, weight):
+    if isinstance(padding, str) or conv.padding_mode != "zeros" or not _takes(x, weight) or not wanted():
         return torch.nn.Conv3d._conv_forward(conv, x, weight, bias)
     return torch.mkldnn_convolution(x, weight, bias, padding, conv.stride, conv.dilation, conv.groups)
 

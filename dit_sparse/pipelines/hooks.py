@@ -101,7 +101,7 @@ class SiteHook:
         movable = self.adapter.takes_order(module, inputs) if self._parallel is None else self._parallel.mesh.ring == 1
         device = latents.device if movable else None
         order = self.session.begin_forward(layout, self.model, self._branch, device, self._parallel, latents)
-        self.adapter.begin_forward(module, inputs, self.session.sparse_layers(self.adapter.num_layers(module)))
+        self.adapter.begin_forward(module, inputs)
         if self._parallel is not None:
             # All ranks have the same schedule, as they have just found, so this fails on all or none.
             check_spread(module, self.session.schedule)

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from dit_sparse.kernels import dense_attention
-from dit_sparse.methods import Dense
 from dit_sparse.parallel import ContextParallel
 from dit_sparse.pipelines.drift import DriftMeter
 from dit_sparse.pipelines.engine import Engine, OneDevice
@@ -211,13 +210,15 @@ class Session:
         self._unnamed_forwards = (self.steps.step, count)
         return f"forward {count}"
 
-    def sparse_layers(self, num_layers: int) -> list[int]:
-        """The layers of `num_layers` that the schedule lets be sparse in the step under way; none outside a run."""
-        at, schedule = self.steps, self.schedule
-        is_dense = isinstance(schedule.method, Dense) or at.step < schedule.warmup_steps(at.num_steps)
-        if is_dense or not at.inside_run:
-            return []
-        return [layer for layer in range(num_layers) if not schedule.is_dense_layer(layer, num_layers)]
+    @property
+    def latest_was_sparse(self) -> bool:
+        """Whether the latest self-attention call of the run was sparse."""
+        records = self.statistics.records
+        return bool(records) and records[-1].density is not None
+
+    def ran_sparse(self) -> bool:
+        """Whether any self-attention call of the latest run was sparse."""
+        return any(record.density is not None for record in self.statistics.records)
 
     def sequence_len(self, here: int) -> int:
         """Tokens of a sequence of which `here` are on this rank."""

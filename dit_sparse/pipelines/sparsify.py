@@ -100,7 +100,7 @@ def install(pipe: Pipeline, session: Session) -> Pipeline:
         reset_caches(transformer)
         setattr(transformer, _INSTALLED, _Installed(session, hook))
     if not changed:
-        by_onednn(getattr(pipe, "vae", None))
+        by_onednn(_decoder(pipe), session.ran_sparse)
     session.watch(pipe)
     return pipe
 
@@ -116,8 +116,13 @@ def unsparsify(pipe: Pipeline) -> Pipeline:
         reset_caches(transformer)
         installed.session.steps.release()
         delattr(transformer, _INSTALLED)
-        by_torch(getattr(pipe, "vae", None))
+        by_torch(_decoder(pipe))
     return pipe
+
+
+def _decoder(pipe: Any) -> Any:
+    """The VAE's; its encoder stays torch's, as it works before it is known whether a run is sparse."""
+    return getattr(getattr(pipe, "vae", None), "decoder", None)
 
 
 def session_of(pipe: Any) -> Session | None:

@@ -1,7 +1,6 @@
 """Wan 2.1 and 2.2: where its attention lets the toolkit in."""
 
 import math
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -97,9 +96,8 @@ class WanAdapter(FamilyAdapter):
         for block in transformer.blocks:
             unfuse_block(block)
 
-    def begin_forward(self, transformer: Any, inputs: Inputs, sparse: Sequence[int]) -> None:
-        if sparse:
-            merge_text([transformer.blocks[layer] for layer in sparse], inputs["encoder_hidden_states"])
+    def begin_forward(self, transformer: Any, inputs: Inputs) -> None:
+        merge_text(transformer.blocks, inputs["encoder_hidden_states"])
 
     def end_forward(self, transformer: Any) -> None:
         forget_text(transformer.blocks)

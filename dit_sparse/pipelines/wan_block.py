@@ -1,8 +1,8 @@
 """Wan's transformer block with what stands between its matrix products fused; the products stay upstream's.
 
-On a CPU, in steps that run sparse, the padding of prompts is merged as well. diffusers pads them with zeros to 512
-tokens and masks none, so most text tokens are alike, and n equal keys with equal values attend as one whose score has
-ln n added.
+On a CPU, after self-attention that was sparse, the padding of prompts is merged as well. diffusers pads them with zeros
+to 512 tokens and masks none, so most text tokens are alike, and n equal keys with equal values attend as one whose
+score has ln n added.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnP
 from torch import Tensor
 
 from dit_sparse.kernels import add_gated, gelu_tanh_, layer_norm
-from dit_sparse.pipelines.adapter import uses_default_backend
+from dit_sparse.pipelines.adapter import SparseProcessor, uses_default_backend
 from dit_sparse.pipelines.norm_rotate import is_watched
 
 _OFF = "_dit_sparse_unfused"
-_ALIKE = "_dit_sparse_alike"  # set on a CPU in steps that run sparse, which need not equal upstream bit for bit
+_ALIKE = "_dit_sparse_alike"  # how many tokens end a prompt alike; set for a forward on a CPU
 _FFN_TOKENS = 1024
 _TEXT_UNIT = 16  # keys: a row of scores then fills whole vectors
 _upstream_forward = WanTransformerBlock.forward  # Dynamo does not trace it through the class
@@ -94,12 +94,12 @@ def fused_forward(
     x = _normed(block.norm1, hidden_states, scale, shift)
     hidden_states = add_gated(hidden_states, block.attn1(x, None, None, rotary_emb), gate)
     x = _normed(block.norm2, hidden_states) if isinstance(block.norm2, FP32LayerNorm) else hidden_states
-    text, mask, alike = encoder_hidden_states, None, block.__dict__.get(_ALIKE)
-    if alike is not None and _takes_mask(block.attn2):
-        text, mask = merged(text, alike)
+    text, mask, rounds = encoder_hidden_states, None, _may_round(block)
+    if rounds and _takes_mask(block.attn2):
+        text, mask = merged(text, block.__dict__[_ALIKE])
     hidden_states = hidden_states + block.attn2(x, text, mask, None)
     x = _normed(block.norm3, hidden_states, ffn_scale, ffn_shift)
-    return add_gated(hidden_states, block.ffn(x) if alike is None else feed_forward(block.ffn, x), ffn_gate)
+    return add_gated(hidden_states, feed_forward(block.ffn, x) if rounds else block.ffn(x), ffn_gate)
 
 
 def _normed(norm: FP32LayerNorm, x: Tensor, *modulation: Tensor) -> Tensor:
@@ -125,6 +125,12 @@ def _is_plain(ffn: FeedForward, x: Tensor) -> bool:
     return layers and quiet and x.dtype == torch.float32
 
 
+def _may_round(block: WanTransformerBlock) -> bool:
+    """Whether what follows self-attention on a CPU need not be upstream's bit for bit, as that was sparse."""
+    processor = block.attn1.processor
+    return _ALIKE in block.__dict__ and isinstance(processor, SparseProcessor) and processor.session.latest_was_sparse
+
+
 def _takes_mask(attn: WanAttention) -> bool:
     """Whether cross-attention takes a mask: upstream's own, to text alone, by torch's SDPA."""
     return type(attn.processor) is WanAttnProcessor and attn.add_k_proj is None and uses_default_backend(attn.processor)
@@ -133,7 +139,7 @@ def _takes_mask(attn: WanAttention) -> bool:
 def _applies(block: WanTransformerBlock, hidden_states: Tensor, temb: Tensor) -> bool:
     """Whether the fused forward computes what upstream's does, and faster: eager, one timestep a sample.
 
-    On a CPU only in steps that run sparse, as it rounds otherwise.
+    On a CPU only where prompts may be merged; it is upstream's bit for bit until self-attention was sparse.
     """
     wanted = hidden_states.is_cuda or _ALIKE in block.__dict__
     if torch.compiler.is_compiling() or not wanted or temb.ndim != 3:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch.nn import Conv3d
 
-from dit_sparse import AdaSpa, sparsify, unsparsify
-from dit_sparse.pipelines.conv3d import by_onednn, by_torch
+from dit_sparse import AdaSpa, Schedule, sparsify, unsparsify
+from dit_sparse.pipelines.conv3d import by_onednn
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def test_it_computes_what_torch_does(options, calls) -> None:
     conv, x = Conv3d(4, 6, (3, 3, 3), **options), torch.randn(1, 4, 6, 9, 11)
     exact = copy.deepcopy(conv).double()(x.double())
     torchs = (conv(x) - exact).abs().max()
-    by_onednn(conv)
+    by_onednn(conv, lambda: True)
     assert (conv(x) - exact).abs().max() <= 2 * torchs + 1e-6
     assert len(calls) == 1
 
@@ -50,30 +50,38 @@ def test_the_rest_stays_torchs(case, calls) -> None:
     off = torch.backends.mkldnn.flags(enabled=False, allow_tf32=False) if case == "switched off" else nullcontext()
     with torch.set_grad_enabled(case == "gradient"), off:
         want = conv(x)
-        by_onednn(conv)
+        by_onednn(conv, lambda: True)
         assert torch.equal(conv(x), want)
     assert not calls
 
 
-def test_a_sparse_pipeline_decodes_so_and_a_dense_one_does_not(pipe, calls) -> None:
+def test_a_sparse_run_is_decoded_so_and_a_dense_one_is_not(pipe, render, calls) -> None:
     latents = torch.randn(1, 8, 3, 4, 6)
     with torch.no_grad():
         want = pipe.vae.decode(latents).sample
-        sparsify(pipe, AdaSpa(block=16))
-        twin = copy.deepcopy(pipe.vae)
+        render(sparsify(pipe, Schedule(AdaSpa(block=16), warmup=1)))
+        assert torch.equal(pipe.vae.decode(latents).sample, want)
+        assert not calls
+        render(sparsify(pipe, AdaSpa(block=16)))
         got = pipe.vae.decode(latents).sample
         assert calls
         assert (got - want).abs().max() <= 1e-4 * want.abs().max()
-        unsparsify(pipe)
         calls.clear()
+        pipe.vae.encode(torch.zeros(1, 3, 5, 16, 16))
+        unsparsify(pipe)
         assert torch.equal(pipe.vae.decode(latents).sample, want)
         assert not calls
-        by_torch(twin)
-        assert torch.equal(twin.decode(latents).sample, want)
 
 
-def test_a_copy_has_its_own_weights(pipe) -> None:
-    sparsify(pipe, AdaSpa(block=16))
-    conv = pipe.vae.decoder.conv_in
-    twin = copy.deepcopy(conv)
-    assert twin._conv_forward.__self__ is twin
+def test_a_copy_follows_its_own_pipeline(pipe, render, calls) -> None:
+    render(sparsify(pipe, AdaSpa(block=16)))
+    twin, latents = copy.deepcopy(pipe), torch.randn(1, 8, 3, 4, 6)
+    with torch.no_grad():
+        twin.vae.decode(latents)
+        assert not calls, "it has not run yet"
+        for parameter in twin.vae.decoder.conv_out.parameters():
+            parameter.zero_()
+        render(twin)
+        assert not twin.vae.decode(latents).sample.any()
+        assert calls
+        assert pipe.vae.decode(latents).sample.any()
