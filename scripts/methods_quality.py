@@ -229,7 +229,8 @@ def main() -> None:
     if options.check:
         same = with_table(page, json.loads(OUT.read_text("utf-8"))) == page
         sys.exit(0 if same else f"{PAGE} has another table; run scripts/methods_quality.py")
-    reports = [json.loads(path.read_text("utf-8")) for path in sorted(DOCS.glob("fidelity*.json"), key=lambda path: path.stem)]
+    paths = sorted(DOCS.glob("fidelity*.json"), key=lambda path: path.stem)
+    reports = [json.loads(path.read_text("utf-8")) for path in paths]
     quality = collect(reports, json.loads((DOCS / "recall.json").read_text("utf-8")))
     write_report(quality, OUT)
     PAGE.write_text(with_table(page, quality), "utf-8")

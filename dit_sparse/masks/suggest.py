@@ -15,6 +15,8 @@ from dit_sparse.types import TokenGrid
 _EQUAL = 0.02
 # Share of the efficiency of whole tiles that a setting must have to come before others.
 _EFFICIENT = 0.8
+# Power of the compactness from density .25 down; none from .5 up, where little is left out and reach decides.
+_COMPACT = 0.3
 _TOLERANCE = 0.1
 _THIN = 16
 
@@ -58,8 +60,9 @@ def suggest_settings(grid: TokenGrid, density: float, count: int = 5, cost: Tile
       more alike, so that a remainder has more of them.
 
     Settings come first that have four fifths of the efficiency of whole tiles; of them those of the largest efficiency
-    times the square root of the reach and the compactness to the power of 0.3, less by the factor that the density is
-    off. Among equals come those whose windows have the grid's proportions, then those of the smallest stride.
+    times the square root of the reach and a power of the compactness, less by the factor that the density is off. The
+    power is 0.3 up to a density of .25 and none from .5 on, where a remainder has little to do. Among equals come those
+    whose windows have the grid's proportions, then those of the smallest stride.
 
     Args:
         grid: the layout of the sequence.
@@ -112,7 +115,8 @@ def _of_tile(grid: TokenGrid, tile: Axes, density: float, cost: TileCost, count:
     windows, strides = np.stack([size[at] for size, at in zip(sizes, chosen, strict=True)]).transpose(2, 1, 0)
     shares = _without_single_axes(windows / np.array(grid.shape), grid)
     efficiency = all_pairs / time * reached
-    merit = efficiency * _reach(windows, strides, grid) ** 0.5 * _compactness(tile, grid) ** 0.3 * np.exp(-gap)
+    compactness = _compactness(tile, grid) ** (_COMPACT * min(1.0, max(0.0, 2 - 4 * density)))
+    merit = efficiency * _reach(windows, strides, grid) ** 0.5 * compactness * np.exp(-gap)
     keys = (
         np.where(gap <= _TOLERANCE, 0.0, gap),
         (efficiency * min(cost.block_128, cost.block_64) < _EFFICIENT).astype(np.float64),
