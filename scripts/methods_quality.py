@@ -3,8 +3,8 @@
     python scripts/methods_quality.py          # docs/quality.json, its picture, and the table in docs/methods.md
     python scripts/methods_quality.py --check  # exit with 1 if the page has another table
 
-Read are the reports of scripts/bench_fidelity.py (docs/fidelity*.json, later ones in the place of earlier ones, method
-by method), scripts/bench_recall.py and scripts/bench_planning.py.
+Read are the reports of scripts/bench_fidelity.py (docs/fidelity*.json, later ones in the place of earlier ones, setting
+by setting), scripts/bench_recall.py and scripts/bench_planning.py.
 """
 
 from __future__ import annotations
@@ -35,14 +35,17 @@ _GREY = "#888888"
 
 def collect(reports: Sequence[Mapping[str, Any]], recall: Mapping[str, Any]) -> dict[str, Any]:
     """PSNR over prompts and recall over calls, by method and density; random blocks and the floors among them."""
-    videos: dict[str, list[Mapping[str, Any]]] = {}
+    settings: dict[str, list[Mapping[str, Any]]] = {}
     for report in reports:
         own: dict[str, list[Mapping[str, Any]]] = {}
         for row in report["videos"]:
             # What was asked for as JSON is another setting than the table's.
             if not row["label"].startswith("{"):
-                own.setdefault(_name(row), []).append(row)
-        videos |= own
+                own.setdefault(row["label"], []).append(row)
+        settings |= own
+    videos: dict[str, list[Mapping[str, Any]]] = {}
+    for rows in settings.values():
+        videos.setdefault(_name(rows[0]), []).extend(rows)
     recalled = {(row["method"], row["density"]): row for row in recall["rows"]}
     methods = {}
     for name, rows in videos.items():

@@ -59,10 +59,10 @@ def suggest_settings(grid: TokenGrid, density: float, count: int = 5, cost: Tile
     - how compact the tile is: the side of a cube of its volume over its longest side. The tokens of compact tiles are
       more alike, so that a remainder has more of them.
 
-    Settings come first that have four fifths of the efficiency of whole tiles; of them those of the largest efficiency
-    times the square root of the reach and a power of the compactness, less by the factor that the density is off. The
-    power is 0.3 up to a density of .25 and none from .5 on, where a remainder has little to do. Among equals come those
-    whose windows have the grid's proportions, then those of the smallest stride.
+    Settings come first that cut no tile and have four fifths of the efficiency of whole tiles; of them those of the
+    largest efficiency times the square root of the reach and a power of the compactness, less by the factor that the
+    density is off. The power is 0.3 up to a density of .25 and none from .5 on, where a remainder has little to do.
+    Among equals come those whose windows have the grid's proportions, then those of the smallest stride.
 
     Args:
         grid: the layout of the sequence.
@@ -115,11 +115,12 @@ def _of_tile(grid: TokenGrid, tile: Axes, density: float, cost: TileCost, count:
     windows, strides = np.stack([size[at] for size, at in zip(sizes, chosen, strict=True)]).transpose(2, 1, 0)
     shares = _without_single_axes(windows / np.array(grid.shape), grid)
     efficiency = all_pairs / time * reached
+    slow = efficiency * min(cost.block_128, cost.block_64) < _EFFICIENT
     compactness = _compactness(tile, grid) ** (_COMPACT * min(1.0, max(0.0, 2 - 4 * density)))
     merit = efficiency * _reach(windows, strides, grid) ** 0.5 * compactness * np.exp(-gap)
     keys = (
         np.where(gap <= _TOLERANCE, 0.0, gap),
-        (efficiency * min(cost.block_128, cost.block_64) < _EFFICIENT).astype(np.float64),
+        (slow | (visited > whole)).astype(np.float64),
         -np.round(merit / _EQUAL),
         shares.max(1) / shares.min(1),
         strides.prod(1).astype(np.float64),
