@@ -210,16 +210,6 @@ class Session:
         self._unnamed_forwards = (self.steps.step, count)
         return f"forward {count}"
 
-    @property
-    def latest_was_sparse(self) -> bool:
-        """Whether the latest self-attention call of the run was sparse."""
-        records = self.statistics.records
-        return bool(records) and records[-1].density is not None
-
-    def ran_sparse(self) -> bool:
-        """Whether any self-attention call of the latest run was sparse."""
-        return any(record.density is not None for record in self.statistics.records)
-
     def sequence_len(self, here: int) -> int:
         """Tokens of a sequence of which `here` are on this rank."""
         forward = self._forward

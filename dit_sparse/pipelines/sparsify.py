@@ -100,7 +100,7 @@ def install(pipe: Pipeline, session: Session) -> Pipeline:
         reset_caches(transformer)
         setattr(transformer, _INSTALLED, _Installed(session, hook))
     if not changed:
-        by_onednn(_decoder(pipe), session.ran_sparse)
+        by_onednn(_decoder(pipe), lambda: session.statistics.was_ever_sparse)
     session.watch(pipe)
     return pipe
 

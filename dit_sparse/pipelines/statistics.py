@@ -88,6 +88,14 @@ class RunStatistics:
         return dict(Counter(r.reason for r in self.records if r.density is None))
 
     @property
+    def latest_was_sparse(self) -> bool:
+        return bool(self.records) and self.records[-1].density is not None
+
+    @property
+    def was_ever_sparse(self) -> bool:
+        return any(r.density is not None for r in self.records)
+
+    @property
     def backends(self) -> dict[str, int]:
         """Number of calls by the backend that ran."""
         return dict(Counter(r.backend for r in self.records))

@@ -128,7 +128,9 @@ def _is_plain(ffn: FeedForward, x: Tensor) -> bool:
 def _may_round(block: WanTransformerBlock) -> bool:
     """Whether what follows self-attention on a CPU need not be upstream's bit for bit, as that was sparse."""
     processor = block.attn1.processor
-    return _ALIKE in block.__dict__ and isinstance(processor, SparseProcessor) and processor.session.latest_was_sparse
+    if _ALIKE not in block.__dict__ or not isinstance(processor, SparseProcessor):
+        return False
+    return processor.session.statistics.latest_was_sparse
 
 
 def _takes_mask(attn: WanAttention) -> bool:
