@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 from collections.abc import Sequence
@@ -100,7 +101,7 @@ def install(pipe: Pipeline, session: Session) -> Pipeline:
         reset_caches(transformer)
         setattr(transformer, _INSTALLED, _Installed(session, hook))
     if not changed:
-        by_onednn(_decoder(pipe), lambda: session.statistics.was_ever_sparse)
+        by_onednn(_decoder(pipe), functools.partial(_ran_sparse, session))  # a copy of the pipeline asks its own
     session.watch(pipe)
     return pipe
 
@@ -118,6 +119,10 @@ def unsparsify(pipe: Pipeline) -> Pipeline:
         delattr(transformer, _INSTALLED)
         by_torch(_decoder(pipe))
     return pipe
+
+
+def _ran_sparse(session: Session) -> bool:
+    return session.statistics.was_ever_sparse
 
 
 def _decoder(pipe: Any) -> Any:
