@@ -46,11 +46,15 @@ def test_medians_over_prompts_recall_and_the_default() -> None:
     assert table[3].startswith("| random blocks |  | 12.0 (12.0 to 12.0) |")
 
 
-def test_a_later_report_replaces_a_method_whole() -> None:
+def test_a_later_report_replaces_the_settings_that_it_has() -> None:
     old = report(*(video(f"svg {d}", 20.0, method="svg", density=d) for d in (0.5, 0.25)))
     new = report(video("svg 0.25", 25.0, method="svg", density=0.25))
     found = quality.collect([old, new], recall())["methods"]["svg"]
-    assert {density: figures["psnr"]["median"] for density, figures in found.items()} == {"0.25": 25.0}
+    assert {density: figures["psnr"]["median"] for density, figures in found.items()} == {
+        "0.5": 20.0,
+        "0.25": 25.0,
+    }
+    assert found["0.25"]["prompts"] == 1
 
 
 def test_planning_is_spread_over_the_sparse_steps() -> None:
