@@ -128,7 +128,7 @@ def _attend(
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Output, row sums where wanted, and skipped pairs where the plan skips."""
-    _validate(q, k, v, plan)
+    check_fit(q, k, v, plan)
     chosen = select(backend, q, k, v, plan)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if not in_order:
@@ -153,7 +153,8 @@ def _permuted(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> tuple[Ten
     return *permute(plan.q_order, q), *permute(plan.kv_order, k, v)
 
 
-def _validate(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> None:
+def check_fit(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> None:
+    """Raise ValueError unless tensors and plan are as `sparse_attention` takes them."""
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.ndim != 4:
             raise ValueError(f"{name} must be [B, H, N, D], got {tuple(tensor.shape)}")

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dit_sparse.attention import sparse_attention
+from dit_sparse.attention import check_fit, sparse_attention
 from dit_sparse.kernels import dense_attention, permute, scattered_places
 from dit_sparse.types import REMAINDERS, AttentionPlan, BlockGeometry, BlockMask, Remainder, TokenOrder
 
@@ -48,6 +48,7 @@ def safe_remainder(
     Raises:
         ValueError: tensors or a plan that do not fit each other.
     """
+    check_fit(q, k, v, plan)
     if plan.remainder == "none" or plan.is_dense:
         return plan
     taken = _sample(plan)

@@ -116,7 +116,7 @@ def table(report: Mapping[str, Any]) -> str:
         others[row["method"]] = min(others.get(row["method"], (float("inf"), "")), (margin, line))
     lines += [line for _, line in sorted(others.values())]
     left = unbeaten(rows)
-    said = f"Of {len(rows) - len(own)} settings of other methods {len(left)} are not beaten"
+    said = f"Of {len(rows) - len(own)} settings of other methods {len(left) or 'none'} are not beaten"
     return "\n".join(lines) + f"\n\n{said}{': ' + ', '.join(left) if left else ''}.\n"
 
 

@@ -409,3 +409,13 @@ def test_a_plan_without_a_remainder_or_a_gap_is_returned_as_it_is() -> None:
     for plan in (cases.random_plan(cases.EVEN), cases.full_plan(96).with_remainder("value")):
         q, k, v = cases.inputs(plan, 1, 1, 8)
         assert safe_remainder(q, k, v, plan) is plan
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    order = TokenOrder.from_index(torch.arange(64), torch.arange(0, 65, 16))
+    plan = AttentionPlan.from_kept(order, torch.eye(4, dtype=torch.bool)[None, None], remainder="value")
+    q = torch.randn(1, 2, 64, 8)
+    assert safe_remainder(q, q, q, plan).head_remainders is not None
+    for given in ((q[:, :, :10], q, q), (q[..., :4], q, q), (q, q[:, :, :10], q[:, :, :10])):
+        with pytest.raises(ValueError, match=r"q, k, v must agree|is for 64 tokens, got 10"):
+            safe_remainder(*given, plan)

@@ -79,7 +79,7 @@ def calibrate(
             out = Path(f"{method}.json" if wants_quality else "plan.safetensors")
         given: dict[str, Any] = {"sigma": sigma, "epsilon": epsilon, "alpha": alpha, "sample_blocks": sample_blocks}
         sides = None if tile is None else parse_parameter(Paro, "tile", tile)
-        paro = Paro(density, block, sides, **{name: value for name, value in given.items() if value is not None})
+        paro = Paro(density, block, tile=sides, **{name: value for name, value in given.items() if value is not None})
         calibration = Calibration(paro, threshold, shared_from, seed)  # type: ignore[arg-type]
         request = Request(
             prompts=tuple(opt.collect_prompts([] if prompts is None else [str(prompts)], prompt)),

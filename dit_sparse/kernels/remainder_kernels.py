@@ -65,7 +65,8 @@ def moments_kernel(
     v += b * v_sb + h * v_sh + part * BLOCK_DV
     v_end = DV - part * BLOCK_DV
     run_origin = tl.load(offsets + run_start, mask=run_start > 0, other=0) - run_start * largest
-    for block in tl.range(first_block, tl.minimum(first_block + SPAN, blocks)):
+    for number in tl.range(0, tl.minimum(SPAN, blocks - first_block)):
+        block = (first_block + number).to(tl.int64)
         uneven = (block < run_start) | (block >= run_end)
         reckoned = run_origin + block * largest
         start = tl.where(uneven, tl.load(offsets + block, mask=uneven, other=0), reckoned)
@@ -74,7 +75,7 @@ def moments_kernel(
         origin = tl.zeros([BLOCK_D], tl.float32)
         if CENTRED:
             inside = (channels < D) & (start < end)
-            origin = tl.load(x + start.to(tl.int64) * x_sn + channels, mask=inside, other=0.0).to(tl.float32)
+            origin = tl.load(x + start * x_sn + channels, mask=inside, other=0.0).to(tl.float32)
         total = tl.zeros([BLOCK_D], tl.float32)
         squares = tl.zeros([BLOCK_D], tl.float32)
         v_total = tl.zeros([BLOCK_DV], tl.float32)

@@ -178,7 +178,7 @@ def check_block(name: str, value: int) -> None:
 
 def check_tile(tile: tuple[int, int, int] | None) -> None:
     """Raise ValueError unless `tile` is three whole numbers of tokens, at least 1, or None."""
-    if tile is not None and len(tile) != 3:
+    if tile is not None and not (isinstance(tile, (tuple, list)) and len(tile) == 3):
         raise ValueError(f"tile must be three sides (frames, height, width) such as 4x4x4, got {tile!r}")
     for side in tile or ():
         check_block("tile", side)

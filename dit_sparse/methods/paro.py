@@ -42,10 +42,6 @@ class Paro(AnyGrid):
 
     density: float = field(default=0.5, metadata={"help": "share of query-key pairs computed, text included"})
     block: int = field(default=64, metadata={"help": "tokens a block, where no tile is given"})
-    tile: tuple[int, int, int] | None = field(
-        default=None,
-        metadata={"help": "blocks are tiles with these sides along a head's slowest, middle, fastest axis; none: runs"},
-    )
     plan_file: str | None = field(
         default=None, metadata={"help": "a saved calibration; its density, block and tile win"}
     )
@@ -55,6 +51,10 @@ class Paro(AnyGrid):
     )
     alpha: float = field(default=1.0, metadata={"help": "weight of sparsity against quantisation incoherence"})
     sample_blocks: int = field(default=16, metadata={"help": "query blocks a head on which the orders are compared"})
+    tile: tuple[int, int, int] | None = field(
+        default=None,
+        metadata={"help": "blocks are tiles with these sides along a head's slowest, middle, fastest axis; none: runs"},
+    )
 
     name: ClassVar[str] = "paro"
     version: ClassVar[int] = 1

@@ -10,6 +10,8 @@ from dataclasses import replace
 from importlib.metadata import version
 from typing import Any, TypeVar
 
+import torch
+
 from dit_sparse.cost import tables
 from dit_sparse.kernels import check_remainder, check_skips
 from dit_sparse.methods import Paro
@@ -17,7 +19,7 @@ from dit_sparse.methods.plan_file import axes_of, write_plans
 from dit_sparse.methods.plan_header import ModelPlans, PlanHeader, one_line
 from dit_sparse.pipelines.adapter import FamilyAdapter
 from dit_sparse.pipelines.context_parallel import check_spread
-from dit_sparse.pipelines.conv3d import by_onednn, by_torch
+from dit_sparse.pipelines.conv3d import OneDnn
 from dit_sparse.pipelines.families import adapter_for, transformers_of
 from dit_sparse.pipelines.hooks import CallRecorder, SiteHook, reset_caches
 from dit_sparse.pipelines.session import Session
@@ -34,9 +36,10 @@ _INSTALLED = "_dit_sparse"
 class _Installed:
     """What `sparsify` left on a transformer: its session, and how to take it off."""
 
-    def __init__(self, session: Session, hook: SiteHook | CallRecorder) -> None:
+    def __init__(self, session: Session, hook: SiteHook | CallRecorder, decoding: OneDnn | None = None) -> None:
         self.session = session
         self.hook = hook
+        self.decoding = decoding
 
 
 def sparsify(
@@ -85,6 +88,7 @@ def install(pipe: Pipeline, session: Session) -> Pipeline:
     unsparsify(pipe)
     if changed:
         warnings.warn(f"{message(adapter, changed)}; attention runs dense", stacklevel=3)
+    decoding = OneDnn(functools.partial(_ran_sparse, session))
     for model, transformer in transformers_of(pipe).items():
         if changed:
             recorder = CallRecorder(adapter.attention_modules(transformer), model, session)
@@ -99,9 +103,11 @@ def install(pipe: Pipeline, session: Session) -> Pipeline:
         adapter.fuse(transformer)
         hook = SiteHook(transformer, model, session, adapter, originals)
         reset_caches(transformer)
-        setattr(transformer, _INSTALLED, _Installed(session, hook))
-    if not changed:
-        by_onednn(_decoder(pipe), functools.partial(_ran_sparse, session))  # a copy of the pipeline asks its own
+        setattr(transformer, _INSTALLED, _Installed(session, hook, decoding))
+    # The encoder stays torch's, as it works before it is known whether a run is sparse.
+    decoder = getattr(getattr(pipe, "vae", None), "decoder", None)
+    if not changed and isinstance(decoder, torch.nn.Module):
+        decoding.install(decoder)
     session.watch(pipe)
     return pipe
 
@@ -117,17 +123,13 @@ def unsparsify(pipe: Pipeline) -> Pipeline:
         reset_caches(transformer)
         installed.session.steps.release()
         delattr(transformer, _INSTALLED)
-        by_torch(_decoder(pipe))
+        if installed.decoding is not None:
+            installed.decoding.remove()
     return pipe
 
 
 def _ran_sparse(session: Session) -> bool:
     return session.statistics.was_ever_sparse
-
-
-def _decoder(pipe: Any) -> Any:
-    """The VAE's; its encoder stays torch's, as it works before it is known whether a run is sparse."""
-    return getattr(getattr(pipe, "vae", None), "decoder", None)
 
 
 def session_of(pipe: Any) -> Session | None:

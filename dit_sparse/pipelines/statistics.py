@@ -87,9 +87,9 @@ class RunStatistics:
         """Number of dense calls by reason: "warm-up", "layer", "search", "outside a run", ..."""
         return dict(Counter(r.reason for r in self.records if r.density is None))
 
-    @property
-    def latest_was_sparse(self) -> bool:
-        return bool(self.records) and self.records[-1].density is not None
+    def latest_was_sparse(self, layer: int) -> bool:
+        """Whether the latest call was a sparse one of `layer`."""
+        return bool(self.records) and self.records[-1].layer == layer and self.records[-1].density is not None
 
     @property
     def was_ever_sparse(self) -> bool:

@@ -75,7 +75,7 @@ def merged(text: Tensor, alike: int) -> tuple[Tensor, Tensor | None]:
     kept = min(length, -(-(length - alike + 1) // _TEXT_UNIT) * _TEXT_UNIT)
     if kept == length:
         return text, None
-    mask = text.new_zeros(1, 1, 1, kept)
+    mask = text.new_zeros(1, 1, 1, kept, dtype=torch.promote_types(text.dtype, torch.float32))
     mask[..., -1] = math.log(length - kept + 1)
     return text[:, :kept], mask
 
@@ -121,8 +121,9 @@ def _is_plain(ffn: FeedForward, x: Tensor) -> bool:
     """Whether `ffn` is two linear layers around GELU by tanh, and nobody watches it or wants gradients."""
     act = ffn.net[0]
     layers = type(ffn) is FeedForward and len(ffn.net) == 3 and type(act) is GELU and act.approximate == "tanh"
-    quiet = not torch.is_grad_enabled() and not ffn.training and not any(map(is_watched, (ffn, *ffn.net)))
-    return layers and quiet and x.dtype == torch.float32
+    if not layers or torch.is_grad_enabled() or ffn.training or torch.is_autocast_enabled("cpu"):
+        return False
+    return x.dtype == torch.float32 and not any(map(is_watched, (ffn, *ffn.net, act.proj)))
 
 
 def _may_round(block: WanTransformerBlock) -> bool:
@@ -130,7 +131,7 @@ def _may_round(block: WanTransformerBlock) -> bool:
     processor = block.attn1.processor
     if _ALIKE not in block.__dict__ or not isinstance(processor, SparseProcessor):
         return False
-    return processor.session.statistics.latest_was_sparse
+    return processor.session.statistics.latest_was_sparse(processor.layer)
 
 
 def _takes_mask(attn: WanAttention) -> bool:

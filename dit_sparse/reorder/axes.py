@@ -23,12 +23,18 @@ def distinct_axis_orders(grid: TokenGrid, block: Block = 1) -> tuple[str, ...]:
     """The names of the orders that differ on `grid`.
 
     Six, or two for an image, whose only frame changes nothing. Cut in tiles, orders differ by what tiles they make,
-    however these are walked: six for unlike sides, three where two are equal, one for a cube.
+    however these are walked: six for unlike sides, three where two are equal, one for a cube. Where a side is longer
+    than the grid, several tiles make a block, and the walk counts too.
     """
-    seen: dict[tuple[int, ...] | str, str] = {}
+    seen: dict[object, str] = {}
     for axes in AXIS_ORDERS:
         walked = "".join(axis for axis in axes if grid.shape["FHW".index(axis)] > 1)
-        seen.setdefault(walked if isinstance(block, int) else tile_along(grid, axes, block), axes)
+        if isinstance(block, int):
+            seen.setdefault(walked, axes)
+            continue
+        sides = tile_along(grid, axes, block)
+        # Where tiles are smaller than a block, those that follow each other share one, so that their walk counts.
+        seen.setdefault(sides if prod(sides) == prod(block) else (sides, walked), axes)
     return tuple(seen.values())
 
 

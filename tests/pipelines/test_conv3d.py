@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from contextlib import nullcontext
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch.nn import Conv3d
 
 from dit_sparse import AdaSpa, Schedule, sparsify, unsparsify
-from dit_sparse.pipelines.conv3d import by_onednn
+from dit_sparse.pipelines.conv3d import OneDnn
 
 
 @pytest.fixture
@@ -36,21 +37,26 @@ def test_it_computes_what_torch_does(options, calls) -> None:
     conv, x = Conv3d(4, 6, (3, 3, 3), **options), torch.randn(1, 4, 6, 9, 11)
     exact = copy.deepcopy(conv).double()(x.double())
     torchs = (conv(x) - exact).abs().max()
-    by_onednn(conv, lambda: True)
+    OneDnn(lambda: True).install(conv)
     assert (conv(x) - exact).abs().max() <= 2 * torchs + 1e-6
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize("case", ["double", "reflect", "same", "one token", "gradient", "switched off"])
+@pytest.mark.parametrize(
+    "case", ["double", "reflect", "same", "one token", "gradient", "switched off", "autocast", "own"]
+)
 def test_the_rest_stays_torchs(case, calls) -> None:
     options = {"reflect": {"padding": 1, "padding_mode": "reflect"}, "same": {"padding": "same"}}
     conv = Conv3d(4, 6, 1 if case == "one token" else 3, **options.get(case, {}))
     conv, x = conv.to(torch.float64 if case == "double" else torch.float32), torch.randn(1, 4, 6, 9, 11)
     x = x.to(conv.weight.dtype)
     off = torch.backends.mkldnn.flags(enabled=False, allow_tf32=False) if case == "switched off" else nullcontext()
-    with torch.set_grad_enabled(case == "gradient"), off:
+    if case == "own":  # as who wants seamless tiles changes it
+        conv._conv_forward = lambda x, weight, bias: torch.nn.functional.conv3d(x + 1, weight, bias)
+    mixed = torch.autocast("cpu", torch.bfloat16, enabled=case == "autocast")
+    with torch.set_grad_enabled(case == "gradient"), off, mixed:
         want = conv(x)
-        by_onednn(conv, lambda: True)
+        OneDnn(lambda: True).install(conv)
         assert torch.equal(conv(x), want)
     assert not calls
 
@@ -85,3 +91,30 @@ def test_a_copy_follows_its_own_pipeline(pipe, render, calls) -> None:
         assert not twin.vae.decode(latents).sample.any()
         assert calls
         assert pipe.vae.decode(latents).sample.any()
+
+
+def test_only_what_was_changed_is_changed_back(pipe, render, calls) -> None:
+    """However the pipelines share parts: the decoder that was given is the one that is restored."""
+    latents, vae = torch.randn(1, 8, 3, 4, 6), pipe.vae
+    render(sparsify(pipe, AdaSpa(block=16)))
+    assert pickle.loads(pickle.dumps(vae.decoder)) is not None
+    pipe.vae = copy.deepcopy(vae)
+    unsparsify(pipe)
+    with torch.no_grad():
+        vae.decode(latents)
+    assert not calls
+    assert not vae.decoder._forward_pre_hooks
+    assert not vae.decoder._forward_hooks
+    assert not any("_conv_forward" in module.__dict__ for module in vae.modules())
+
+
+def test_a_copy_is_restored_by_itself(pipe, render, calls) -> None:
+    twin, latents = copy.deepcopy(sparsify(pipe, AdaSpa(block=16))), torch.randn(1, 8, 3, 4, 6)
+    unsparsify(twin)
+    assert not twin.vae.decoder._forward_pre_hooks
+    render(pipe)
+    with torch.no_grad():
+        twin.vae.decode(latents)
+        assert not calls
+        pipe.vae.decode(latents)
+        assert calls

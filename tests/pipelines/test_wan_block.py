@@ -80,6 +80,19 @@ def test_merged_text_attends_as_the_whole(pipe, alike) -> None:
         assert (attn(hidden, kept, None, None) - want).abs().max() > 1e-4, "the mask changed nothing"
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("tokens", [7, 50, 300])
+@torch.no_grad()
+def test_merged_text_errs_as_torch_in_16_bits(pipe, tokens, dtype) -> None:
+    """The logarithm that stands for hundreds of tokens must not be rounded to these types."""
+    attn, hidden, text = pipe.transformer.blocks[0].attn2.to(dtype), torch.randn(2, 30, 24), torch.randn(2, 512, 24)
+    hidden, text = hidden.to(dtype), text.to(dtype)
+    text[:, tokens:] = 0.0
+    want = copy.deepcopy(attn).double()(hidden.double(), text.double(), None, None)
+    low = (attn(hidden, text, None, None) - want).norm()
+    assert (attn(hidden, *wan_block.merged(text, 512 - tokens), None) - want).norm() <= 2 * low
+
+
 def keys_seen(pipe, run) -> list[int]:
     """Text tokens of every cross-attention of the first block while `run` runs."""
     seen = []
@@ -124,7 +137,7 @@ def test_prompts_that_are_learnt_stay_whole(pipe) -> None:
 
 
 @torch.no_grad()
-def test_afeed_forward_in_parts_is_the_whole(pipe, monkeypatch) -> None:
+def test_a_feed_forward_in_parts_is_the_whole(pipe, monkeypatch) -> None:
     ffn, x = pipe.transformer.blocks[0].ffn, torch.randn(2, 30, 24)
     monkeypatch.setattr(wan_block, "_FFN_TOKENS", 8)
     exact = copy.deepcopy(ffn).double()(x.double())
@@ -133,9 +146,11 @@ def test_afeed_forward_in_parts_is_the_whole(pipe, monkeypatch) -> None:
     assert (wan_block.feed_forward(ffn, x) - exact).abs().max() <= 2 * (ffn(x) - exact).abs().max() + 1e-7
     assert parts == [8, 8, 8, 6]
     seen = []
-    ffn.net[0].register_forward_hook(lambda _, __, out: seen.append(out.shape[1]))
-    wan_block.feed_forward(ffn, x)
-    assert seen == [30], "who hooks a layer sees its whole input"
+    for layer in (ffn.net[0], ffn.net[0].proj):
+        handle = layer.register_forward_hook(lambda _, __, out: seen.append(out.shape[1]))
+        wan_block.feed_forward(ffn, x)
+        handle.remove()
+    assert seen == [30, 30], "who hooks a layer sees its whole input"
 
 
 def test_its_signature_is_upstreams() -> None:
