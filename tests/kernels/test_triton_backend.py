@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from dit_sparse import sparse_attention
-from dit_sparse.kernels import block_sparse, get_backend, partial_bits
+from dit_sparse.kernels import block_sparse, get_backend, moments, partial_bits
+from dit_sparse.kernels import remainder as remainders
 from dit_sparse.types import AttentionPlan, BlockMask, Remainder
 from tests.kernels import cases
 
@@ -212,6 +213,21 @@ def test_every_remainder_in_every_dtype(remainder: Remainder, dtype: torch.dtype
     plan = cases.random_plan(cases.RAGGED, heads=2).with_remainder(remainder)
     q, k, v = cases.inputs(plan, 1, 2, 40, dtype)
     cases.assert_plan_as_good_as_torch(run(q, k, v, plan), q, k, v, plan, 0.3)
+
+
+@pytest.mark.parametrize("remainder", ["mean", "value", "mass"])
+def test_terms_that_kernels_make_as_on_a_gpu(remainder: Remainder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their bias is compact: in float16 and without its base."""
+    for module in (moments, remainders):
+        monkeypatch.setattr(module, "by_kernel", lambda *_: True)
+    made = []
+    launch = block_sparse._launchers["triton"]
+    monkeypatch.setitem(block_sparse._launchers, "triton", lambda call: made.append(call.terms) or launch(call))
+    plan = cases.random_plan(cases.RAGGED, heads=2).with_remainder(remainder)
+    plan = replace(plan, head_remainders=torch.tensor([[3, 1]], dtype=torch.int8))
+    q, k, v = cases.inputs(plan, 1, 2, 40, torch.bfloat16)
+    cases.assert_plan_as_good_as_torch(run(q, k, v, plan), q, k, v, plan, 0.3)
+    assert all(terms.bias.dtype == torch.float16 and terms.base > 1 for terms in made)
 
 
 @pytest.mark.parametrize("remainder", ["mean", "value"])
