@@ -30,7 +30,7 @@ from dit_sparse import preset, sparsify, unsparsify
 from dit_sparse.demo import demo_defaults, demo_model_path
 from dit_sparse.eval import compare
 from dit_sparse.pipelines import wan_block
-from dit_sparse.pipelines.conv3d import by_onednn, by_torch
+from dit_sparse.pipelines.conv3d import OneDnn
 
 PROMPT = "A big red ball moving left on a gray background."
 GRID = (8, 24, 32)  # latent frames, rows and columns of the demo model's video
@@ -64,14 +64,16 @@ def pairs(pipe: Any) -> dict[str, tuple[int, Pair]]:
         kept, mask = (text, None) if whole else wan_block.merged(text, alike)
         return block.attn2(hidden, kept, mask, None)
 
-    def decode(how: Callable[[Any], None]) -> Tensor:
-        how(pipe.vae.decoder)
+    def decode(fast: bool) -> Tensor:
+        wanted[0] = fast
         return pipe.vae.decode(latents).sample
 
+    wanted = [False]
+    OneDnn(lambda: wanted[0]).install(pipe.vae.decoder)
     return {
         "cross-attention": (calls, (partial(cross_attend, True), partial(cross_attend, False))),
         "feed-forward": (calls, (partial(block.ffn, hidden), partial(wan_block.feed_forward, block.ffn, hidden))),
-        "VAE decoder": (1, (partial(decode, by_torch), partial(decode, partial(by_onednn, wanted=lambda: True)))),
+        "VAE decoder": (1, (partial(decode, False), partial(decode, True))),
     }
 
 
