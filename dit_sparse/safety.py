@@ -45,8 +45,13 @@ def safe_remainder(
         q, k, v, scale, in_order: as in `sparse_attention`; q, k, v of the kind that the plan is made for.
         plan: returned as it is where it keeps everything or has no remainder.
 
+    Returns:
+        The plan with `head_remainders`, `[B|1, H]` int8; nothing waits for a GPU.
+
     Raises:
         ValueError: tensors or a plan that do not fit each other.
+
+    Source: ours.
     """
     check_fit(q, k, v, plan)
     if plan.remainder == "none" or plan.is_dense:

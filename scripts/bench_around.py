@@ -11,7 +11,6 @@ so there must be one alone.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -27,6 +26,7 @@ from rich.table import Table
 from torch import Tensor
 
 from dit_sparse import preset, sparsify, unsparsify
+from dit_sparse.bench.report import write_report
 from dit_sparse.demo import demo_defaults, demo_model_path
 from dit_sparse.eval import compare
 from dit_sparse.pipelines import wan_block
@@ -159,7 +159,7 @@ def main() -> None:
         Console().print(table(parts))
         report = environment() | {"parts": [asdict(part) for part in parts]}
     if args.out is not None:
-        args.out.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+        write_report(report, args.out)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ import torch
 from bench_e2e import Runner, dense_kernels, measure_dense
 from e2e_models import MODELS
 from fidelity_tables import read_report
+from merged_reports import merged_environment
 
 from dit_sparse.bench.report import environment, write_report
 from dit_sparse.pipelines.sparsify import session_of, sparsify, unsparsify
@@ -178,21 +179,11 @@ def merge(parts: Sequence[Path]) -> dict[str, Any]:
         ValueError: no reports, or of different devices, versions, models or steps.
     """
     reports = [read_report(part, _PARTS) for part in parts]
-    first = reports[0]
-    for part, report in zip(parts, reports, strict=True):
-        for name in ("environment", "model", "layers", "steps"):
-            if _but_commit(report[name]) != _but_commit(first[name]):
-                raise ValueError(f"--merge: the {name} of {part} is not that of {parts[0]}: merge like with like")
+    where = merged_environment(reports, parts, ("model", "layers", "steps"))
     rows = {row["label"]: row for report in reports for row in report["rows"]}
-    commits = dict.fromkeys(report["environment"]["commit"] for report in reports)
-    where = first["environment"] | {"commit": ", ".join(commits)}
     left_out = {label: text for report in reports for label, text in report["left_out"].items() if label not in rows}
     dense = [found for report in reports for found in report["dense"]]
-    return first | {"environment": where, "rows": list(rows.values()), "left_out": left_out, "dense": dense}
-
-
-def _but_commit(value: Any) -> Any:
-    return {name: own for name, own in value.items() if name != "commit"} if isinstance(value, dict) else value
+    return reports[0] | {"environment": where, "rows": list(rows.values()), "left_out": left_out, "dense": dense}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

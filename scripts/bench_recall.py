@@ -24,11 +24,13 @@ from typing import Any
 
 import torch
 from bench_cpu import environment
+from merged_reports import merged_environment
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from dit_sparse import SeerAttention, Site, load_pipeline
+from dit_sparse.bench.report import write_report
 from dit_sparse.demo import demo_defaults, demo_model_path
 from dit_sparse.eval.attention import mass_recall
 from dit_sparse.eval.floors import RandomBlocks
@@ -132,20 +134,13 @@ def merge_reports(reports: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     Raises:
         ValueError: reports of other calls, machines or versions.
     """
-    first, rows = reports[0], {}
+    names = [f"report {number}" for number in range(1, len(reports) + 1)]
+    where, rows = merged_environment(reports, names, ("calls", "steps")), {}
     for report in reports:
-        for name in ("environment", "calls", "steps"):
-            if _but_commit(report[name]) != _but_commit(first[name]):
-                raise ValueError(f"--merge: reports must be of one {name}, got {report[name]} and {first[name]}")
         methods = {row["method"] for row in report["rows"]}
         kept = {key: row for key, row in rows.items() if key[0] not in methods}
         rows = kept | {(row["method"], row["density"]): row for row in report["rows"]}
-    commits = dict.fromkeys(report["environment"]["commit"] for report in reports)
-    return {**first, "environment": first["environment"] | {"commit": ", ".join(commits)}, "rows": list(rows.values())}
-
-
-def _but_commit(value: Any) -> Any:
-    return {name: own for name, own in value.items() if name != "commit"} if isinstance(value, dict) else value
+    return {**reports[0], "environment": where, "rows": list(rows.values())}
 
 
 def main() -> None:
@@ -166,7 +161,7 @@ def main() -> None:
             report = merge_reports([json.loads(part.read_text("utf-8")) for part in options.merge])
         except ValueError as error:
             parser.error(str(error))
-        options.out.write_text(json.dumps(report, indent=2) + "\n")
+        write_report(report, options.out)
         return
     torch.set_grad_enabled(False)
     calls = capture(options.steps, [float(share) for share in options.shares.split(",")], options.layers)

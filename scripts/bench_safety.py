@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from dit_sparse import AdaSpa, AttentionPlan, LeastError, Site, load_pipeline, safe_remainder, sparse_attention
-from dit_sparse.bench.report import environment
+from dit_sparse.bench.report import environment, write_report
 from dit_sparse.demo import demo_defaults, demo_model_path
 from dit_sparse.kernels import dense_attention
 from dit_sparse.pipelines import observe_values
@@ -108,7 +108,7 @@ def main() -> None:
         "milliseconds": {name: 1e3 * statistics.median(x) for name, x in trials.seconds.items()},
         "rows": trials.rows(),
     }
-    options.out.write_text(json.dumps(found, indent=1) + "\n")
+    write_report(found, options.out)
     print(json.dumps(found, indent=1))
 
 

@@ -119,7 +119,9 @@ def problem(case: Case) -> tuple[Tensor, Tensor, Tensor, AttentionPlan]:
 
 def undecided(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, terms: RemainderTerms) -> bool:
     """Whether other blocks would be left out if the spread were a little larger or smaller, as kernels may see it."""
-    near = (exact_terms(q, k, v, plan, scale * factor) for factor in (1 - 1e-5, 1 + 1e-5))
+    # Kernels for 16 bits take the spread to 16 bits.
+    step = 1e-6 if q.dtype == torch.float32 else 1e-5
+    near = (exact_terms(q, k, v, plan, scale * factor) for factor in (1 - step, 1 + step))
     return any(not torch.equal(other.bias.isneginf(), terms.bias.isneginf()) for other in near if other is not None)
 
 

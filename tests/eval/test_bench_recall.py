@@ -42,7 +42,7 @@ def test_methods_measured_again_take_the_place_of_what_was_there() -> None:
     assert merged["environment"] == {"cpu": "a", "commit": "1, 2"}
     assert {(row["method"], row["recall"]) for row in merged["rows"]} == {("paro", 0.1), ("svg", 0.3)}
     assert len(merged["rows"]) == 4
-    with pytest.raises(ValueError, match="reports must be of one steps, got 4 and 8"):
+    with pytest.raises(ValueError, match="the steps of report 2 is not that of report 1"):
         merge_reports([report("1", svg=0.2), report("2", steps=4, svg=0.3)])
 
 
