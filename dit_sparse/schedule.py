@@ -13,6 +13,7 @@ from dit_sparse.methods import find_method, nearest, read_parameter
 from dit_sparse.methods.parameters import (
     check_share,
     check_skip_factor,
+    density_at,
     skip_threshold,
     takes_density,
     threshold_name,
@@ -210,16 +211,33 @@ class Schedule:
         places = own if self.refresh is None else self.refresh
         return frozenset(int(at) if at >= 1 else round(at * num_steps) for at in places)
 
-    def plans_per_call(self, num_steps: int) -> float:
-        """Plans that a run of `num_steps` makes, over its sparse steps; with `drift` as many as it may come to."""
+    def plan_steps(self, num_steps: int) -> frozenset[int]:
+        """Sparse steps of a run of `num_steps` that plan from the data; with `drift` as many as it may come to."""
         first = self.warmup_steps(num_steps)
-        sparse = max(1, num_steps - first)
-        later = {step for step in self.refresh_steps(num_steps) if first < step < num_steps}
-        later |= {step for step in range(first + 1, num_steps) if self._new_part(step - 1, step, num_steps)}
+        found = {first} | {step for step in self.refresh_steps(num_steps) if step > first}
+        found |= {step for step in range(first + 1, num_steps) if self._new_part(step - 1, step, num_steps)}
         if self.drift is not None:
             # What moved at one step is taken up at the next.
-            later |= set(range(first + 2, num_steps, 2))
-        return (1 + len(later)) / sparse
+            found |= set(range(first + 2, num_steps, 2))
+        return frozenset(step for step in found if step < num_steps)
+
+    def plans_per_call(self, num_steps: int) -> float:
+        """Plans that a run of `num_steps` makes, over its sparse steps."""
+        return max(1, len(self.plan_steps(num_steps))) / max(1, num_steps - self.warmup_steps(num_steps))
+
+    def step_densities(self, num_steps: int) -> list[float] | None:
+        """Density of each step of a run, 1 in the warm-up; where layers have densities of their own their mean.
+
+        `None` where it is not known before the run: it comes out of the data, or goes by the scheduler's noise.
+        """
+        if self.noise_densities is not None or not takes_density(self.method):
+            return None
+        warmup, layers = self.warmup_steps(num_steps), len(self.layer_densities or (None,))
+        found = [1.0] * min(warmup, num_steps)
+        for step in range(warmup, num_steps):
+            sites = [Site(TokenGrid(1, 1, 1), layer, layers, step, num_steps) for layer in range(layers)]
+            found.append(math.fsum(density_at(self.method_for(site), site) or 0.0 for site in sites) / layers)
+        return found
 
     @cached_property
     def _methods(self) -> tuple[Method, ...]:

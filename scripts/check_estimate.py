@@ -48,21 +48,31 @@ _KINDS = ("dense", "search", "cached")
 _EXCHANGES = (2**16, 2**20, 2**22, 2**24)
 """Bytes a rank sends to every other; the first and last are fitted."""
 
-# Steps of AdaSpa at density 0.2 in seconds: model, layers timed, block, options, dense / search / cached.
+_ADASPA: dict[str, Any] = {"method": "adaspa", "density": 0.2}
+# Steps in seconds: model, layers timed, options, dense / search / cached.
 MEASURED = (
-    ("wan2.1-14b", 8, 128, {}, (1.983, 1.185, 0.896)),
-    ("wan2.1-14b", 8, 64, {}, (1.979, 1.283, 0.938)),
-    ("wan2.1-1.3b", 30, 64, {}, (0.449, 0.318, 0.232)),
-    ("hunyuanvideo", 6, 128, {}, (1.886, 1.061, 0.728)),
-    ("hunyuanvideo", 6, 64, {}, (1.872, 1.165, 0.783)),
-    ("cogvideox-5b", 6, 64, {"guided": True}, (0.230, 0.200, 0.166)),
-    ("flux.1-dev", 6, 128, {"size": "2048x2048"}, (0.073, 0.078, 0.067)),
-    ("flux.1-dev", 6, 64, {"size": "2048x2048"}, (0.076, 0.082, 0.066)),
+    ("wan2.1-14b", 8, _ADASPA | {"block": 128}, (1.983, 1.185, 0.896)),
+    ("wan2.1-14b", 8, _ADASPA | {"block": 64}, (1.979, 1.283, 0.938)),
+    ("wan2.1-14b", 4, {"method": "lea", "density": 0.16}, (0.992, 0.688, 0.423)),
+    ("wan2.1-1.3b", 30, _ADASPA | {"block": 64}, (0.449, 0.318, 0.232)),
+    ("hunyuanvideo", 6, _ADASPA | {"block": 128}, (1.886, 1.061, 0.728)),
+    ("hunyuanvideo", 6, _ADASPA | {"block": 64}, (1.872, 1.165, 0.783)),
+    ("cogvideox-5b", 6, _ADASPA | {"block": 64, "guided": True}, (0.230, 0.200, 0.166)),
+    ("flux.1-dev", 6, _ADASPA | {"block": 128, "size": "2048x2048"}, (0.073, 0.078, 0.067)),
+    ("flux.1-dev", 6, _ADASPA | {"block": 64, "size": "2048x2048"}, (0.076, 0.082, 0.066)),
 )
 """On one H200, from the table "A whole model" of docs/benchmarks.md; fused norms for Wan only."""
 
-FITTED = (("wan2.1-14b", 128), ("wan2.1-1.3b", 64))
-"""The rows of `MEASURED` whose dense steps gave the H200's coefficients."""
+FITTED = (MEASURED[0], MEASURED[3])
+"""The rows whose dense steps gave the H200's coefficients."""
+
+# Whole loops of 50 steps: model, layers timed, options, seconds of a plain step on FlashAttention-3 over the speed-up.
+LOOPS = (
+    ("wan2.1-14b", 4, _ADASPA | {"block": 128}, 50 * 1.106 / 1.94),
+    ("wan2.1-14b", 4, {"method": "lea", "density": 0.16}, 50 * 1.106 / 2.01),
+    ("wan2.1-14b", 4, {"method": "lea", "density": 0.125, "warmup": 0.0}, 50 * 1.106 / 2.33),
+)
+"""On one H200, from docs/methods/lea.md."""
 
 
 @dataclass(frozen=True)
@@ -229,7 +239,8 @@ def renew_tables(page: Path) -> None:
     """Put the tables as they are now in the place of those with the same heading in `page`."""
     lines = page.read_text("utf-8").splitlines()
     report = json.loads(page.with_name("scaling.json").read_text("utf-8"))
-    for table in (prediction_rows(), gpu_rows(), two_gpu_rows(), forward_table(report), exchange_table(report)):
+    tables = prediction_rows(), gpu_rows(), loop_rows(), two_gpu_rows(), forward_table(report), exchange_table(report)
+    for table in tables:
         start = lines.index(table[0])
         end = next((at for at in range(start, len(lines)) if not lines[at].startswith("|")), len(lines))
         lines[start:end] = table
@@ -262,14 +273,28 @@ def exchange_table(report: dict[str, Any]) -> list[str]:
     return lines
 
 
-def gpu_steps() -> Iterator[tuple[str, int, str, float, float]]:
-    """Model, block, kind of step, seconds predicted and measured on one H200."""
-    for model, layers, block, options, measured in MEASURED:
-        guided = {"guided": False} | options
-        run = build_run(model, method="adaspa", density=0.2, block=block, device="h200", **guided)  # type: ignore[arg-type]
+def gpu_steps() -> Iterator[tuple[tuple[Any, ...], str, float, float]]:
+    """Row of `MEASURED`, kind of step, seconds predicted and measured on one H200."""
+    for row in MEASURED:
+        model, layers, options, measured = row
+        run = build_run(model, device="h200", **{"guided": False} | options)
         for kind, seconds in zip(_KINDS, measured, strict=True):
             parts = step_parts(run, Mesh(1, 1), kind)  # type: ignore[arg-type]
-            yield model, block, kind, sum(parts.values()) * layers / run.shape.layers, seconds
+            yield row, kind, sum(parts.values()) * layers / run.shape.layers, seconds
+
+
+def gpu_loops() -> Iterator[tuple[str, Run, float, float]]:
+    """Model, run, and seconds of its loop predicted and measured on one H200; Wan 1.3B's are of docs/frontier.json."""
+    for model, layers, options, seconds in LOOPS:
+        run = build_run(model, device="h200", guided=False, **options)
+        yield model, run, estimate(run).seconds * layers / run.shape.layers, seconds
+    report = json.loads((ROOT / "docs" / "frontier.json").read_text("utf-8"))
+    run = build_run("wan2.1-1.3b", device="h200", guided=False, steps=report["steps"])
+    for row in sorted(report["rows"], key=lambda row: (row["config"]["warmup"], row["config"].get("density") or 0.0)):
+        schedule = Schedule.from_config(row["config"])
+        if schedule.method.name == "lea" or (schedule.method == AdaSpa() and schedule.remainder == "method"):
+            own = replace(run, schedule=replace(schedule, never_slower=False))
+            yield "wan2.1-1.3b", own, estimate(own).seconds * report["layers"] / run.shape.layers, row["seconds"]
 
 
 def two_gpu_steps() -> Iterator[tuple[Mesh, str, float, float]]:
@@ -296,16 +321,28 @@ def two_gpu_rows() -> list[str]:
 
 def gpu_rows() -> list[str]:
     """The table of predicted over measured steps on one H200."""
-    lines = ["| model | block | dense | search | cached |", "|---|---|---|---|---|"]
+    lines = ["| model | method, block | dense | search | cached |", "|---|---|---|---|---|"]
     steps = list(gpu_steps())
     for start in range(0, len(steps), len(_KINDS)):
-        model, block = steps[start][:2]
+        row = steps[start][0]
         cells = [
             f"{predicted:.3f} / {measured:.3f} = {predicted / measured:.2f}"
-            + (" (fitted)" if kind == "dense" and (model, block) in FITTED else "")
-            for _, _, kind, predicted, measured in steps[start : start + len(_KINDS)]
+            + (" (fitted)" if kind == "dense" and row in FITTED else "")
+            for _, kind, predicted, measured in steps[start : start + len(_KINDS)]
         ]
-        lines.append(f"| {model} | {block} | {' | '.join(cells)} |")
+        model, _, options, _ = row
+        block = f", {options['block']}" if "block" in options else ""
+        lines.append(f"| {model} | {options['method']}{block} | {' | '.join(cells)} |")
+    return lines
+
+
+def loop_rows() -> list[str]:
+    """The table of predicted over measured loops on one H200."""
+    lines = ["| model | method | density | dense steps | predicted / measured, s |", "|---|---|---|---|---|"]
+    for model, run, predicted, measured in gpu_loops():
+        method, dense = run.schedule.method, run.schedule.warmup_steps(run.steps)
+        cells = [model, method.name, f"{method.density:g}", f"{dense} of {run.steps}"]  # type: ignore[attr-defined]
+        lines.append(f"| {' | '.join(cells)} | {predicted:.3g} / {measured:.3g} = {predicted / measured:.2f} |")
     return lines
 
 

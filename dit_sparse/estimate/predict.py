@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias, get_args
 
 from dit_sparse.cost import Call, predict
 from dit_sparse.estimate.machines import Machine
 from dit_sparse.estimate.shapes import ModelShape
-from dit_sparse.methods.parameters import block_of, takes_density
+from dit_sparse.methods.parameters import block_of, check_share, key_block_of
 from dit_sparse.schedule import Schedule
 
 __all__ = ["Estimate", "Mesh", "Run", "estimate", "meshes"]
 
 Kind = Literal["dense", "search", "cached"]
+Step: TypeAlias = tuple[Kind, float]
+"""Its kind and, as far as it is sparse, its density."""
 PARTS = ("attention", "planning", "linear", "passes", "exchange")
 
 _ACTIVATIONS = 8.5
 """Peak activations over the hidden state; 6.13 GiB were measured for Wan 14B's 0.72 (docs/benchmarks.md)."""
+
+_SEARCH_BYTES = 4 + 4 + 1
+"""A pair of blocks, while a layer is planned: its score, what it is ranked by, and whether it is kept."""
+
+_TERMS_BYTES = 512 << 20
+"""Of the matrices of a remainder; heads go through in groups that fit (docs/remainder.md)."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +55,7 @@ class Run:
     Args:
         shape, frames, height, width, steps: the model and its video.
         schedule: method and schedule.
-        density: share of the query-key pairs that sparse steps compute; `None` is the method's own.
+        density: share of the query-key pairs that sparse steps compute, where the method does not say.
         machine: the device.
         guided: whether both guidance branches run.
 
@@ -72,7 +82,9 @@ class Run:
                 f"{self.schedule.method.name!r} cannot be estimated where blocks are skipped: nobody knows before how "
                 "many; time a run, or set skip_factor to 0"
             )
-        _ = self.tokens, self.share
+        if self.density is not None:
+            check_share("density", self.density)
+        _ = self.tokens, self.densities
 
     @cached_property
     def tokens(self) -> int:
@@ -80,37 +92,59 @@ class Run:
         return self.shape.tokens(self.frames, self.height, self.width)
 
     @cached_property
-    def share(self) -> float:
-        """The density of sparse steps."""
+    def densities(self) -> tuple[float, ...]:
+        """Of each step, as far as it is sparse."""
         method = self.schedule.method
-        own = method.density if takes_density(method) else None  # type: ignore[attr-defined]
-        density = self.density if self.density is not None else own
         if method.name == "dense":
-            return 1.0
-        if density is None:
-            raise ValueError(f"{method.name} chooses its density from the data: say with --density what to expect")
-        if not 0 < density <= 1:
-            raise ValueError(f"density must be above 0 and at most 1, got {density}")
-        return float(density)
+            return (1.0,) * self.steps
+        found = self.schedule.step_densities(self.steps)
+        if found is None:
+            if self.density is None:
+                raise ValueError(
+                    f"{method.name} has no density that is known before a run: say with --density what to expect"
+                )
+            found = [self.density] * self.steps
+        return tuple(found)
+
+    @cached_property
+    def share(self) -> float:
+        """The density of sparse steps, their mean."""
+        sparse = [density for kind, density in self.course if kind != "dense"]
+        return math.fsum(sparse) / len(sparse) if sparse else self.densities[-1]
 
     @property
     def branches(self) -> int:
         """Forwards a step, in one batch or after one another."""
         return self.shape.branches if self.guided else 1
 
-    def kinds(self) -> dict[Kind, int]:
-        """How many steps are dense, make plans, and reuse them."""
-        first = self.schedule.warmup_steps(self.steps)
-        if self.schedule.method.name == "dense":
-            first = self.steps
-        elif self.schedule.method.uses_lse:
-            # Without a dense step before, the first one gives the row sums.
-            first = max(1, first)
-        sparse = max(0, self.steps - first)
-        searches = round(self.schedule.plans_per_call(self.steps) * sparse) if sparse else 0
-        if self.schedule.method.scope == "grid":
-            searches = min(1, searches)
-        return {"dense": self.steps - sparse, "search": searches, "cached": sparse - searches}
+    @property
+    def planning_forwards(self) -> int:
+        """Forwards of a step that plan: branches one after the other may share the plan of the first."""
+        return self.branches if self.shape.batched or self.schedule.method.scope == "call" else 1
+
+    @cached_property
+    def course(self) -> tuple[Step, ...]:
+        """Kind and density of every step: dense, with plans from the data, or with those of an earlier step.
+
+        Several transformers are taken to have equal parts of the run; each makes plans of its own.
+        """
+        method, steps = self.schedule.method, self.steps
+        if method.name == "dense":
+            return (("dense", 1.0),) * steps
+        warmup, static = self.schedule.warmup_steps(steps), method.scope == "grid"
+        dense = set(range(warmup))
+        plans = set() if static else set(self.schedule.plan_steps(steps))
+        for number in range(self.shape.transformers):
+            start = number * steps // self.shape.transformers
+            first = max(start, warmup)
+            if method.uses_lse and first == start:
+                dense.add(first)  # gives the row sums
+                first += 1
+            plans |= set() if static else {first}
+        return tuple(
+            ("dense" if step in dense else "search" if step in plans else "cached", density)
+            for step, density in enumerate(self.densities)
+        )
 
 
 @dataclass(frozen=True)
@@ -119,13 +153,13 @@ class Estimate:
 
     Args:
         seconds: of all denoising steps.
-        steps: number of steps and seconds of one, by kind.
+        steps: number of steps and mean seconds of one, by kind.
         parts: seconds of the run by part; they add up to `seconds`.
         hidden: seconds of the run if every exchange went on behind other work.
         dense: seconds of a run that is dense throughout, on the same mesh.
         memory: bytes on each device, by what needs them.
         bottleneck: the largest part.
-        sparse_pays: whether the cost model finds a sparse call faster than a dense one.
+        sparse_pays: whether the cost model finds the calls of any step faster sparse than dense.
     """
 
     run: Run
@@ -193,14 +227,14 @@ def meshes(run: Run, gpus: int) -> list[Mesh]:
     return ways
 
 
-def step_parts(run: Run, mesh: Mesh, kind: Kind) -> dict[str, float]:
-    """Seconds of one step by part.
+def step_parts(run: Run, mesh: Mesh, kind: Kind, density: float | None = None) -> dict[str, float]:
+    """Seconds of one step by part, at the `density` of the step or else the mean of sparse ones.
 
     With N tokens, H heads of D channels, d = H D, L layers, B branches, P = U R devices and the busiest device's share
     of the heads h = ceil(H / U) / H:
 
         attention  B L h/R (4 H N^2 D / flops) x [1, or the cost model's ratio for the layers that are sparse]
-        planning   B L h/R (4 H N^2 D / flops) x plan, in steps that make plans
+        planning   B' L h/R (4 H N^2 D / flops) x plan, in steps that make plans, by B' of the branches
         linear     B L (2 products N d^2 + 4 C d (N + d)) / (P linear), C tokens of cross-attention
         passes     B L stream S / P, S the bytes of the hidden state
         exchange   B L (4 S / (P U) to each of U - 1 devices + 2 S / P to each of R - 1 + merge R S / P if R > 1)
@@ -214,12 +248,13 @@ def step_parts(run: Run, mesh: Mesh, kind: Kind) -> dict[str, float]:
     cross = 4 * shape.cross * shape.hidden * (run.tokens + shape.hidden)
     linear = (2 * shape.products * run.tokens * shape.hidden**2 + cross) / (machine.linear * mesh.size)
     stream = machine.stream["fused" if shape.fused else "plain"]
-    sparse_layers = 0.0 if kind == "dense" else _sparse_share(run)
-    ratio = min(1.0, _ratio(run)) if sparse_layers else 1.0
+    density = run.share if density is None else density
+    sparse_layers = 0.0 if kind == "dense" else _sparse_share(run, density)
+    ratio = _ratio(run, density)
     planning = machine.attention.plan(run.schedule.method.name, run.tokens) if kind == "search" else 0.0
     return {
         "attention": calls * dense * (1 - sparse_layers + sparse_layers * ratio),
-        "planning": calls * dense * sparse_layers * planning,
+        "planning": run.planning_forwards * shape.layers * dense * sparse_layers * planning,
         "linear": calls * linear,
         "passes": calls * stream * hidden_bytes / mesh.size,
         "exchange": calls * _exchange(hidden_bytes, mesh, machine),
@@ -227,44 +262,57 @@ def step_parts(run: Run, mesh: Mesh, kind: Kind) -> dict[str, float]:
 
 
 def _on_mesh(run: Run, mesh: Mesh) -> Estimate:
-    counts = run.kinds()
-    each = {kind: step_parts(run, mesh, kind) for kind in counts}
-    parts = {part: sum(counts[kind] * each[kind][part] for kind in counts) for part in PARTS}
+    counts = Counter(run.course)
+    each = {step: step_parts(run, mesh, *step) for step in counts}
+    parts = {part: sum(count * each[step][part] for step, count in counts.items()) for part in PARTS}
     seconds = sum(parts.values())
     return Estimate(
         run=run,
         mesh=mesh,
         seconds=seconds,
-        steps={kind: (count, sum(each[kind].values())) for kind, count in counts.items()},
+        steps={kind: _mean(counts, each, kind) for kind in get_args(Kind)},
         parts=parts,
         hidden=max(seconds - parts["exchange"], parts["exchange"]),
-        dense=run.steps * sum(each["dense"].values()),
+        dense=run.steps * sum(step_parts(run, mesh, "dense").values()),
         memory=_memory(run, mesh),
         bottleneck=max(parts, key=lambda part: parts[part]),
-        sparse_pays=_ratio(run) < 1,
+        sparse_pays=any(_pays(run, density) for density in set(run.densities)),
     )
 
 
-def _sparse_share(run: Run) -> float:
+def _mean(counts: Counter[Step], each: Mapping[Step, Mapping[str, float]], kind: Kind) -> tuple[int, float]:
+    """How many steps of `kind` there are, and the mean seconds of one."""
+    own = {step: count for step, count in counts.items() if step[0] == kind}
+    total = sum(count * sum(each[step].values()) for step, count in own.items())
+    return sum(own.values()), total / max(1, sum(own.values()))
+
+
+def _sparse_share(run: Run, density: float) -> float:
     """Share of the layers that are sparse in a sparse step."""
-    if run.schedule.method.name == "dense" or (run.schedule.never_slower and _ratio(run) >= 1):
+    if run.schedule.method.name == "dense" or (run.schedule.never_slower and not _pays(run, density)):
         return 0.0
     layers = run.shape.layers
     return 1 - sum(run.schedule.is_dense_layer(layer, layers) for layer in range(layers)) / layers
 
 
-def _ratio(run: Run) -> float:
-    """Time of a sparse call with its plan there over a dense one's, on one device."""
+def _pays(run: Run, density: float) -> bool:
+    """Whether a layer runs sparse, as it is judged in a run: by its share of the planning too."""
+    static = run.schedule.method.scope == "grid"
+    return _ratio(run, density, 0.0 if static else run.schedule.plans_per_call(run.steps)) <= 1
+
+
+def _ratio(run: Run, density: float, plans: float = 0.0) -> float:
+    """Time of a sparse call with `plans` plans a call over a dense one's, on one device."""
     method, shape, machine = run.schedule.method, run.shape, run.machine
     call = Call(
         tokens=run.tokens,
-        heads=shape.heads,
+        heads=shape.heads * (run.branches if shape.batched else 1),
         dim=shape.dim,
-        density=run.share,
+        density=density,
         block=block_of(method),
         backend=machine.backend,
         method=method.name,
-        plans=0.0,
+        plans=plans,
         remainder=run.schedule.planned_remainder,
     )
     return predict(call, machine.attention)
@@ -287,20 +335,28 @@ def _send(each: float, ranks: int, apart: int, machine: Machine) -> float:
 
 
 def _memory(run: Run, mesh: Mesh) -> dict[str, float]:
-    """Bytes on one device; weights are on every one, and text encoders and VAE too unless they are offloaded."""
+    """Bytes on one device; weights are on every one, and text encoders and VAE too unless they are offloaded.
+
+    What a layer's search and remainder need may fit into what the rest of a forward has freed, and is counted on top.
+    """
     shape, machine, method = run.shape, run.machine, run.schedule.method
     hidden_bytes = run.tokens * shape.hidden * machine.itemsize
-    batch = 1 if shape.cross else run.branches
-    plans = 0.0
-    if method.scope in ("call", "sample") and run.share < 1:
-        rows = run.tokens / block_of(method)
-        branches = run.branches if method.scope == "call" else 1
-        heads = shape.heads / mesh.size
-        lse = 4 * heads * run.tokens if method.uses_lse else 0.0
-        plans = branches * shape.layers * (heads * rows**2 / 8 + lse)
+    batch = run.branches if shape.batched else 1
+    heads, rows, columns = shape.heads / mesh.size, run.tokens / block_of(method), run.tokens / key_block_of(method)
+    plans = search = terms = 0.0
+    if min(run.densities) < 1:
+        if method.scope in ("call", "sample"):
+            masks = run.branches if method.scope == "call" else batch
+            lse = 4 * heads * run.tokens if method.uses_lse else 0.0
+            plans = masks * shape.layers * (heads * rows * columns / 8 + lse)
+            search = _SEARCH_BYTES * batch * shape.heads * rows * columns  # ranks may compare all heads
+        if run.schedule.planned_remainder in ("value", "mass"):
+            terms = min(_TERMS_BYTES, batch * heads * (rows + columns) * shape.dim**2 * machine.itemsize)
     return {
         "transformer": float(shape.weights * machine.itemsize),
         "text encoder and VAE": float(shape.companions * machine.itemsize),
         "activations": _ACTIVATIONS * batch * hidden_bytes / mesh.size,
         "plans": plans,
+        "search": search,
+        "remainder": terms,
     }

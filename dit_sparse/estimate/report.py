@@ -24,8 +24,8 @@ def print_estimate(found: Estimate, console: Console) -> None:
     run = found.run
     mesh = "" if found.mesh.size == 1 else f" ({found.mesh})"
     console.print(
-        f"{run.tokens:,} tokens, {run.steps} steps, {run.schedule.method.name} at density {run.share:g}, "
-        f"{found.mesh.size} x {run.machine.costs}{mesh}",
+        f"{run.tokens:,} tokens, {run.steps} steps, {run.schedule.method.name} at density {run.share:.3g} in sparse "
+        f"steps, {found.mesh.size} x {run.machine.costs}{mesh}",
         highlight=False,
     )
     console.print(

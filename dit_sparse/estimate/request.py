@@ -46,6 +46,7 @@ def build_run(
         schedule = replace(schedule, warmup=warmup)
     if density is not None and accepts_density(schedule.method):
         schedule = replace(schedule, method=with_density(schedule.method, density))
+        density = None
     if block is not None:
         if "block" not in {field.name for field in fields(schedule.method)}:  # type: ignore[arg-type]
             raise ValueError(f"--block: {schedule.method.name} takes none")

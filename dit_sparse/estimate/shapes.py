@@ -24,6 +24,8 @@ class ModelShape:
         text: text tokens in the sequence of self-attention.
         cross: text tokens of a cross-attention; 0 without one.
         branches: forwards a step, or samples a batch, under guidance.
+        batched: whether these are samples of one batch.
+        transformers: of which each denoises some of the steps.
         fused: whether `sparsify` runs norms, modulation and residuals in one pass each.
     """
 
@@ -38,6 +40,8 @@ class ModelShape:
     text: int = 0
     cross: int = 0
     branches: int = 1
+    batched: bool = True
+    transformers: int = 1
     fused: bool = False
 
     @property
@@ -72,6 +76,7 @@ def _wan(layers: int, heads: int, feed_forward: int, weights: int, **changes: ob
         "stride": (4, 16, 16),
         "cross": 512,
         "branches": 2,
+        "batched": False,
         "fused": True,
     }
     return ModelShape(layers, heads, 128, weights, **(values | changes))  # type: ignore[arg-type]
@@ -87,7 +92,7 @@ SHAPES = {
     "wan2.1-1.3b": _wan(30, 12, 8960, 1_418_996_800),
     "wan2.1-14b": _wan(40, 40, 13824, 14_288_491_584),
     "wan2.2-5b": _wan(30, 24, 14336, 4_999_787_712, stride=(4, 32, 32), companions=6_380_000_000),
-    "wan2.2-a14b": _wan(40, 40, 13824, 2 * 14_288_491_584),
+    "wan2.2-a14b": _wan(40, 40, 13824, 2 * 14_288_491_584, transformers=2),
     "cogvideox-2b": _cogvideox(30, 30, 1_693_783_872),
     "cogvideox-5b": _cogvideox(42, 48, 5_570_283_072),
     "cogvideox1.5-5b": _cogvideox(42, 48, 5_570_283_072, frame_groups=2),

@@ -112,9 +112,14 @@ class LeastError(AnyGrid):
             check_share("error", self.error)
 
     @property
+    def key_block(self) -> int:
+        """Tokens a key block."""
+        return math.prod(self.tile)
+
+    @property
     def query_block(self) -> int:
         """Tokens a query block."""
-        return math.prod(self.tile) * self.query_tiles
+        return self.key_block * self.query_tiles
 
     @property
     def takes_density(self) -> bool:

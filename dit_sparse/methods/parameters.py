@@ -87,6 +87,14 @@ def block_of(method: Method) -> float:
     return math.prod(tile) if tile else 64
 
 
+def key_block_of(method: Method) -> float:
+    """Tokens a key block of `method`, as its `key_block` or its parameters say; those of its query blocks else."""
+    for name in ("key_block", "block_k", "k_tokens"):
+        if isinstance(size := getattr(method, name, None), int):
+            return size
+    return block_of(method)
+
+
 def accepts_density(method: Method) -> bool:
     """Whether `with_density` gives a method that its density controls; it may have none to begin with."""
     has_one = any(f.name == "density" for f in _fields(type(method)))
