@@ -1,6 +1,6 @@
 """What to start from with a model: method, schedule, size and steps, found by the checkpoint's name.
 
-Those of public checkpoints are conservative readings of published ones; docs/presets.md says for each what was measured
+Those of public checkpoints were chosen on another model, with a margin; docs/presets.md says for each what was measured
 and what not.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from dit_sparse.methods import AdaSpa, LeastError, Neighborhood, nearest
+from dit_sparse.methods import LeastError, Neighborhood, nearest
 from dit_sparse.schedule import Schedule
 
 __all__ = ["PRESETS", "Defaults", "Preset", "find_preset", "preset"]
@@ -17,8 +17,8 @@ __all__ = ["PRESETS", "Defaults", "Preset", "find_preset", "preset"]
 _ADASPA = "AdaSpa, arXiv 2502.21079"
 _SVG = "Sparse VideoGen, arXiv 2502.01776"
 _GNA = "Generalized Neighborhood Attention, arXiv 2504.16922"
-_PARO = "PAROAttention, arXiv 2506.16054"
-_SPEED = "speed at density 0.2, random weights"
+_WAN = f"method and density: our own choice; warm-up: {_ADASPA}, for other models; first layer: {_SVG}"
+_OTHERS = f"method and density: our own choice; warm-up: {_ADASPA}; first layer: {_SVG}"
 
 
 class Defaults(NamedTuple):
@@ -45,7 +45,7 @@ class Preset:
             a word alone.
         schedule: the method and when it applies.
         defaults: size, steps and guidance that the checkpoint is published with.
-        source: the papers that method, density, warm-up and dense layers come from.
+        source: where method, density, warm-up and dense layers come from.
         measured: what has been measured here on a model of this shape; empty for nothing.
     """
 
@@ -59,11 +59,14 @@ class Preset:
     def row(self) -> dict[str, str]:
         """Its line of the table of presets, by column."""
         config, defaults = self.schedule.to_config(), self.defaults
+        densities = self.schedule.step_densities(defaults.steps) or []
+        sparse = dict.fromkeys(f"{density:.3g}" for density in densities[self.schedule.warmup_steps(defaults.steps) :])
         return {
             "name": self.name,
             "checkpoints": ", ".join(self.models),
             "method": config["method"],
             "density": f"{config['density']:g}",
+            "in sparse steps": ", then ".join(sparse),
             "warm-up": f"{self.schedule.warmup:g}",
             "dense layers": ", ".join(map(str, self.schedule.dense_layers)) or "none",
             "size": f"{defaults.height}x{defaults.width}",
@@ -73,6 +76,11 @@ class Preset:
             "from": self.source,
             "measured": self.measured or "nothing",
         }
+
+
+def _lea(density: float) -> Schedule:
+    """Our own method after ten of fifty dense steps, the first layer dense."""
+    return Schedule(LeastError(density=density), warmup=0.2, dense_layers=(0,))
 
 
 _PRESETS = (
@@ -87,62 +95,62 @@ _PRESETS = (
     Preset(
         "wan2.1-1.3b",
         ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers",),
-        Schedule(AdaSpa(density=0.3), warmup=0.3, dense_layers=(0,)),
+        _lea(0.3),
         Defaults(480, 832, 81, 50, 5.0, 16),
-        f"method: {_ADASPA}; warm-up and first layer: {_SVG}",
-        _SPEED,
+        _WAN,
+        "speed of two layers, random weights, at other densities",
     ),
     Preset(
         "wan2.1-14b",
         ("Wan-AI/Wan2.1-T2V-14B-Diffusers", "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers"),
-        Schedule(AdaSpa(density=0.25), warmup=0.3, dense_layers=(0,)),
+        _lea(0.25),
         Defaults(720, 1280, 81, 50, 5.0, 16),
-        f"method: {_ADASPA}; density, warm-up and first layer: {_SVG}",
-        _SPEED,
+        _WAN,
+        "speed of four layers, random weights, at density 0.16",
     ),
     Preset(
         "wan2.2-5b",
         ("Wan-AI/Wan2.2-TI2V-5B-Diffusers",),
-        Schedule(AdaSpa(density=0.3), warmup=0.3, dense_layers=(0,)),
+        _lea(0.3),
         Defaults(704, 1280, 121, 50, 5.0, 24),
-        f"method: {_ADASPA}; warm-up and first layer: {_SVG}, for Wan 2.1",
+        f"{_WAN}, for Wan 2.1",
     ),
     Preset(
         "wan2.2-a14b",
         ("Wan-AI/Wan2.2-T2V-A14B-Diffusers", "Wan-AI/Wan2.2-I2V-A14B-Diffusers"),
-        Schedule(AdaSpa(density=0.25), warmup=0.3, dense_layers=(0,)),
+        _lea(0.25),
         Defaults(720, 1280, 81, 40, 4.0, 16),
-        f"method: {_ADASPA}; density, warm-up and first layer: {_SVG}, for Wan 2.1",
+        f"{_WAN}, for Wan 2.1",
     ),
     Preset(
         "cogvideox-2b",
         ("zai-org/CogVideoX-2b", "THUDM/CogVideoX-2b"),
-        Schedule(AdaSpa(density=0.5), warmup=0.2, dense_layers=(0,)),
+        _lea(0.4),
         Defaults(480, 720, 49, 50, 6.0, 8),
-        f"method and warm-up: {_ADASPA}; density: {_PARO}; first layer: {_SVG}",
+        _OTHERS,
     ),
     Preset(
         "cogvideox-5b",
         ("zai-org/CogVideoX-5b", "THUDM/CogVideoX-5b"),
-        Schedule(AdaSpa(density=0.5), warmup=0.2, dense_layers=(0,)),
+        _lea(0.4),
         Defaults(480, 720, 49, 50, 6.0, 8),
-        f"method and warm-up: {_ADASPA}; density: {_PARO}; first layer: {_SVG}",
-        _SPEED,
+        _OTHERS,
+        "speed of AdaSpa, random weights",
     ),
     Preset(
         "cogvideox1.5-5b",
         ("zai-org/CogVideoX1.5-5B", "THUDM/CogVideoX1.5-5B"),
-        Schedule(AdaSpa(density=0.35), warmup=0.2, dense_layers=(0,)),
+        _lea(0.3),
         Defaults(768, 1360, 81, 50, 6.0, 16),
-        f"method and warm-up: {_ADASPA}, at density 0.2; first layer: {_SVG}",
+        _OTHERS,
     ),
     Preset(
         "hunyuanvideo",
         ("hunyuanvideo-community/HunyuanVideo",),
-        Schedule(AdaSpa(density=0.25), warmup=0.2, dense_layers=(0,)),
+        _lea(0.25),
         Defaults(720, 1280, 129, 50, 6.0, 24),
-        f"method and warm-up: {_ADASPA}, at density 0.2; density and first layer: {_SVG}",
-        _SPEED,
+        _OTHERS,
+        "speed of AdaSpa, random weights",
     ),
     Preset(
         "flux.1-dev",

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-from dit_sparse import Schedule, cli, preset, sparsify, statistics
+from dit_sparse import AdaSpa, LeastError, Paro, Schedule, cli, preset, sparsify, statistics
+from dit_sparse.cost import Call, predict, read_table
+from dit_sparse.cost.table import OWN_TABLE
 from dit_sparse.demo import demo_defaults
+from dit_sparse.estimate import SHAPES
+from dit_sparse.methods.parameters import block_of, key_block_of
 from dit_sparse.pipelines.families import FAMILIES as ADAPTERS
 from dit_sparse.presets import PRESETS, find_preset
 from tests.pipelines.families import FAMILIES
@@ -66,6 +72,39 @@ def test_a_preset_runs(name: str) -> None:
     wanted = ({"layer"} if schedule.dense_layers else set()) | ({"warm-up"} if schedule.warmup else set())
     assert set(run.dense_calls) <= wanted | {"every block kept"}
     assert wanted <= set(run.dense_calls)
+    assert run.sparse_density < 1 or "every block kept" in run.dense_calls
+
+
+@pytest.mark.parametrize("name", [name for name, entry in PRESETS.items() if entry.defaults.fps])
+def test_a_video_preset_pays_on_every_gpu_of_the_table(name: str) -> None:
+    """By the cost model, planning counted, at its own size, or it would run dense by decision; the demo's on a CPU."""
+    entry = PRESETS[name]
+    method, defaults = entry.schedule.method, entry.defaults
+    if name == "demo":
+        tokens, heads, dim = 6_144, 3, 64
+    else:
+        shape = SHAPES[name]
+        tokens, heads, dim = shape.tokens(*(defaults.frames, defaults.height, defaults.width)), shape.heads, shape.dim
+    density = entry.schedule.step_densities(defaults.steps)[-1]
+    plans = entry.schedule.plans_per_call(defaults.steps)
+    table = read_table(OWN_TABLE)
+    for device in ("cpu",) if name == "demo" else ("H100", "H200", "unknown GPU"):
+        for backend in table[device].backends:
+            given = {"block": block_of(method), "method": method.name, "plans": plans, "backend": backend}
+            call = Call(tokens, heads, dim, density, remainder=entry.schedule.planned_remainder, **given)
+            assert predict(call, table[device]) < 1, (device, backend)
+
+
+@pytest.mark.parametrize("name", [name for name, entry in PRESETS.items() if entry.schedule.method.name == "lea"])
+def test_blocks_are_those_that_the_fast_kernels_take(name: str) -> None:
+    """At the preset's own size, text in blocks of its own: queries in blocks of 128, keys of 64, few of them ragged."""
+    adapter = next(a for a in ADAPTERS.values() if type(a).__module__.endswith(f".{CHECKPOINTS[name][0]}"))
+    defaults, method = PRESETS[name].defaults, PRESETS[name].schedule.method
+    grid = adapter.token_grid(CHECKPOINTS[name][1], defaults.height, defaults.width, defaults.frames)
+    orders = method.query_order(grid, torch.device("cpu")), method.shared_order(grid, torch.device("cpu"))
+    for order, size in zip(orders, (block_of(method), key_block_of(method)), strict=True):
+        assert order.geometry.largest == size
+        assert order.num_blocks - math.ceil(grid.num_tokens / size) <= 4
 
 
 def test_found_by_repository_or_by_a_folder_of_its_name() -> None:
@@ -102,6 +141,23 @@ def test_the_documentation_has_the_presets_as_they_are() -> None:
     header = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
     table = "\n".join(header + ["| " + " | ".join(row.values()) + " |" for row in rows])
     assert table in (DOCS / "presets.md").read_text("utf-8"), f"docs/presets.md must hold\n{table}"
+
+
+def test_the_figures_behind_the_presets_are_those_of_the_report() -> None:
+    """Of settings with a dense fifth in docs/frontier.json, in the words of docs/presets.md."""
+    report, page = json.loads((DOCS / "frontier.json").read_text("utf-8")), (DOCS / "presets.md").read_text("utf-8")
+    rows = {}
+    for row in report["rows"]:
+        schedule = Schedule.from_config(row["config"])
+        if schedule.warmup == 0.2 and schedule.remainder == "method" and "speedup" in row:
+            rows.setdefault(schedule.method, (schedule, row))
+    for method in (LeastError(0.25), LeastError(0.16), AdaSpa(0.5), AdaSpa(0.25), Paro(0.5)):
+        schedule, row = rows[method]
+        density, name = schedule.step_densities(50)[-1], {"adaspa": "AdaSpa", "paro": "PAROAttention"}.get(method.name)
+        shares = [f"{share:.3f}".strip("0") for share in (method.density, density)]
+        psnr = f"{row['psnr']['median']:.1f} ({row['psnr']['min']:.1f})"
+        line = f"| {name or '`lea`'} at {shares[0]} | {shares[1]} | {psnr} | {row['speedup']:.2f}x |"
+        assert line in page
 
 
 def test_presets_are_listed(capsys) -> None:

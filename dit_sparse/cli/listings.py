@@ -35,7 +35,7 @@ def methods(as_json: Json = False) -> None:
 
 
 def presets(as_json: Json = False) -> None:
-    """List the presets: what `generate` starts from with a public checkpoint, and the papers it comes from."""
+    """List the presets: what `generate` starts from with a public checkpoint, and where it comes from."""
     from dit_sparse.generate.report import output_console
     from dit_sparse.presets import PRESETS
 

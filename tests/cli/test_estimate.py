@@ -25,7 +25,12 @@ def test_prints_time_memory_and_the_bottleneck(capsys):
 def test_a_checkpoint_takes_its_preset(capsys):
     assert exit_code("estimate", "--model", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "--json") == 0
     found = json.loads(capsys.readouterr().out)
-    assert (found["tokens"], found["config"]["method"], found["config"]["warmup"]) == (32760, "adaspa", 0.3)
+    assert (found["tokens"], found["config"]["method"], found["config"]["warmup"]) == (32760, "lea", 0.2)
+    assert found["config"]["density"] == 0.3
+    assert found["density"] == pytest.approx(0.3 / 1.6), "of the sparse steps"
+    assert (found["sparse_pays"], found["steps"]["search"]["count"]) == (True, 3)
+    assert exit_code("estimate", "--model", "wan2.1-1.3b", "--density", "0.6") == 0
+    assert "lea at density 0.512 in sparse steps" in capsys.readouterr().out
 
 
 def test_refuses_in_one_line(capsys):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from dit_sparse import (
     AdaSpa,
+    LeastError,
     Schedule,
     SparseCogVideoXImageToVideoPipeline,
     SparseHunyuanVideoImageToVideoPipeline,
@@ -146,6 +148,26 @@ def test_image_to_video_runs_sparse_and_goes_back(case: str) -> None:
     again = sparse_class.from_pipe(pipe)
     assert torch.equal(run(again), got)
     assert torch.equal(run(unsparsify(pipe)), want)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_our_own_method_runs_as_presets_have_it(case: str) -> None:
+    """After dense steps, with the first layer dense, and with the remainder, which is closer to dense than without."""
+    make, _, grid = CASES[case]
+    schedule = Schedule(LeastError(density=0.3, tile=(1, 2, 4), rows=4), warmup=0.25, dense_layers=(0,))
+    pipe = make()
+    want = run(pipe)
+    errors = {}
+    for remainder in ("method", "none"):
+        errors[remainder] = (run(sparsify(pipe, replace(schedule, remainder=remainder))) - want).norm()  # type: ignore[arg-type]
+        found, plans = statistics(pipe), session_of(pipe).previous
+        assert set(found.dense_calls) == {"warm-up", "layer"}
+        assert {(key[0], key[2]) for key in plans} == {(grid, 1)}
+        # Both guidance branches have one plan, of the batch that holds them both or of the first.
+        assert len(plans) == len({record.model for record in found.records if record.step >= 1})
+        # The density of a run without warm-up, less what the dense step would have had more.
+        assert found.sparse_density == pytest.approx(schedule.step_densities(4)[-1], abs=0.03)
+    assert 0 < errors["method"] < errors["none"]
 
 
 @pytest.mark.parametrize("case", CASES)
