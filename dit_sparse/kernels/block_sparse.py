@@ -169,10 +169,7 @@ def _with_terms(
         if levels is not None and levels.shape[1] > 1:
             levels = levels[:, start : start + size]
         given = part.q, part.k, part.v, q_layout, k_layout, own, part.scale, remainder, levels
-        terms = remainder_terms(*given, compact=part.q.element_size() == 2)
-        yield replace(
-            part, terms=replace(terms, keys=terms.keys.to(part.q.dtype), values=terms.values.to(part.v.dtype))
-        )
+        yield replace(part, terms=remainder_terms(*given, compact=part.q.element_size() == 2))
 
 
 _operator = torch.library.custom_op("dit_sparse::block_sparse", mutates_args=())(_attend)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 
@@ -10,9 +9,16 @@ import torch
 from torch import Tensor
 
 from dit_sparse.kernels.block_sparse import Call, block_sparse, register_launcher
-from dit_sparse.kernels.hopper_launch import aligned, descriptor, is_aligned, multiprocessors, tile_layout
+from dit_sparse.kernels.hopper_launch import (
+    aligned,
+    descriptor,
+    hopper_unavailable,
+    is_aligned,
+    multiprocessors,
+    tile_layout,
+)
 from dit_sparse.kernels.remainder import RemainderTerms
-from dit_sparse.kernels.triton_launch import broadcast_strides, triton_unavailable
+from dit_sparse.kernels.triton_launch import broadcast_strides
 from dit_sparse.types import REMAINDERS, AttentionPlan, BlockGeometry
 
 __all__ = ["HopperBackend"]
@@ -66,17 +72,7 @@ class HopperBackend:
     remainders = REMAINDERS
 
     def unavailable(self, device: torch.device) -> str | None:
-        if device.type != "cuda":
-            return "it runs on NVIDIA GPUs of compute capability 9.0 only; use 'triton' or, on a CPU, 'gather'"
-        missing = triton_unavailable(device)
-        if missing is not None:
-            return missing
-        major, minor = torch.cuda.get_device_capability(device)
-        if (major, minor) != (9, 0):
-            return f"it needs compute capability 9.0 (H100, H200), this GPU has {major}.{minor}; use 'triton'"
-        if not _has_gluon():
-            return "this triton has no Gluon as of 3.6; pip install -U 'triton>=3.6', or use 'triton'"
-        return None
+        return hopper_unavailable(device)
 
     def refuses(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> str | None:
         if q.dtype not in _DTYPES:
@@ -101,15 +97,6 @@ class HopperBackend:
         self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, *, scale: float, return_lse: bool
     ) -> tuple[Tensor, Tensor | None]:
         return block_sparse(self.name, q, k, v, plan, scale, return_lse)[:2]
-
-
-@functools.cache
-def _has_gluon() -> bool:
-    try:
-        from triton.experimental.gluon.language.nvidia.hopper import tma
-    except ImportError:
-        return False
-    return hasattr(tma, "async_load") or hasattr(tma, "async_copy_global_to_shared")
 
 
 def _launch(call: Call) -> None:

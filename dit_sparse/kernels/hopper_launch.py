@@ -8,9 +8,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["aligned", "descriptor", "is_aligned", "multiprocessors", "tile_layout"]
+from dit_sparse.kernels.triton_launch import triton_unavailable
+
+__all__ = ["aligned", "descriptor", "hopper_unavailable", "is_aligned", "multiprocessors", "tile_layout"]
 
 _ALIGNMENT = 16
+
+
+def hopper_unavailable(device: torch.device) -> str | None:
+    """What is missing to run the Hopper kernels on `device`, and what to use instead; `None` when nothing is."""
+    if device.type != "cuda":
+        return "it runs on NVIDIA GPUs of compute capability 9.0 only; use 'triton' or, on a CPU, 'gather'"
+    missing = triton_unavailable(device)
+    if missing is not None:
+        return missing
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) != (9, 0):
+        return f"it needs compute capability 9.0 (H100, H200), this GPU has {major}.{minor}; use 'triton'"
+    if not _has_gluon():
+        return "this triton has no Gluon as of 3.6; pip install -U 'triton>=3.6', or use 'triton'"
+    return None
+
+
+@functools.cache
+def _has_gluon() -> bool:
+    try:
+        from triton.experimental.gluon.language.nvidia.hopper import tma
+    except ImportError:
+        return False
+    return hasattr(tma, "async_load") or hasattr(tma, "async_copy_global_to_shared")
 
 
 def descriptor(x: Tensor, rows: int, channels: int) -> Any:

@@ -10,8 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dit_sparse.kernels.hopper_backend import HopperBackend
-from dit_sparse.kernels.hopper_launch import aligned, descriptor, multiprocessors, tile_layout
+from dit_sparse.kernels.hopper_launch import aligned, descriptor, hopper_unavailable, multiprocessors, tile_layout
 from dit_sparse.types import TokenOrder
 
 __all__ = ["hopper_takes", "search_on_hopper"]
@@ -40,7 +39,7 @@ class _Places(NamedTuple):
 
 def hopper_takes(k: Tensor, v: Tensor, kv_order: TokenOrder) -> bool:
     """Whether the Hopper kernel computes this call: the GPU, the dtype, the channels and the size of key blocks."""
-    if HopperBackend().unavailable(k.device) is not None:
+    if hopper_unavailable(k.device) is not None:
         return False
     dim = k.shape[-1]
     fits = dim == v.shape[-1] and dim % 8 == 0 and dim <= _LARGEST_DIM

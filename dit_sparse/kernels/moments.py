@@ -16,6 +16,8 @@ __all__ = ["Moments", "block_moments", "by_kernel", "moments_by_triton"]
 _LARGEST_TILE = 128  # value channels that one program holds products of
 _ALIGNED = 8  # blocks; cuBLAS takes its fast kernels for these
 _CHUNK_ELEMENTS = 1 << 17
+_WARP_ELEMENTS = 1024  # of a tile of which one warp adds up some at once; sizes as timed on an H100
+_MOST_PARTS = 4  # such tiles
 
 
 class Moments(NamedTuple):
@@ -27,16 +29,25 @@ class Moments(NamedTuple):
         v_mean: `[B, H, M, DV]` of the tokens `v`; `None` without.
         products: `[B, H, M', D, DV]` mean of `(x - mean)^T v`, in the dtype of `x`; `None` where not wanted. On a GPU
             `M'` is the multiple of 8 from `M` on, zeros past `M`: a sum over blocks of another length is slow there.
+        rounded, v_rounded: `mean` and `v_mean` in the dtypes of `x` and `v`, where they were asked for.
     """
 
     mean: Tensor
     square: Tensor
     v_mean: Tensor | None = None
     products: Tensor | None = None
+    rounded: Tensor | None = None
+    v_rounded: Tensor | None = None
 
 
 def block_moments(
-    x: Tensor, layout: BlockLayout, v: Tensor | None = None, *, centred: bool = True, products: bool = False
+    x: Tensor,
+    layout: BlockLayout,
+    v: Tensor | None = None,
+    *,
+    centred: bool = True,
+    products: bool = False,
+    rounded: bool = False,
 ) -> Moments:
     """Moments of every block of `x` `[B, H, N, D]`, and of `v` `[B, H, N, DV]` with it.
 
@@ -45,12 +56,17 @@ def block_moments(
         layout: their blocks.
         centred: whether `square` is the variance.
         products: whether they are wanted; `v` must be given, and `centred`.
+        rounded: whether means are wanted in the tokens' dtypes too, as a kernel reads them.
 
     On a GPU one kernel reads `x` and `v` once; where gradients are wanted, or the dtype is float64, it is plain torch.
     """
     if by_kernel(*([x] if v is None else [x, v])):
-        return moments_by_triton(x, layout, v, centred=centred, products=products)
-    return _by_torch(x, layout, v, centred, products)
+        return moments_by_triton(x, layout, v, centred=centred, products=products, rounded=rounded)
+    moments = _by_torch(x, layout, v, centred, products)
+    if not rounded:
+        return moments
+    v_rounded = None if moments.v_mean is None or v is None else moments.v_mean.to(v.dtype)
+    return moments._replace(rounded=moments.mean.to(x.dtype), v_rounded=v_rounded)
 
 
 def _by_torch(x: Tensor, layout: BlockLayout, v: Tensor | None, centred: bool, products: bool) -> Moments:
@@ -88,44 +104,83 @@ def by_kernel(*inputs: Tensor) -> bool:
 
 
 def moments_by_triton(
-    x: Tensor, layout: BlockLayout, v: Tensor | None = None, *, centred: bool = True, products: bool = False
+    x: Tensor,
+    layout: BlockLayout,
+    v: Tensor | None = None,
+    *,
+    centred: bool = True,
+    products: bool = False,
+    rounded: bool = False,
 ) -> Moments:
-    """As `block_moments`, by the kernel."""
-    import triton
-
-    from dit_sparse.kernels.remainder_kernels import moments_kernel
-
+    """As `block_moments`, by the kernels."""
     x = rows_of(x)
     values = x if v is None else rows_of(v)
-    offsets = layout.offsets.contiguous()
-    batch, heads, _, dim = x.shape
-    blocks, v_dim = offsets.shape[-1] - 1, values.shape[-1]
-    mean, square = (torch.empty(batch, heads, blocks, dim, dtype=torch.float32, device=x.device) for _ in range(2))
-    v_mean = mean if v is None else torch.empty(batch, heads, blocks, v_dim, dtype=torch.float32, device=x.device)
-    found = mean[..., None]
-    if products:
-        found = x.new_empty(batch, heads, -(-blocks // _ALIGNED) * _ALIGNED, dim, v_dim)
-        found[:, :, blocks:].zero_()
-    block_dv = min(_LARGEST_TILE, padded(v_dim))
-    parts = 1 if v is None else triton.cdiv(v_dim, block_dv)
-    block_n, num_warps, span = _tile(layout.blocks.largest, x.dtype, max(dim, v_dim), products)
+    shape = *x.shape[:2], layout.offsets.shape[-1] - 1
+    mean, square = (torch.empty(*shape, x.shape[-1], dtype=torch.float32, device=x.device) for _ in range(2))
+    v_mean = mean if v is None else torch.empty(*shape, values.shape[-1], dtype=torch.float32, device=x.device)
+    # Where they are not wanted another stands in for them, which the kernel leaves alone.
+    own, v_own = (torch.empty_like(m, dtype=t.dtype) if rounded else m for m, t in ((mean, x), (v_mean, values)))
+    sums = mean, square, v_mean, own, v_own
     with on_device_of(x):
-        moments_kernel[triton.cdiv(blocks, span) * parts, heads, batch](
-            x, values, mean, square, v_mean, found, offsets,
-            *x.stride()[:3], *values.stride()[:3], *mean.stride()[:3], *v_mean.stride()[:3], *found.stride()[:4],
-            *broadcast_strides(offsets), blocks, *layout.blocks,
-            D=dim, DV=v_dim, BLOCK_D=padded(dim), BLOCK_DV=block_dv, BLOCK_N=block_n,
-            PARTS=parts, SPAN=span, CENTRED=centred, VALUES=v is not None, PRODUCTS=products,
-            SINGLE=layout.blocks.largest <= block_n, UPCAST=interpreted(), num_warps=num_warps, num_stages=2,
-        )  # fmt: skip
-    return Moments(mean, square, None if v is None else v_mean, found if products else None)
+        if products:
+            assert v is not None
+            found = _launch_products(x, values, layout, sums, rounded)
+        else:
+            found = None
+            _launch_sums(x, values, layout, sums, centred, v is not None, rounded)
+    moments = Moments(mean, square, None if v is None else v_mean, found)
+    return moments._replace(rounded=own, v_rounded=None if v is None else v_own) if rounded else moments
 
 
-def _tile(largest: int, dtype: torch.dtype, dim: int, products: bool) -> tuple[int, int, int]:
+def _launch_sums(
+    x: Tensor, v: Tensor, layout: BlockLayout, sums: tuple[Tensor, ...], centred: bool, values: bool, rounded: bool
+) -> None:
+    """Fills `sums`, which stand in the order of the kernel's arguments."""
+    from dit_sparse.kernels.remainder_kernels import sums_kernel
+
+    mean, _, v_mean, _, _ = sums
+    offsets = layout.offsets.contiguous()
+    batch, heads, blocks, dim = mean.shape
+    v_dim = v.shape[-1]
+    rows = max(1, _WARP_ELEMENTS // padded(max(dim, v_dim)))
+    sums_kernel[blocks, heads, batch](
+        x, v, *sums, offsets, *x.stride()[:3], *v.stride()[:3], *mean.stride()[:3], *v_mean.stride()[:3],
+        *broadcast_strides(offsets), blocks, *layout.blocks, D=dim, DV=v_dim, BLOCK_D=padded(dim),
+        BLOCK_DV=padded(v_dim), BLOCK_N=rows, PARTS=min(_MOST_PARTS, -(-layout.blocks.largest // rows)),
+        CENTRED=centred, VALUES=values, ROUNDED=rounded, num_warps=1,
+    )  # fmt: skip
+
+
+def _launch_products(x: Tensor, v: Tensor, layout: BlockLayout, sums: tuple[Tensor, ...], rounded: bool) -> Tensor:
+    """Fills `sums` and returns the products."""
+    import triton
+
+    from dit_sparse.kernels.remainder_kernels import products_kernel
+
+    mean, _, v_mean, _, _ = sums
+    offsets = layout.offsets.contiguous()
+    batch, heads, blocks, dim = mean.shape
+    v_dim = v.shape[-1]
+    found = x.new_empty(batch, heads, -(-blocks // _ALIGNED) * _ALIGNED, dim, v_dim)
+    found[:, :, blocks:].zero_()
+    block_dv = min(_LARGEST_TILE, padded(v_dim))
+    parts = triton.cdiv(v_dim, block_dv)
+    block_n, num_warps, span = _tile(layout.blocks.largest, x.dtype, max(dim, v_dim))
+    products_kernel[triton.cdiv(blocks, span) * parts, heads, batch](
+        x, v, *sums, found, offsets, *x.stride()[:3], *v.stride()[:3], *mean.stride()[:3], *v_mean.stride()[:3],
+        *found.stride()[:4], *broadcast_strides(offsets), blocks, *layout.blocks,
+        D=dim, DV=v_dim, BLOCK_D=padded(dim), BLOCK_DV=block_dv, BLOCK_N=block_n, PARTS=parts, SPAN=span,
+        SINGLE=layout.blocks.largest <= block_n, ROUNDED=rounded, UPCAST=interpreted(), num_warps=num_warps,
+        num_stages=2,
+    )  # fmt: skip
+    return found
+
+
+def _tile(largest: int, dtype: torch.dtype, dim: int) -> tuple[int, int, int]:
     """Tokens of a tile, a whole block where it fits in registers; warps; blocks that one program goes through.
 
     Of the fast sizes each the fastest of those timed on an H200.
     """
     if dtype == torch.float32 or dim > 128 or largest > 128:
-        return (16 if dtype == torch.float32 else 32), (8 if products else 4), 1
-    return max(16, padded(largest)), (4 if products else 2), (4 if products else 2)
+        return (16 if dtype == torch.float32 else 32), 8, 1
+    return max(16, padded(largest)), 4, 4

@@ -68,10 +68,11 @@ def remainder_terms(
         scale: factor of the scores.
         remainder: "mean", "value" or "mass".
         head_remainders: as in `AttentionPlan`.
-        compact: on a GPU, the bias in float16 less the log of the largest block's size, so that it is exact for most.
+        compact: the means in the dtypes of `k` and `v`, and on a GPU the bias in float16 less the log of the largest
+            block's size, so that it is exact for most.
     """
     first_order = remainder != "mean"
-    keys = block_moments(k, k_layout, v, products=first_order)
+    keys = block_moments(k, k_layout, v, products=first_order, rounded=compact)
     queries = block_moments(q, q_layout, centred=False)
     assert keys.v_mean is not None
     weights: Tensor | None
@@ -84,10 +85,13 @@ def remainder_terms(
         base = 0.0
         bias = _bias(queries, keys, k_layout, kept, scale, remainder, head_remainders)
         weights = _weights(queries, keys, bias, scale, head_remainders) if first_order else None
-    if keys.products is None or weights is None:
-        return RemainderTerms(keys.mean, keys.v_mean, bias, None, base)
-    slopes = (weights @ keys.products.flatten(3)).unflatten(-1, keys.products.shape[3:])
-    return RemainderTerms(keys.mean, keys.v_mean, bias, slopes, base)
+    means = keys.mean, keys.v_mean
+    if keys.rounded is not None and keys.v_rounded is not None:
+        means = keys.rounded, keys.v_rounded
+    slopes = None
+    if keys.products is not None and weights is not None:
+        slopes = (weights @ keys.products.flatten(3)).unflatten(-1, keys.products.shape[3:])
+    return RemainderTerms(*means, bias, slopes, base)
 
 
 def score_spread(queries: Moments, keys: Moments, scale: float) -> Tensor:

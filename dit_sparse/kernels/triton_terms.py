@@ -1,4 +1,4 @@
-"""Bias of the blocks' means and their weights in a matrix C, of all query blocks, by one Triton kernel.
+"""Bias of the blocks' means and their weights in a matrix C, of all query blocks, by two Triton kernels.
 
 It computes to 16 bits, for tokens of 16 bits.
 """
@@ -16,6 +16,7 @@ from dit_sparse.types import Remainder
 __all__ = ["weigh_by_triton"]
 
 _ROW = 8  # a row of the bias is a multiple of 16 bytes, as TMA needs it
+_SHARED_ROWS = 4  # rows of weights that one program makes
 
 
 def weigh_by_triton(
@@ -46,28 +47,35 @@ def weigh_by_triton(
     """
     import triton
 
-    from dit_sparse.kernels.remainder_kernels import weigh_kernel
+    from dit_sparse.kernels.remainder_kernels import share_kernel, weigh_kernel
 
     batch, heads, q_blocks, dim = queries.mean.shape
     k_blocks = keys.mean.shape[2]
     kept = kept.expand(*kept.shape[:2], q_blocks, k_blocks).contiguous().view(torch.uint8)
-    columns = -(-k_blocks // _ROW) * _ROW
-    bias = queries.mean.new_empty(batch, heads, q_blocks, columns, dtype=dtype)[..., :k_blocks]
-    weights = None
-    if keys.products is not None:
-        weights = keys.products.new_empty(batch, heads, q_blocks, keys.products.shape[2])
-    given = bias if weights is None else weights
+    row = -(-k_blocks // _ROW) * _ROW
+    bias = queries.mean.new_empty(batch, heads, q_blocks, row, dtype=dtype)[..., :k_blocks]
+    weighs = keys.products is not None
+    scores = queries.mean.new_empty(batch, heads, q_blocks, row) if weighs else bias
     offsets = k_layout.offsets.contiguous()
     own = offsets[..., 0] if head_remainders is None else head_remainders
     block = 16 if interpreted() or dim > 128 else 64
+    tiles = triton.cdiv(q_blocks, block) * triton.cdiv(k_blocks, block)
     with on_device_of(bias):
-        weigh_kernel[triton.cdiv(q_blocks, block), heads, batch](
-            queries.mean, queries.square, keys.mean, keys.square, kept, offsets, own, bias, given,
+        weigh_kernel[tiles, heads, batch](
+            queries.mean, queries.square, keys.mean, keys.square, kept, offsets, own, bias, scores,
             *queries.mean.stride()[:3], *keys.mean.stride()[:3], *broadcast_strides(kept), kept.stride(2),
-            *broadcast_strides(offsets), *broadcast_strides(own), *bias.stride()[:3], *given.stride()[:3],
-            q_blocks, k_blocks, given.shape[-1], scale, limit, base,
-            D=dim, BLOCK_D=padded(dim), BLOCK_M=block, BLOCK_N=block, MASS=remainder == "mass",
-            WEIGHTS=weights is not None, LEVELS=head_remainders is not None, UPCAST=interpreted(), num_warps=4,
-            num_stages=1,
+            *broadcast_strides(offsets), *broadcast_strides(own), *bias.stride()[:3], *scores.stride()[:3],
+            q_blocks, k_blocks, scale, limit, base,
+            D=dim, BLOCK_D=padded(dim), BLOCK_M=block, BLOCK_N=block, MASS=remainder == "mass", SCORES=weighs,
+            LEVELS=head_remainders is not None, UPCAST=interpreted(), num_warps=4, num_stages=1,
+        )  # fmt: skip
+    if keys.products is None:
+        return bias, None
+    weights = keys.products.new_empty(batch, heads, q_blocks, keys.products.shape[2])
+    with on_device_of(bias):
+        share_kernel[triton.cdiv(q_blocks, _SHARED_ROWS), heads, batch](
+            scores, own, weights, *scores.stride()[:3], *broadcast_strides(own), *weights.stride()[:3], q_blocks,
+            k_blocks, weights.shape[-1], scale, BLOCK_M=_SHARED_ROWS, BLOCK_N=512,
+            LEVELS=head_remainders is not None, num_warps=4,
         )  # fmt: skip
     return bias, weights

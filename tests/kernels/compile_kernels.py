@@ -27,7 +27,7 @@ from dit_sparse.kernels import (
 ROW_STRIDES = [f"{name}_{dim}" for name in "qkvo" for dim in ("sb", "sh", "sn")]
 ROW_STRIDES += [f"{name}_{dim}" for name in ("mk", "mv", "slope", "x", "m", "vm", "p") for dim in ("sb", "sh", "sm")]
 ROW_STRIDES += ["slope_sd", "x_sn", "p_sd"]
-DATA = ("q", "k", "v", "out", "x", "mean_k", "mean_v", "slopes", "products", "means")
+DATA = ("q", "k", "v", "out", "x", "mean_k", "mean_v", "slopes", "products", "means", "rounded", "v_rounded")
 NUMBERS = ("scale", "floor", "largest_spread", "base")
 FLOATS = ("lse", "bias", "spread", "mean", "square", "v_mean", "norms", "overlaps", "errors", "sums")
 LISTS = ("counts", "indices", "partial_counts", "partial_indices", "bits", "q_offsets", "k_offsets", "offsets", "taken")
@@ -69,20 +69,24 @@ def skipping(job: dict):
 
 
 def moments(job: dict):
-    constants = dict(
-        D=job["dim"], DV=job["dim"], BLOCK_D=job["padded"], BLOCK_DV=min(128, job["padded"]), BLOCK_N=job["block_n"],
-        PARTS=-(-job["dim"] // 128), SPAN=4, CENTRED=True, VALUES=True, PRODUCTS=job["remainder"] == "value",
-        SINGLE=job["single"], UPCAST=False,
-    )  # fmt: skip
-    return triton_source(remainder_kernels.moments_kernel, constants, job), options_of(job)
+    sizes = dict(D=job["dim"], DV=job["dim"], BLOCK_D=job["padded"], BLOCK_DV=min(128, job["padded"]))
+    sizes |= dict(BLOCK_N=job["block_n"], PARTS=-(-job["dim"] // 128))
+    kernel, constants = (
+        remainder_kernels.products_kernel,
+        dict(SPAN=4, SINGLE=job["single"], ROUNDED=True, UPCAST=False),
+    )
+    if job["remainder"] != "value":
+        sizes |= dict(BLOCK_DV=job["padded"], PARTS=8)
+        kernel, constants = remainder_kernels.sums_kernel, dict(CENTRED=True, VALUES=True, ROUNDED=True)
+    return triton_source(kernel, sizes | constants, job), options_of(job)
 
 
 def weights(job: dict):
     constants = dict(
-        D=job["dim"], BLOCK_D=job["padded"], BLOCK_M=job["block"], BLOCK_N=job["block"], MASS=True, WEIGHTS=True,
+        D=job["dim"], BLOCK_D=job["padded"], BLOCK_M=job["block"], BLOCK_N=job["block"], MASS=True, SCORES=True,
         LEVELS=True, UPCAST=False,
     )  # fmt: skip
-    special = {"kept": "*u8", "levels": "*i8", "weights": f"*{job['dtype']}"}
+    special = {"kept": "*u8", "levels": "*i8", "scores": "*fp32"}
     special |= dict.fromkeys(("q_mean", "q_square", "k_mean", "k_square"), "*fp32")
     return triton_source(remainder_kernels.weigh_kernel, constants, job, special), options_of(job)
 
