@@ -11,7 +11,7 @@ from dit_sparse.kernels.block_layout import BlockLayout
 from dit_sparse.kernels.score_tiles import use_triton
 from dit_sparse.kernels.triton_launch import broadcast_strides, interpreted, on_device_of, padded, rows_of
 
-__all__ = ["Moments", "block_moments", "by_kernel", "moments_by_triton"]
+__all__ = ["Moments", "block_moments", "by_kernel", "moments_by_triton", "products_tile"]
 
 _LARGEST_TILE = 128  # value channels that one program holds products of
 _ALIGNED = 8  # blocks; cuBLAS takes its fast kernels for these
@@ -165,22 +165,38 @@ def _launch_products(x: Tensor, v: Tensor, layout: BlockLayout, sums: tuple[Tens
     found[:, :, blocks:].zero_()
     block_dv = min(_LARGEST_TILE, padded(v_dim))
     parts = triton.cdiv(v_dim, block_dv)
-    block_n, num_warps, span = _tile(layout.blocks.largest, x.dtype, max(dim, v_dim))
-    products_kernel[triton.cdiv(blocks, span) * parts, heads, batch](
+    tile = products_tile(layout.blocks.largest, x.dtype, max(dim, v_dim))
+    products_kernel[triton.cdiv(blocks, tile.span) * parts, heads, batch](
         x, v, *sums, found, offsets, *x.stride()[:3], *v.stride()[:3], *mean.stride()[:3], *v_mean.stride()[:3],
         *found.stride()[:4], *broadcast_strides(offsets), blocks, *layout.blocks,
-        D=dim, DV=v_dim, BLOCK_D=padded(dim), BLOCK_DV=block_dv, BLOCK_N=block_n, PARTS=parts, SPAN=span,
-        SINGLE=layout.blocks.largest <= block_n, ROUNDED=rounded, UPCAST=interpreted(), num_warps=num_warps,
-        num_stages=2,
+        D=dim, DV=v_dim, BLOCK_D=padded(dim), BLOCK_DV=block_dv, BLOCK_N=tile.rows, PARTS=parts, SPAN=tile.span,
+        SINGLE=layout.blocks.largest <= tile.rows, ROUNDED=rounded, UPCAST=interpreted(), num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
     )  # fmt: skip
     return found
 
 
-def _tile(largest: int, dtype: torch.dtype, dim: int) -> tuple[int, int, int]:
-    """Tokens of a tile, a whole block where it fits in registers; warps; blocks that one program goes through.
+class ProductsTile(NamedTuple):
+    """How the kernel of products goes through its blocks.
 
-    Of the fast sizes each the fastest of those timed on an H200.
+    Args:
+        rows: tokens of a tile.
+        span: blocks that one program goes through.
+        num_warps, num_stages: as Triton has them.
+    """
+
+    rows: int
+    span: int
+    num_warps: int
+    num_stages: int
+
+
+def products_tile(largest: int, dtype: torch.dtype, dim: int) -> ProductsTile:
+    """A whole block in a tile where it fits in registers; of the fast sizes each the fastest of those timed on an H200.
+
+    A block of several tiles has one stage: with more, Triton (3.6, 3.7) copies the next tile to where a product in
+    flight still reads.
     """
     if dtype == torch.float32 or dim > 128 or largest > 128:
-        return (16 if dtype == torch.float32 else 32), 8, 1
-    return max(16, padded(largest)), 4, 4
+        return ProductsTile(16 if dtype == torch.float32 else 32, span=1, num_warps=8, num_stages=1)
+    return ProductsTile(max(16, padded(largest)), span=4, num_warps=4, num_stages=2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 import sys
 
 import triton
@@ -73,7 +74,7 @@ def moments(job: dict):
     sizes |= dict(BLOCK_N=job["block_n"], PARTS=-(-job["dim"] // 128))
     kernel, constants = (
         remainder_kernels.products_kernel,
-        dict(SPAN=4, SINGLE=job["single"], ROUNDED=True, UPCAST=False),
+        dict(SPAN=job["span"], SINGLE=job["single"], ROUNDED=True, UPCAST=False),
     )
     if job["remainder"] != "value":
         sizes |= dict(BLOCK_DV=job["padded"], PARTS=8)
@@ -166,6 +167,21 @@ def hopper(job: dict):
     return GluonASTSource(kernel, signature(kernel, constants, special, "bf16"), constexprs=constants), options
 
 
+def racing(program: str) -> bool:
+    """Whether copies may overwrite what a product in flight still reads.
+
+    Triton (3.6, 3.7) gives a tile in a loop no slot to spare for that where other code reads it too.
+    """
+    tiles = dict(re.findall(r"(%\S+) = ttg\.memdesc_index (%[^\s\[]+)", program))
+    tiles |= {new: tiles.get(old, old) for new, old in re.findall(r"(%\S+) = ttg\.memdesc_trans (%\S+)", program)}
+    copied = {tiles.get(to) for to in re.findall(r"async_copy_global_to_local %\S+, (%\S+)", program)}
+    loaded = {tiles.get(x) for x in re.findall(r"ttg\.local_load (%\S+)", program)}
+    products = re.findall(r"ttng\.warp_group_dot (%\S+), (%\S+),", program)
+    multiplied = {tiles.get(x) for pair in products for x in pair}
+    in_flight = re.search(r"warp_group_dot_wait .*pendings = [1-9]", program) is not None
+    return in_flight and bool((copied & loaded & multiplied) - {None})
+
+
 def report(job: dict) -> dict:
     kinds = {"triton": portable, "moments": moments, "errors": errors, "changes": changes, "hopper": hopper}
     kinds |= {"weights": weights, "choice": choice, "search": search, "skip": skipping}
@@ -178,6 +194,7 @@ def report(job: dict) -> dict:
         "shared": compiled.metadata.shared,
         "products": compiled.asm["ptx"].count("wgmma.mma_async"),
         "serialized": "serialized" in log.getvalue(),
+        "racing": racing(compiled.asm["ttgir"]),
     }
 
 

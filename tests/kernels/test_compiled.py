@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from dit_sparse.kernels.moments import products_tile
 from dit_sparse.kernels.triton_backend import configuration
 from dit_sparse.kernels.triton_launch import padded
 from dit_sparse.kernels.triton_skip import skip_configuration
@@ -35,7 +37,7 @@ HOPPER = [
 
 
 def compile_kernels(jobs: list[dict]) -> list[dict]:
-    """What the compiler says of each job, `{"shared": bytes, "serialized": bool}`, from a process of its own."""
+    """What the compiler says of each job, ``{"shared": bytes, "racing": bool, ...}`, from a process of its own."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, str(PROGRAM)], input=json.dumps(jobs), capture_output=True, text=True, env=environment
@@ -66,6 +68,7 @@ def test_the_portable_kernel_fits() -> None:
         )
     for job, found in zip(jobs, compile_kernels(jobs), strict=True):
         assert found["shared"] <= LIMITS[job["target"]], job
+        assert not found["racing"], job
 
 
 def test_the_kernel_that_skips_fits() -> None:
@@ -82,31 +85,38 @@ def test_the_kernel_that_skips_fits() -> None:
         )
     for job, found in zip(jobs, compile_kernels(jobs), strict=True):
         assert found["shared"] <= LIMITS[job["target"]], job
+        assert not found["racing"], job
 
 
-def test_the_kernel_of_moments_fits() -> None:
+def test_the_kernels_of_moments_fit() -> None:
     jobs = [
-        dict(
-            kernel="moments",
-            target=target,
-            dtype=dtype,
-            dim=dim,
-            padded=padded(dim),
-            remainder=remainder,
-            single=single,
-            block_n=block_n,
-            warps=4,
-            stages=2,
-        )
-        for target, dim, dtype, remainder, single, block_n in (
-            (80, 128, "bf16", "value", True, 128),
-            (90, 128, "bf16", "mean", True, 64),
-            (90, 128, "bf16", "value", False, 32),
-            (86, 256, "fp32", "value", False, 16),
-        )
+        dict(kernel="moments", target=90, dtype="bf16", dim=128, padded=128, remainder="mean", warps=1, stages=2)
+        | dict(block_n=8, span=1, single=True)
     ]
-    for job, found in zip(jobs, compile_kernels(jobs), strict=True):
-        assert found["shared"] <= LIMITS[job["target"]], job
+    for target, dim, dtype, largest in ((80, 128, "bf16", 128), (90, 128, "bf16", 256), (86, 256, "fp32", 64)):
+        tile = products_tile(largest, torch.float32 if dtype == "fp32" else torch.bfloat16, dim)
+        jobs.append(
+            dict(
+                kernel="moments",
+                target=target,
+                dtype=dtype,
+                dim=dim,
+                padded=padded(dim),
+                remainder="value",
+                single=largest <= tile.rows,
+                block_n=tile.rows,
+                span=tile.span,
+                warps=tile.num_warps,
+                stages=tile.num_stages,
+            )
+        )
+    # With two stages the second of them would overwrite a tile too early.
+    jobs.append(jobs[2] | dict(stages=2))
+    *found, broken = compile_kernels(jobs)
+    for job, one in zip(jobs, found, strict=False):
+        assert one["shared"] <= LIMITS[job["target"]], job
+        assert not one["racing"], job
+    assert broken["racing"]
 
 
 def test_the_kernel_of_weights_fits() -> None:
@@ -125,6 +135,7 @@ def test_the_kernel_of_weights_fits() -> None:
     ]
     for job, found in zip(jobs, compile_kernels(jobs), strict=True):
         assert found["shared"] <= LIMITS[job["target"]], job
+        assert not found["racing"], job
 
 
 @pytest.mark.parametrize(("kernel", "rows", "warps", "wide"), [("errors", 128, 8, 64), ("changes", 64, 4, 32)])
@@ -147,6 +158,7 @@ def test_the_kernels_of_errors_fit(kernel: str, rows: int, warps: int, wide: int
     ]
     for job, found in zip(jobs, compile_kernels(jobs), strict=True):
         assert found["shared"] <= LIMITS[job["target"]], job
+        assert not found["racing"], job
 
 
 def test_the_hopper_kernel_fits_and_keeps_its_products_asynchronous() -> None:
