@@ -98,7 +98,7 @@ _PRESETS = (
         _lea(0.3),
         Defaults(480, 832, 81, 50, 5.0, 16),
         _WAN,
-        "speed of two layers, random weights, at other densities",
+        "speed of six layers, random weights",
     ),
     Preset(
         "wan2.1-14b",
@@ -106,7 +106,7 @@ _PRESETS = (
         _lea(0.25),
         Defaults(720, 1280, 81, 50, 5.0, 16),
         _WAN,
-        "speed of four layers, random weights, at density 0.16",
+        "speed of four layers, random weights",
     ),
     Preset(
         "wan2.2-5b",
@@ -135,7 +135,7 @@ _PRESETS = (
         _lea(0.4),
         Defaults(480, 720, 49, 50, 6.0, 8),
         _OTHERS,
-        "speed of AdaSpa, random weights",
+        "speed of six layers, random weights",
     ),
     Preset(
         "cogvideox1.5-5b",
