@@ -79,7 +79,7 @@ class Preset:
 
 
 def _lea(density: float) -> Schedule:
-    """Our own method after ten of fifty dense steps, the first layer dense."""
+    """Our own method after a dense fifth of the steps, the first layer dense."""
     return Schedule(LeastError(density=density), warmup=0.2, dense_layers=(0,))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -212,8 +213,15 @@ class Schedule:
         return frozenset(int(at) if at >= 1 else round(at * num_steps) for at in places)
 
     def plan_steps(self, num_steps: int) -> frozenset[int]:
-        """Sparse steps of a run of `num_steps` that plan from the data; with `drift` as many as it may come to."""
+        """Steps of a run of `num_steps` that plan from the data; with `drift` as many as it may come to.
+
+        A static method has none. A second transformer plans at its own first step too.
+        """
+        if self.method.scope == "grid":
+            return frozenset()
         first = self.warmup_steps(num_steps)
+        if self.method.uses_lse and first == 0:
+            first = 1  # the first is dense, for its row sums
         found = {first} | {step for step in self.refresh_steps(num_steps) if step > first}
         found |= {step for step in range(first + 1, num_steps) if self._new_part(step - 1, step, num_steps)}
         if self.drift is not None:
@@ -225,18 +233,26 @@ class Schedule:
         """Plans that a run of `num_steps` makes, over its sparse steps."""
         return max(1, len(self.plan_steps(num_steps))) / max(1, num_steps - self.warmup_steps(num_steps))
 
-    def step_densities(self, num_steps: int) -> list[float] | None:
-        """Density of each step of a run, 1 in the warm-up; where layers have densities of their own their mean.
+    def step_densities(self, num_steps: int, plan_steps: Collection[int] | None = None) -> list[float] | None:
+        """Density of each step of a run: that of its plan, 1 in dense steps; of layers with their own the mean.
 
         `None` where it is not known before the run: it comes out of the data, or goes by the scheduler's noise.
+
+        Args:
+            plan_steps: steps that plan, where they are not those of `plan_steps`.
         """
         if self.noise_densities is not None or not takes_density(self.method):
             return None
-        warmup, layers = self.warmup_steps(num_steps), len(self.layer_densities or (None,))
-        found = [1.0] * min(warmup, num_steps)
-        for step in range(warmup, num_steps):
-            sites = [Site(TokenGrid(1, 1, 1), layer, layers, step, num_steps) for layer in range(layers)]
-            found.append(math.fsum(density_at(self.method_for(site), site) or 0.0 for site in sites) / layers)
+        steps = range(self.warmup_steps(num_steps), num_steps)
+        plans: Collection[int] = steps
+        if self.method.scope != "grid":
+            plans = sorted(self.plan_steps(num_steps) if plan_steps is None else plan_steps)
+        found, density, layers = [1.0] * num_steps, 1.0, len(self.layer_densities or (None,))
+        for step in steps:
+            if step in plans:
+                sites = [Site(TokenGrid(1, 1, 1), layer, layers, step, num_steps) for layer in range(layers)]
+                density = math.fsum(density_at(self.method_for(site), site) or 0.0 for site in sites) / layers
+            found[step] = density
         return found
 
     @cached_property

@@ -22,6 +22,8 @@ Step: TypeAlias = tuple[Kind, float]
 """Its kind and, as far as it is sparse, its density."""
 PARTS = ("attention", "planning", "linear", "passes", "exchange")
 
+_MOST_STEPS = 1000
+_MOST_PIXELS = 100_000  # and frames
 _ACTIVATIONS = 8.5
 """Peak activations over the hidden state; 6.13 GiB were measured for Wan 14B's 0.72 (docs/benchmarks.md)."""
 
@@ -74,8 +76,10 @@ class Run:
     guided: bool = True
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"steps must be at least 1, got {self.steps}")
+        for name in ("steps", "frames", "height", "width"):
+            most, got = _MOST_STEPS if name == "steps" else _MOST_PIXELS, getattr(self, name)
+            if not 1 <= got <= most:
+                raise ValueError(f"{name} must be from 1 to {most}, got {got}")
         self.schedule.check_layers(self.shape.layers)
         if self.schedule.skips:
             raise ValueError(
@@ -97,7 +101,7 @@ class Run:
         method = self.schedule.method
         if method.name == "dense":
             return (1.0,) * self.steps
-        found = self.schedule.step_densities(self.steps)
+        found = self.schedule.step_densities(self.steps, self._plans)
         if found is None:
             if self.density is None:
                 raise ValueError(
@@ -107,10 +111,14 @@ class Run:
         return tuple(found)
 
     @cached_property
+    def sparse_densities(self) -> tuple[float, ...]:
+        """Of the steps that are not dense, in their order."""
+        return tuple(density for kind, density in self.course if kind != "dense")
+
+    @cached_property
     def share(self) -> float:
-        """The density of sparse steps, their mean."""
-        sparse = [density for kind, density in self.course if kind != "dense"]
-        return math.fsum(sparse) / len(sparse) if sparse else self.densities[-1]
+        """The density of sparse steps, their mean; 1 where there is none."""
+        return math.fsum(self.sparse_densities) / len(self.sparse_densities) if self.sparse_densities else 1.0
 
     @property
     def branches(self) -> int:
@@ -123,26 +131,34 @@ class Run:
         return self.branches if self.shape.batched or self.schedule.method.scope == "call" else 1
 
     @cached_property
-    def course(self) -> tuple[Step, ...]:
-        """Kind and density of every step: dense, with plans from the data, or with those of an earlier step.
+    def _first_steps(self) -> tuple[int, ...]:
+        """Of each transformer: several are taken to have equal parts of the run."""
+        return tuple(number * self.steps // self.shape.transformers for number in range(self.shape.transformers))
 
-        Several transformers are taken to have equal parts of the run; each makes plans of its own.
-        """
-        method, steps = self.schedule.method, self.steps
-        if method.name == "dense":
-            return (("dense", 1.0),) * steps
-        warmup, static = self.schedule.warmup_steps(steps), method.scope == "grid"
-        dense = set(range(warmup))
-        plans = set() if static else set(self.schedule.plan_steps(steps))
-        for number in range(self.shape.transformers):
-            start = number * steps // self.shape.transformers
-            first = max(start, warmup)
-            if method.uses_lse and first == start:
-                dense.add(first)  # gives the row sums
-                first += 1
-            plans |= set() if static else {first}
+    @cached_property
+    def _dense_steps(self) -> frozenset[int]:
+        warmup = self.schedule.warmup_steps(self.steps)
+        own = {first for first in self._first_steps if self.schedule.method.uses_lse and first >= warmup}
+        return frozenset(own.union(range(warmup)))
+
+    @cached_property
+    def _plans(self) -> frozenset[int]:
+        """Steps that plan from the data; each transformer does at its first sparse one."""
+        if self.schedule.method.scope == "grid":
+            return frozenset()
+        firsts = (
+            next((step for step in range(first, self.steps) if step not in self._dense_steps), self.steps)
+            for first in self._first_steps
+        )
+        return self.schedule.plan_steps(self.steps).union(firsts) - self._dense_steps - {self.steps}
+
+    @cached_property
+    def course(self) -> tuple[Step, ...]:
+        """Kind and density of every step: dense, with plans from the data, or with those of an earlier step."""
+        if self.schedule.method.name == "dense":
+            return (("dense", 1.0),) * self.steps
         return tuple(
-            ("dense" if step in dense else "search" if step in plans else "cached", density)
+            ("dense" if step in self._dense_steps else "search" if step in self._plans else "cached", density)
             for step, density in enumerate(self.densities)
         )
 
@@ -276,7 +292,7 @@ def _on_mesh(run: Run, mesh: Mesh) -> Estimate:
         dense=run.steps * sum(step_parts(run, mesh, "dense").values()),
         memory=_memory(run, mesh),
         bottleneck=max(parts, key=lambda part: parts[part]),
-        sparse_pays=any(_pays(run, density) for density in set(run.densities)),
+        sparse_pays=any(_pays(run, density) for density in set(run.sparse_densities)),
     )
 
 
@@ -344,11 +360,11 @@ def _memory(run: Run, mesh: Mesh) -> dict[str, float]:
     batch = run.branches if shape.batched else 1
     heads, rows, columns = shape.heads / mesh.size, run.tokens / block_of(method), run.tokens / key_block_of(method)
     plans = search = terms = 0.0
-    if min(run.densities) < 1:
+    if min(run.sparse_densities, default=1.0) < 1:
         if method.scope in ("call", "sample"):
             masks = run.branches if method.scope == "call" else batch
             lse = 4 * heads * run.tokens if method.uses_lse else 0.0
-            plans = masks * shape.layers * (heads * rows * columns / 8 + lse)
+            plans = shape.transformers * masks * shape.layers * (heads * rows * columns / 8 + lse)
             search = _SEARCH_BYTES * batch * shape.heads * rows * columns  # ranks may compare all heads
         if run.schedule.planned_remainder in ("value", "mass"):
             terms = min(_TERMS_BYTES, batch * heads * (rows + columns) * shape.dim**2 * machine.itemsize)

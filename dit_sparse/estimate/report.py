@@ -23,9 +23,10 @@ def print_estimate(found: Estimate, console: Console) -> None:
     """Print time, memory and the bottleneck."""
     run = found.run
     mesh = "" if found.mesh.size == 1 else f" ({found.mesh})"
+    density = f"at density {run.share:.3g} in sparse steps" if run.sparse_densities else "without a sparse step"
     console.print(
-        f"{run.tokens:,} tokens, {run.steps} steps, {run.schedule.method.name} at density {run.share:.3g} in sparse "
-        f"steps, {found.mesh.size} x {run.machine.costs}{mesh}",
+        f"{run.tokens:,} tokens, {run.steps} steps, {run.schedule.method.name} {density}, {found.mesh.size} x "
+        f"{run.machine.costs}{mesh}",
         highlight=False,
     )
     console.print(
@@ -44,7 +45,7 @@ def print_estimate(found: Estimate, console: Console) -> None:
     console.print(f"steps: {', '.join(kinds)}", highlight=False)
     if found.mesh.size > 1:
         console.print(f"with every exchange hidden: {_seconds(found.hidden)}", highlight=False)
-    if not found.sparse_pays:
+    if run.sparse_densities and not found.sparse_pays:
         console.print("sparse attention would not be faster than dense here", style="yellow")
     needs = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in found.memory.items() if size)
     total, have = sum(found.memory.values()) / 2**30, run.machine.memory / 2**30

@@ -29,6 +29,7 @@ class Moments(NamedTuple):
         v_mean: `[B, H, M, DV]` of the tokens `v`; `None` without.
         products: `[B, H, M', D, DV]` mean of `(x - mean)^T v`, in the dtype of `x`; `None` where not wanted. On a GPU
             `M'` is the multiple of 8 from `M` on, zeros past `M`: a sum over blocks of another length is slow there.
+            In float16 infinite where they are above 65,504.
         rounded, v_rounded: `mean` and `v_mean` in the dtypes of `x` and `v`, where they were asked for.
     """
 
@@ -146,7 +147,7 @@ def _launch_sums(
     sums_kernel[blocks, heads, batch](
         x, v, *sums, offsets, *x.stride()[:3], *v.stride()[:3], *mean.stride()[:3], *v_mean.stride()[:3],
         *broadcast_strides(offsets), blocks, *layout.blocks, D=dim, DV=v_dim, BLOCK_D=padded(dim),
-        BLOCK_DV=padded(v_dim), BLOCK_N=rows, PARTS=min(_MOST_PARTS, -(-layout.blocks.largest // rows)),
+        BLOCK_DV=padded(v_dim), BLOCK_N=rows, PARTS=max(1, min(_MOST_PARTS, -(-layout.blocks.largest // rows))),
         CENTRED=centred, VALUES=values, ROUNDED=rounded, num_warps=1,
     )  # fmt: skip
 

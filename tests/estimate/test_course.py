@@ -43,8 +43,10 @@ def planned(pipe, steps: int, **options) -> dict[int, int]:
         Schedule(LEA, warmup=0.2, refresh=(4, 7)),
         Schedule(AdaSpa(density=0.5, block=16), warmup=0.2),
         Schedule(AdaSpa(density=0.5, block=16), warmup=0, ramp=(0.6, 0.5, 0.4)),
+        Schedule(LEA, warmup=0, refresh=(5,)),
+        Schedule(LEA, warmup=0, refresh=()),
     ],
-    ids=["lea", "lea after dense steps", "adaspa", "adaspa without warm-up"],
+    ids=["lea", "lea after dense steps", "adaspa", "adaspa without warm-up", "one early density", "only that"],
 )
 def test_steps_and_branches_that_plan_are_those_of_a_run(schedule: Schedule) -> None:
     run = estimated(WAN, schedule, 10)
@@ -86,6 +88,9 @@ def test_a_second_transformer_plans_for_itself(method) -> None:
     assert set(found.values()) == {WAN.layers * run.planning_forwards}
     dense = {record.step for record in statistics(pipe).records if record.density is None}
     assert len(dense) == kinds.count("dense") == (3 if method.uses_lse else 2)
+    # Both keep their plans to the end of the run.
+    alone = estimate(replace(run, shape=WAN)).memory["plans"]
+    assert estimate(run).memory["plans"] == 2 * alone > 0
 
 
 @pytest.mark.parametrize(("branch", "batch"), [("cond", 1), ("cond_uncond", 2)])
@@ -108,6 +113,21 @@ def test_a_remainders_matrices_fit_in_half_a_gibibyte() -> None:
     large = replace(run, shape=replace(WAN, heads=1000, dim=128))
     assert estimate(large).memory["remainder"] == 2**29
     assert estimate(replace(run, schedule=replace(run.schedule, remainder="mean"))).memory["remainder"] == 0
+
+
+def test_a_run_without_a_sparse_step() -> None:
+    run = estimated(WAN, Schedule(LEA, warmup=0.9), 4)
+    assert run.sparse_densities == ()
+    assert run.share == 1
+    assert estimate(run).memory["plans"] == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("steps", 0), ("steps", 10**20), ("frames", 10**400), ("height", 10**6), ("width", -8)]
+)
+def test_sizes_beyond_reason_are_refused(name: str, value: int) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be from 1 to"):
+        replace(estimated(WAN, Schedule(LEA), 4), **{name: value})
 
 
 def test_densities_by_step_and_layer_are_the_schedules() -> None:

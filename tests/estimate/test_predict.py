@@ -212,7 +212,7 @@ def test_refuses_what_cannot_be(capsys):
         ({"size": "big"}, "--size must be HEIGHTxWIDTH"),
         ({"frames": 80}, "frames must be a multiple of 4 plus 1"),
         ({"model": "flux.1-dev", "frames": 81}, "frames must be 1"),
-        ({"steps": 0}, "steps must be at least 1"),
+        ({"steps": 0}, "steps must be from 1 to 1000"),
         ({"density": 2.0}, "density must be"),
         ({"method": "svg2", "density": 2.0, "block": None}, "density must be"),
         ({"method": "seer", "density": -1.0, "block": None}, "density must be"),

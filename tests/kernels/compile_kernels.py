@@ -77,7 +77,7 @@ def moments(job: dict):
         dict(SPAN=job["span"], SINGLE=job["single"], ROUNDED=True, UPCAST=False),
     )
     if job["remainder"] != "value":
-        sizes |= dict(BLOCK_DV=job["padded"], PARTS=8)
+        sizes |= dict(BLOCK_DV=job["padded"], PARTS=4)
         kernel, constants = remainder_kernels.sums_kernel, dict(CENTRED=True, VALUES=True, ROUNDED=True)
     return triton_source(kernel, sizes | constants, job), options_of(job)
 
@@ -90,6 +90,12 @@ def weights(job: dict):
     special = {"kept": "*u8", "levels": "*i8", "scores": "*fp32"}
     special |= dict.fromkeys(("q_mean", "q_square", "k_mean", "k_square"), "*fp32")
     return triton_source(remainder_kernels.weigh_kernel, constants, job, special), options_of(job)
+
+
+def shares(job: dict):
+    special = {"levels": "*i8", "scores": "*fp32", "weights": f"*{job['dtype']}"}
+    constants = dict(BLOCK_M=4, BLOCK_N=512, LEVELS=True)
+    return triton_source(remainder_kernels.share_kernel, constants, job, special), options_of(job)
 
 
 def errors(job: dict):
@@ -184,7 +190,7 @@ def racing(program: str) -> bool:
 
 def report(job: dict) -> dict:
     kinds = {"triton": portable, "moments": moments, "errors": errors, "changes": changes, "hopper": hopper}
-    kinds |= {"weights": weights, "choice": choice, "search": search, "skip": skipping}
+    kinds |= {"weights": weights, "shares": shares, "choice": choice, "search": search, "skip": skipping}
     source, options = kinds[job["kernel"]](job)
     log = io.StringIO()
     with contextlib.redirect_stdout(log):
