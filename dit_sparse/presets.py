@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from dit_sparse.course import step_densities
 from dit_sparse.methods import LeastError, Neighborhood, nearest
 from dit_sparse.schedule import Schedule
 
@@ -59,7 +60,7 @@ class Preset:
     def row(self) -> dict[str, str]:
         """Its line of the table of presets, by column."""
         config, defaults = self.schedule.to_config(), self.defaults
-        densities = self.schedule.step_densities(defaults.steps) or []
+        densities = step_densities(self.schedule, defaults.steps) or []
         sparse = dict.fromkeys(f"{density:.3g}" for density in densities[self.schedule.warmup_steps(defaults.steps) :])
         return {
             "name": self.name,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -14,7 +13,6 @@ from dit_sparse.methods import find_method, nearest, read_parameter
 from dit_sparse.methods.parameters import (
     check_share,
     check_skip_factor,
-    density_at,
     skip_threshold,
     takes_density,
     threshold_name,
@@ -212,49 +210,6 @@ class Schedule:
         places = own if self.refresh is None else self.refresh
         return frozenset(int(at) if at >= 1 else round(at * num_steps) for at in places)
 
-    def plan_steps(self, num_steps: int) -> frozenset[int]:
-        """Steps of a run of `num_steps` that plan from the data; with `drift` as many as it may come to.
-
-        A static method has none. A second transformer plans at its own first step too.
-        """
-        if self.method.scope == "grid":
-            return frozenset()
-        first = self.warmup_steps(num_steps)
-        if self.method.uses_lse and first == 0:
-            first = 1  # the first is dense, for its row sums
-        found = {first} | {step for step in self.refresh_steps(num_steps) if step > first}
-        found |= {step for step in range(first + 1, num_steps) if self._new_part(step - 1, step, num_steps)}
-        if self.drift is not None:
-            # What moved at one step is taken up at the next.
-            found |= set(range(first + 2, num_steps, 2))
-        return frozenset(step for step in found if step < num_steps)
-
-    def plans_per_call(self, num_steps: int) -> float:
-        """Plans that a run of `num_steps` makes, over its sparse steps."""
-        return max(1, len(self.plan_steps(num_steps))) / max(1, num_steps - self.warmup_steps(num_steps))
-
-    def step_densities(self, num_steps: int, plan_steps: Collection[int] | None = None) -> list[float] | None:
-        """Density of each step of a run: that of its plan, 1 in dense steps; of layers with their own the mean.
-
-        `None` where it is not known before the run: it comes out of the data, or goes by the scheduler's noise.
-
-        Args:
-            plan_steps: steps that plan, where they are not those of `plan_steps`.
-        """
-        if self.noise_densities is not None or not takes_density(self.method):
-            return None
-        steps = range(self.warmup_steps(num_steps), num_steps)
-        plans: Collection[int] = steps
-        if self.method.scope != "grid":
-            plans = sorted(self.plan_steps(num_steps) if plan_steps is None else plan_steps)
-        found, density, layers = [1.0] * num_steps, 1.0, len(self.layer_densities or (None,))
-        for step in steps:
-            if step in plans:
-                sites = [Site(TokenGrid(1, 1, 1), layer, layers, step, num_steps) for layer in range(layers)]
-                density = math.fsum(density_at(self.method_for(site), site) or 0.0 for site in sites) / layers
-            found[step] = density
-        return found
-
     @cached_property
     def _methods(self) -> tuple[Method, ...]:
         """The method of each part of the sparse steps."""
@@ -373,13 +328,14 @@ class Schedule:
             return Decision("dense", "search", keep_lse=True)
         if previous is None or previous.plan is None:
             return Decision("plan")
-        if self.method.scope != "grid" and self._new_part(previous.step, site.step, site.num_steps):
+        if self.method.scope != "grid" and self.new_part(previous.step, site.step, site.num_steps):
             return Decision("plan")
         due = site.step in self.refresh_steps(site.num_steps) and previous.step != site.step
         due = due or (self.drift is not None and previous.drift is not None and previous.drift > self.drift)
         return Decision("plan" if due and self.method.scope != "grid" else "reuse")
 
-    def _new_part(self, planned_at: int, step: int, num_steps: int) -> bool:
+    def new_part(self, planned_at: int, step: int, num_steps: int) -> bool:
+        """Whether `step` is in another part of the ramp than the step `planned_at`."""
         return self._part(planned_at, num_steps) != self._part(step, num_steps)
 
     def to_config(self) -> dict[str, Any]:

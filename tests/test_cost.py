@@ -17,6 +17,7 @@ from dit_sparse.bench.costs import Sizes, measure_costs, measure_for_user
 from dit_sparse.bench.shapes import Shape, random_plan
 from dit_sparse.cost import TABLE_VARIABLE, Call, DeviceCosts, KernelCosts, costs_of, predict, read_table
 from dit_sparse.cost.table import OWN_TABLE
+from dit_sparse.course import plans_per_call
 from dit_sparse.kernels import dense_attention
 from dit_sparse.methods import METHODS, AdaSpa, SparseVideoGen
 from dit_sparse.types import TokenGrid
@@ -82,7 +83,7 @@ def test_decisions_at_the_extremes(name) -> None:
 def test_the_demo_model_stays_sparse_on_a_cpu() -> None:
     costs = read_table(OWN_TABLE)["cpu"]
     schedule = Schedule(AdaSpa(density=0.25))
-    plans = schedule.plans_per_call(20)
+    plans = plans_per_call(schedule, 20)
     assert of_model(costs, 6_144, 3, 64, block=64, plans=plans) < 0.8
     assert of_model(costs, 6_144, 3, 64, block=64, plans=plans, density=0.75) > 1
 
@@ -107,7 +108,7 @@ def test_planning_was_measured_of_methods_that_there_are() -> None:
     ],
 )
 def test_plans_a_call(schedule, want) -> None:
-    assert schedule.plans_per_call(20) == pytest.approx(want)
+    assert plans_per_call(schedule, 20) == pytest.approx(want)
 
 
 def seconds(run: Callable[[], object]) -> float:

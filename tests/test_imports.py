@@ -25,16 +25,17 @@ MAY_IMPORT = {
     "masks": {"types", "block_mask", "kernels", "reorder"},
     "methods": {"types", "block_mask", "kernels", "reorder", "masks"},
     "schedule": {"types", "methods"},
+    "course": {"types", "methods", "schedule"},
     "attention": {"types", "kernels"},
     "safety": {"types", "kernels", "attention"},
     "parallel": {"types", "block_mask", "kernels", "attention", "head_shard", "lost_ranks"},
     "cost": {"types"},
-    "pipelines": {"types", "kernels", "methods", "schedule", "attention", "cost", "parallel"},
+    "pipelines": {"types", "kernels", "methods", "schedule", "course", "attention", "cost", "parallel"},
     "demo": set(),
     "cluster": set(),
     "eval": {"types", "kernels", "reorder", "masks", "methods", "schedule", "pipelines"},
     "bench": {"types", "block_mask", "kernels", "reorder", "masks", "methods", "schedule", "attention", "cost"},
-    "presets": {"methods", "schedule"},
+    "presets": {"methods", "schedule", "course"},
     "generate": {
         *("types", "methods", "schedule", "presets", "pipelines", "demo", "eval", "cluster", "parallel", "lost_ranks"),
     },
@@ -48,7 +49,7 @@ MAY_IMPORT = {
     "analyze": {
         *("types", "block_mask", "masks", "methods", "schedule", "pipelines", "bench", "generate", "calibrate"),
     },
-    "estimate": {"types", "methods", "schedule", "presets", "cost"},
+    "estimate": {"types", "methods", "schedule", "course", "presets", "cost"},
     "simulator": {"types", "masks", "methods"},
     "doctor": {"kernels", "demo", "cost"},
     "cli": {

@@ -14,6 +14,7 @@ import torch
 from dit_sparse import AdaSpa, LeastError, Paro, Schedule, cli, preset, sparsify, statistics
 from dit_sparse.cost import Call, predict, read_table
 from dit_sparse.cost.table import OWN_TABLE
+from dit_sparse.course import plans_per_call, step_densities
 from dit_sparse.demo import demo_defaults
 from dit_sparse.estimate import SHAPES
 from dit_sparse.methods.parameters import block_of, key_block_of
@@ -85,8 +86,8 @@ def test_a_video_preset_pays_on_every_gpu_of_the_table(name: str) -> None:
     else:
         shape = SHAPES[name]
         tokens, heads, dim = shape.tokens(*(defaults.frames, defaults.height, defaults.width)), shape.heads, shape.dim
-    density = entry.schedule.step_densities(defaults.steps)[-1]
-    plans = entry.schedule.plans_per_call(defaults.steps)
+    density = step_densities(entry.schedule, defaults.steps)[-1]
+    plans = plans_per_call(entry.schedule, defaults.steps)
     table = read_table(OWN_TABLE)
     for device in ("cpu",) if name == "demo" else ("H100", "H200", "unknown GPU"):
         for backend in table[device].backends:
@@ -153,7 +154,7 @@ def test_the_figures_behind_the_presets_are_those_of_the_report() -> None:
             rows.setdefault(schedule.method, (schedule, row))
     for method in (LeastError(0.25), LeastError(0.16), AdaSpa(0.5), AdaSpa(0.25), Paro(0.5)):
         schedule, row = rows[method]
-        density, name = schedule.step_densities(50)[-1], {"adaspa": "AdaSpa", "paro": "PAROAttention"}.get(method.name)
+        density, name = step_densities(schedule, 50)[-1], {"adaspa": "AdaSpa", "paro": "PAROAttention"}.get(method.name)
         shares = [f"{share:.3f}".strip("0") for share in (method.density, density)]
         psnr = f"{row['psnr']['median']:.1f} ({row['psnr']['min']:.1f})"
         line = f"| {name or '`lea`'} at {shares[0]} | {shares[1]} | {psnr} | {row['speedup']:.2f}x |"

@@ -343,10 +343,3 @@ def test_config_round_trip_of_options_by_noise_layer_and_drift(schedule: Schedul
 def test_options_that_a_method_cannot_follow_are_refused(method, options, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Schedule(method, **options)
-
-
-def test_plans_that_a_run_comes_to() -> None:
-    """With a drift, one that is exceeded at every look: every second step."""
-    assert Schedule(Pisa(), warmup=0).plans_per_call(10) == 1
-    assert Schedule(Pisa(), warmup=0.2, refresh=(0.5,)).plans_per_call(10) == pytest.approx(2 / 8)
-    assert Schedule(Pisa(), warmup=0, drift=0.1).plans_per_call(10) == pytest.approx(5 / 10)

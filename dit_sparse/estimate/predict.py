@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any, Literal, TypeAlias, get_args
 
 from dit_sparse.cost import Call, predict
+from dit_sparse.course import plan_steps, plans_per_call, step_densities
 from dit_sparse.estimate.machines import Machine
 from dit_sparse.estimate.shapes import ModelShape
 from dit_sparse.methods.parameters import block_of, check_share, key_block_of
@@ -23,7 +24,7 @@ Step: TypeAlias = tuple[Kind, float]
 PARTS = ("attention", "planning", "linear", "passes", "exchange")
 
 _MOST_STEPS = 1000
-_MOST_PIXELS = 100_000  # and frames
+_LARGEST_SIZE = 100_000  # pixels, or frames
 _ACTIVATIONS = 8.5
 """Peak activations over the hidden state; 6.13 GiB were measured for Wan 14B's 0.72 (docs/benchmarks.md)."""
 
@@ -31,7 +32,7 @@ _SEARCH_BYTES = 4 + 4 + 1
 """A pair of blocks, while a layer is planned: its score, what it is ranked by, and whether it is kept."""
 
 _TERMS_BYTES = 512 << 20
-"""Of the matrices of a remainder; heads go through in groups that fit (docs/remainder.md)."""
+"""Of the matrices of a remainder; heads go through in groups that fit, as in the launcher (`kernels.block_sparse`)."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Run:
 
     def __post_init__(self) -> None:
         for name in ("steps", "frames", "height", "width"):
-            most, got = _MOST_STEPS if name == "steps" else _MOST_PIXELS, getattr(self, name)
+            most, got = _MOST_STEPS if name == "steps" else _LARGEST_SIZE, getattr(self, name)
             if not 1 <= got <= most:
                 raise ValueError(f"{name} must be from 1 to {most}, got {got}")
         self.schedule.check_layers(self.shape.layers)
@@ -101,7 +102,7 @@ class Run:
         method = self.schedule.method
         if method.name == "dense":
             return (1.0,) * self.steps
-        found = self.schedule.step_densities(self.steps, self._plans)
+        found = step_densities(self.schedule, self.steps, self._plans)
         if found is None:
             if self.density is None:
                 raise ValueError(
@@ -150,7 +151,7 @@ class Run:
             next((step for step in range(first, self.steps) if step not in self._dense_steps), self.steps)
             for first in self._first_steps
         )
-        return self.schedule.plan_steps(self.steps).union(firsts) - self._dense_steps - {self.steps}
+        return plan_steps(self.schedule, self.steps).union(firsts) - self._dense_steps - {self.steps}
 
     @cached_property
     def course(self) -> tuple[Step, ...]:
@@ -313,8 +314,7 @@ def _sparse_share(run: Run, density: float) -> float:
 
 def _pays(run: Run, density: float) -> bool:
     """Whether a layer runs sparse, as it is judged in a run: by its share of the planning too."""
-    static = run.schedule.method.scope == "grid"
-    return _ratio(run, density, 0.0 if static else run.schedule.plans_per_call(run.steps)) <= 1
+    return _ratio(run, density, plans_per_call(run.schedule, run.steps)) <= 1
 
 
 def _ratio(run: Run, density: float, plans: float = 0.0) -> float:

@@ -125,6 +125,7 @@ def moments_by_triton(
     with on_device_of(x):
         if products:
             assert v is not None
+            assert centred
             found = _launch_products(x, values, layout, sums, rounded)
         else:
             found = None

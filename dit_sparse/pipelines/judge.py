@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dit_sparse.cost import Call, DeviceCosts, costs_of, predict
+from dit_sparse.course import plans_per_call
 from dit_sparse.kernels import BACKENDS
 from dit_sparse.methods.parameters import block_of, density_at, threshold_at
 from dit_sparse.schedule import Decision, Schedule
@@ -120,7 +121,7 @@ def predicted_time(
     backend = _backend(backend, q.device, remainder)
     if backend not in costs.backends:
         return None
-    plans = 0.0 if method.scope == "grid" else schedule.plans_per_call(site.num_steps)
+    plans = plans_per_call(schedule, site.num_steps)
     batch, heads, tokens, dim = q.shape
     call = Call(
         tokens, batch * heads, dim, backend=backend, method=method.name, plans=plans, remainder=remainder, **work

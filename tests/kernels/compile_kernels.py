@@ -71,15 +71,14 @@ def skipping(job: dict):
 
 def moments(job: dict):
     sizes = dict(D=job["dim"], DV=job["dim"], BLOCK_D=job["padded"], BLOCK_DV=min(128, job["padded"]))
-    sizes |= dict(BLOCK_N=job["block_n"], PARTS=-(-job["dim"] // 128))
-    kernel, constants = (
-        remainder_kernels.products_kernel,
-        dict(SPAN=job["span"], SINGLE=job["single"], ROUNDED=True, UPCAST=False),
-    )
-    if job["remainder"] != "value":
-        sizes |= dict(BLOCK_DV=job["padded"], PARTS=4)
-        kernel, constants = remainder_kernels.sums_kernel, dict(CENTRED=True, VALUES=True, ROUNDED=True)
-    return triton_source(kernel, sizes | constants, job), options_of(job)
+    sizes |= dict(BLOCK_N=job["block_n"], ROUNDED=True)
+    if job["remainder"] == "value":
+        kernel = remainder_kernels.products_kernel
+        sizes |= dict(PARTS=-(-job["dim"] // 128), SPAN=job["span"], SINGLE=job["single"], UPCAST=False)
+    else:
+        kernel = remainder_kernels.sums_kernel
+        sizes |= dict(BLOCK_DV=job["padded"], PARTS=4, CENTRED=True, VALUES=True)
+    return triton_source(kernel, sizes, job), options_of(job)
 
 
 def weights(job: dict):

@@ -73,7 +73,8 @@ def test_equals_a_loop(kernel: bool, dtype: torch.dtype, bounds: list[int], dims
 @pytest.mark.parametrize("products", [False, True])
 @pytest.mark.parametrize("bounds", [cases.EVEN, cases.UNEVEN, [0, 300, 301]], ids=str)
 def test_rounded_means_are_the_means(kernel: bool, products: bool, bounds: list[int]) -> None:
-    layout = BlockLayout(*(lambda o: (o.offsets, o.geometry, o.num_tokens))(cases.random_order([bounds], 1, 1)))
+    order = cases.random_order([bounds], 1, 1)
+    layout = BlockLayout(order.offsets, order.geometry, order.num_tokens)
     x, v = (torch.randn(2, 2, layout.tokens, 24, generator=cases.generator(i)).bfloat16() for i in range(2))
     if kernel:
         pytest.importorskip("triton", reason="triton is not installed")

@@ -29,6 +29,7 @@ from dit_sparse import (
     statistics,
     unsparsify,
 )
+from dit_sparse.course import step_densities
 from dit_sparse.pipelines import session_of
 from tests.pipelines.families import METHODS
 from tests.pipelines.tiny import TEXT_DIM, tiny_wan
@@ -166,7 +167,7 @@ def test_our_own_method_runs_as_presets_have_it(case: str) -> None:
         # Both guidance branches have one plan, of the batch that holds them both or of the first.
         assert len(plans) == len({record.model for record in found.records if record.step >= 1})
         # The density of a run without warm-up, less what the dense step would have had more.
-        assert found.sparse_density == pytest.approx(schedule.step_densities(4)[-1], abs=0.03)
+        assert found.sparse_density == pytest.approx(step_densities(schedule, 4)[-1], abs=0.03)
     assert 0 < errors["method"] < errors["none"]
 
 

@@ -1,0 +1,61 @@
+"""What a schedule comes to over a run, told before it: the steps that plan, and the density of each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+
+from dit_sparse.methods.parameters import density_at, takes_density
+from dit_sparse.schedule import Schedule
+from dit_sparse.types import Site, TokenGrid
+
+__all__ = ["plan_steps", "plans_per_call", "step_densities"]
+
+
+def plan_steps(schedule: Schedule, num_steps: int) -> frozenset[int]:
+    """Steps of a run of `num_steps` that plan from the data; with `drift` as many as it may come to.
+
+    A static method has none. A second transformer plans at its own first step too.
+    """
+    if schedule.method.scope == "grid":
+        return frozenset()
+    first = schedule.warmup_steps(num_steps)
+    if schedule.method.uses_lse and first == 0:
+        first = 1  # the first is dense, for its row sums
+    found = {first} | {step for step in schedule.refresh_steps(num_steps) if step > first}
+    found |= {step for step in range(first + 1, num_steps) if schedule.new_part(step - 1, step, num_steps)}
+    if schedule.drift is not None:
+        # What moved at one step is taken up at the next.
+        found |= set(range(first + 2, num_steps, 2))
+    return frozenset(step for step in found if step < num_steps)
+
+
+def plans_per_call(schedule: Schedule, num_steps: int) -> float:
+    """Plans that a run of `num_steps` makes, over its sparse steps; 0 for a static method."""
+    if schedule.method.scope == "grid":
+        return 0.0
+    return max(1, len(plan_steps(schedule, num_steps))) / max(1, num_steps - schedule.warmup_steps(num_steps))
+
+
+def step_densities(schedule: Schedule, num_steps: int, plans: Collection[int] | None = None) -> list[float] | None:
+    """Density of each step of a run: that of its plan, 1 in dense steps; of layers with their own the mean.
+
+    `None` where it is not known before the run: it comes out of the data, or goes by the scheduler's noise.
+
+    Args:
+        plans: steps that plan, where they are not those of `plan_steps`.
+    """
+    if schedule.noise_densities is not None or not takes_density(schedule.method):
+        return None
+    steps = range(schedule.warmup_steps(num_steps), num_steps)
+    if schedule.method.scope == "grid":
+        plans = steps
+    elif plans is None:
+        plans = plan_steps(schedule, num_steps)
+    found, density, layers = [1.0] * num_steps, 1.0, len(schedule.layer_densities or (None,))
+    for step in steps:
+        if step in plans:
+            sites = [Site(TokenGrid(1, 1, 1), layer, layers, step, num_steps) for layer in range(layers)]
+            density = math.fsum(density_at(schedule.method_for(site), site) or 0.0 for site in sites) / layers
+        found[step] = density
+    return found

@@ -1,0 +1,35 @@
+"""What a schedule comes to over a run; tests/estimate/test_course.py compares it with runs of pipelines."""
+
+from __future__ import annotations
+
+import pytest
+
+from dit_sparse import AdaSpa, LeastError, Neighborhood, Pisa, Schedule
+from dit_sparse.course import plan_steps, plans_per_call, step_densities
+
+
+def test_plans_that_a_run_comes_to() -> None:
+    """With a drift, one that is exceeded at every look: every second step."""
+    assert plans_per_call(Schedule(Pisa(), warmup=0), 10) == 1
+    assert plans_per_call(Schedule(Pisa(), warmup=0.2, refresh=(0.5,)), 10) == pytest.approx(2 / 8)
+    assert plans_per_call(Schedule(Pisa(), warmup=0, drift=0.1), 10) == pytest.approx(5 / 10)
+    assert plans_per_call(Schedule(Neighborhood(density=0.5), warmup=0), 10) == 0
+
+
+def test_steps_that_plan() -> None:
+    assert plan_steps(Schedule(AdaSpa(), warmup=0), 10) == {1, 6}  # the first step gives the row sums
+    assert plan_steps(Schedule(AdaSpa(), warmup=0.2), 10) == {2, 6}
+    assert plan_steps(Schedule(Pisa(), warmup=0, refresh=(), ramp=(0.5, 0.2)), 10) == {0, 5}
+    assert plan_steps(Schedule(Neighborhood(density=0.5)), 10) == set()
+
+
+def test_a_density_lasts_as_long_as_its_plan() -> None:
+    method = LeastError(density=0.3)
+    early, later = method.step_densities(10)[0], method.step_densities(10)[-1]
+    assert step_densities(Schedule(method, warmup=0, refresh=(5,)), 10) == pytest.approx([early] * 5 + [later] * 5)
+    assert step_densities(Schedule(method, warmup=0, refresh=()), 10) == pytest.approx([early] * 10)
+    assert step_densities(Schedule(method, warmup=0), 10, plans={0, 8}) == pytest.approx([early] * 8 + [later] * 2)
+    assert step_densities(Schedule(AdaSpa(density=0.2), warmup=0), 4) == pytest.approx([1.0, 0.2, 0.2, 0.2])
+    ramp = Schedule(Neighborhood(density=0.5), warmup=0.2, ramp=(0.5, 0.25))
+    assert step_densities(ramp, 10) == pytest.approx([1.0] * 2 + [0.5] * 4 + [0.25] * 4)
+    assert step_densities(Schedule(AdaSpa(), noise_densities=(0.5, 0.1)), 10) is None
