@@ -167,7 +167,7 @@ def _launch_products(x: Tensor, v: Tensor, layout: BlockLayout, sums: tuple[Tens
     found[:, :, blocks:].zero_()
     block_dv = min(_LARGEST_TILE, padded(v_dim))
     parts = triton.cdiv(v_dim, block_dv)
-    tile = products_tile(layout.blocks.largest, x.dtype, max(dim, v_dim))
+    tile = products_tile(layout.blocks.largest, x.dtype, max(dim, v_dim), _on_hopper(x))
     products_kernel[triton.cdiv(blocks, tile.span) * parts, heads, batch](
         x, v, *sums, found, offsets, *x.stride()[:3], *v.stride()[:3], *mean.stride()[:3], *v_mean.stride()[:3],
         *found.stride()[:4], *broadcast_strides(offsets), blocks, *layout.blocks,
@@ -176,6 +176,10 @@ def _launch_products(x: Tensor, v: Tensor, layout: BlockLayout, sums: tuple[Tens
         num_stages=tile.num_stages,
     )  # fmt: skip
     return found
+
+
+def _on_hopper(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.get_device_capability(x.device) == (9, 0)
 
 
 class ProductsTile(NamedTuple):
@@ -193,12 +197,21 @@ class ProductsTile(NamedTuple):
     num_stages: int
 
 
-def products_tile(largest: int, dtype: torch.dtype, dim: int) -> ProductsTile:
-    """A whole block in a tile where it fits in registers; of the fast sizes each the fastest of those timed on an H200.
+def products_tile(largest: int, dtype: torch.dtype, dim: int, hopper: bool) -> ProductsTile:
+    """A whole block in a tile where it fits in registers; on Hopper of the fast sizes each the fastest of those timed.
 
-    A block of several tiles has one stage: with more, Triton (3.6, 3.7) copies the next tile to where a product in
-    flight still reads.
+    Args:
+        largest: tokens of the largest block.
+        dtype, dim: of the tokens.
+        hopper: whether the GPU is one, whose tensor cores read both sides from shared memory.
+
+    There a block of several tiles has one stage: with more, Triton (3.6, 3.7) copies the next tile to where a product
+    in flight still reads.
     """
-    if dtype == torch.float32 or dim > 128 or largest > 128:
+    if dtype == torch.float32 or dim > 128:
         return ProductsTile(16 if dtype == torch.float32 else 32, span=1, num_warps=8, num_stages=1)
-    return ProductsTile(max(16, padded(largest)), span=4, num_warps=4, num_stages=2)
+    if largest > (256 if hopper else 64):
+        rows, stages = (128, 1) if hopper else (32, 2)
+        return ProductsTile(rows, span=1, num_warps=8, num_stages=stages)
+    warps = 4 if hopper and largest <= 128 else 8
+    return ProductsTile(max(16, padded(largest)), span=4, num_warps=warps, num_stages=2)

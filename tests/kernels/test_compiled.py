@@ -95,12 +95,14 @@ def test_the_kernels_of_moments_fit() -> None:
     ]
     for target, dim, dtype, largest in (
         (80, 128, "bf16", 128),
+        (90, 128, "bf16", 512),
         (90, 128, "bf16", 256),
         (90, 128, "bf16", 128),
         (90, 128, "bf16", 64),
+        (86, 128, "bf16", 64),
         (86, 256, "fp32", 64),
     ):
-        tile = products_tile(largest, torch.float32 if dtype == "fp32" else torch.bfloat16, dim)
+        tile = products_tile(largest, torch.float32 if dtype == "fp32" else torch.bfloat16, dim, target == 90)
         jobs.append(
             dict(
                 kernel="moments",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from dit_sparse.kernels import moments
 from dit_sparse.kernels.block_layout import BlockLayout
 from dit_sparse.kernels.moments import Moments, block_moments, moments_by_triton
 from tests.kernels import cases
@@ -67,6 +68,27 @@ def test_equals_a_loop(kernel: bool, dtype: torch.dtype, bounds: list[int], dims
     squares = literal(x, v, layout, False).square
     torch.testing.assert_close(queries.square.cpu().double(), squares, rtol=1e-5, atol=1e-6)
     assert queries.v_mean is None
+
+
+@pytest.mark.parametrize("hopper", [False, True])
+@pytest.mark.parametrize("largest", [64, 100, 256, 300, 512])
+def test_tiles_of_products(monkeypatch: pytest.MonkeyPatch, hopper: bool, largest: int) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    if DEVICE == "cpu":
+        monkeypatch.setattr(moments, "_on_hopper", lambda _: hopper)
+    elif hopper != (torch.cuda.get_device_capability() == (9, 0)):
+        pytest.skip("for another GPU")
+    order = cases.random_order([[*range(0, 5 * largest, largest), 5 * largest + 7 - largest]], 1, 1)
+    layout = BlockLayout(order.offsets, order.geometry, order.num_tokens)
+    x, v = (torch.randn(1, 1, layout.tokens, 128, generator=cases.generator(i)).bfloat16() + 1 for i in range(2))
+    there = BlockLayout(layout.offsets.to(DEVICE), layout.blocks, layout.tokens)
+    got = moments_by_triton(x.to(DEVICE), there, v.to(DEVICE), products=True)
+    want = literal(x, v, layout, True)
+    assert got.products is not None
+    assert want.products is not None
+    off = (got.products[:, :, : order.num_blocks].cpu().double() - want.products).norm() / want.products.norm()
+    assert off < 2**-7, off
+    torch.testing.assert_close(got.square.cpu().double(), want.square, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kernel", [False, True])
