@@ -122,7 +122,8 @@ def _launch(call: Call) -> None:
     means = [k_desc, v_desc, v_desc, k_desc]
     if call.terms is not None:
         means = [*(descriptor(x, *box) for x in _mean_tiles(call.terms)), descriptor(call.terms.bias, 1, _KEYS)]
-    mean_blocks = 0 if call.terms is None else call.terms.bias.shape[-1]
+        assert call.terms.bias.shape[-1] % _KEYS == 0
+    mean_tiles = 0 if call.terms is None else call.terms.bias.shape[-1] // _KEYS
     forward_kernel[(grid,)](
         descriptor(q, 64, dim), k_desc, v_desc, descriptor(out, 64, dim), *means, out, lse, call.counts,
         call.indices, call.partial_counts, call.partial_indices, bits, call.q_offsets, call.k_offsets,
@@ -132,7 +133,7 @@ def _launch(call: Call) -> None:
         call.partial_indices.stride(2), *broadcast_strides(bits), *bits.stride()[2:4], bits.shape[-1],
         call.q_blocks.largest, tiles, heads, row_tiles, call.k_offsets.shape[-1] - 2, run_start, run_end,
         call.k_blocks.largest, q.shape[-1], call.scale * math.log2(math.e), taken,
-        mean_blocks, -(-mean_blocks // _KEYS), 0.0 if call.terms is None else call.terms.base,
+        mean_tiles, 0.0 if call.terms is None else call.terms.base,
         GROUPS=variant.groups, D=dim, BLOCK_N=_KEYS, K_TILES=k_tiles, PAIR=variant.pair, Q_TILES=q_tiles,
         STAGES_K=variant.stages_k, STAGES_V=variant.stages_v, Q_IN_REGISTERS=variant.q_in_registers,
         PARTIAL=call.bits is not None, RETURN_LSE=call.lse is not None, EARLY=variant.early,

@@ -105,7 +105,7 @@ def next_tile(nexts, barriers, full, free, turn):
 
 @gluon.jit
 def multiply(
-    queries, operand, acc, ks, vs, biases, barriers, k_number, v_number, tile, exact, unit, base, mean_blocks,
+    queries, operand, acc, ks, vs, biases, barriers, k_number, v_number, tile, exact, unit, base,
     BLOCK_N: gl.constexpr, STAGES_K: gl.constexpr, STAGES_V: gl.constexpr, MEANS: gl.constexpr, LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """Start Q K^T of a tile and P V of the tile before; wait for the first of them alone."""
@@ -120,8 +120,7 @@ def multiply(
     scores = warpgroup_mma_wait(1, deps=(product,))
     if MEANS:  # noqa: SIM102, it is known when the kernel is compiled
         if tile >= exact:
-            first = (tile - exact) * BLOCK_N
-            scores = add_bias(scores, biases.index(k_slot), base, unit, first, mean_blocks, BLOCK_N, LAYOUT)
+            scores = add_bias(scores, biases.index(k_slot), base, unit, LAYOUT)
     mbarrier.arrive(barriers.index(k_free + k_slot), count=1)
     return values, scores
 
@@ -158,7 +157,7 @@ def consume(
     k_full, k_free, v_full, v_free, q_full, q_free, next_full, next_free = first_barriers(STAGES_K, STAGES_V)
     tiles, _, _, last, _, _ = sizes
     bits, bits_sb, bits_sh, bits_sm, bits_sl, words, q_block = partial
-    mean_blocks, mean_tiles, base = means
+    mean_tiles, base = means
     unit = 1.4426950408889634 / scale  # makes a bias a score
     S: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_N, 16])
     OUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
@@ -205,8 +204,7 @@ def consume(
         operand = gl.convert_layout(weights.to(vs.dtype), WEIGHTS)
         for i in range(1, count):
             values, scores = multiply(
-                queries, operand, acc, ks, vs, biases, barriers, done + i, done_v + i - 1, i, exact, unit, base,
-                mean_blocks, BLOCK_N, STAGES_K, STAGES_V, MEANS, S,
+                queries, operand, acc, ks, vs, biases, barriers, done + i, done_v + i - 1, i, exact, unit, base, BLOCK_N, STAGES_K, STAGES_V, MEANS, S,
             )  # fmt: skip
             if (i >= plain) & (i < exact):
                 scores = hide(
@@ -248,7 +246,7 @@ def consume(
 PLAIN_NUMBERS = [
     "o_sb", "o_sh", "o_sn", "lse_sb", "lse_sh", "qo_sb", "qo_sh", "ko_sb", "ko_sh", "c_sb", "c_sh", "i_sb", "i_sh",
     "i_sm", "pc_sb", "pc_sh", "pi_sb", "pi_sh", "pi_sm", "bits_sb", "bits_sh", "bits_sm", "bits_sl", "words",
-    "q_block", "tiles", "heads", "row_tiles", "last", "run_start", "run_end", "k_size", "channels", "mean_blocks",
+    "q_block", "tiles", "heads", "row_tiles", "last", "run_start", "run_end", "k_size", "channels",
     "mean_tiles",
 ]  # fmt: skip
 
@@ -260,7 +258,7 @@ def forward_kernel(
     o_sb, o_sh, o_sn, lse_sb, lse_sh, qo_sb, qo_sh, ko_sb, ko_sh, c_sb, c_sh, i_sb, i_sh, i_sm,
     pc_sb, pc_sh, pi_sb, pi_sh, pi_sm, bits_sb, bits_sh, bits_sm, bits_sl, words, q_block,
     tiles, heads, row_tiles, last, run_start, run_end, k_size, channels, scale, taken,
-    mean_blocks, mean_tiles, base,
+    mean_tiles, base,
     GROUPS: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr, K_TILES: gl.constexpr, PAIR: gl.constexpr,
     Q_TILES: gl.constexpr, STAGES_K: gl.constexpr, STAGES_V: gl.constexpr, Q_IN_REGISTERS: gl.constexpr,
     PARTIAL: gl.constexpr, RETURN_LSE: gl.constexpr, EARLY: gl.constexpr, FLAT: gl.constexpr,
@@ -311,7 +309,7 @@ def forward_kernel(
     sizes = (tiles, heads, row_tiles, last, run_start, run_end)
     reads = (qs, ks, vs, biases, o_tiles, os, nexts)
     descs = (q_desc, k_desc, v_desc, mean_k_desc, mean_v_desc, slope_desc, bias_desc)
-    means = (mean_blocks, mean_tiles, base)
+    means = (mean_tiles, base)
     copies = (q_tiles, k_tiles, v_tiles, bias_tiles, nexts)
     # Compile-time numbers keep their kind only where the tuple of arguments is written out.
     if GROUPS == 2:

@@ -163,11 +163,10 @@ def tile_starts(
 
 
 @gluon.jit
-def add_bias(scores, bias, base, unit, first, blocks, BLOCK_N: gl.constexpr, LAYOUT: gl.constexpr):
-    """Scores of block means from the `first`-th on with their bias, which came with the keys; -inf past the last."""
-    mean = first + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, LAYOUT))
-    found = bias.load(gl.SliceLayout(0, LAYOUT))
-    return scores + gl.where(mean < blocks, (found.to(gl.float32) + base) * unit, -float("inf"))[None, :]
+def add_bias(scores, bias, base, unit, LAYOUT: gl.constexpr):
+    """Scores of block means with their bias, which came with the keys."""
+    found = bias.load(gl.SliceLayout(0, LAYOUT)).to(gl.float32)
+    return scores + (found * unit + base * unit)[None, :]
 
 
 @gluon.jit

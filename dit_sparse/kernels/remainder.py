@@ -33,7 +33,8 @@ class RemainderTerms:
 
     Args:
         keys, values: `[B, H, Mk, D]` and `[B, H, Mk, DV]` block means.
-        bias: `[B, H, Mq, Mk]` added to the scores of `keys`; -inf where a block leaves no remainder.
+        bias: `[B, H, Mq, Mk]` added to the scores of `keys`; -inf where a block leaves no remainder. Where it is compact,
+            more of that in columns past `Mk`.
         slopes: `[B, H, Mq, D, DV]` `scale * C_I`; `None` for "mean".
         base: what `bias` lacks everywhere; 0 unless it is compact.
     """
@@ -81,6 +82,7 @@ def remainder_terms(
         dtype = torch.float16 if compact else torch.float32
         given = queries, keys, k_layout, kept, scale, remainder, head_remainders
         bias, weights = weigh_by_triton(*given, LARGEST_SPREAD, base, dtype)
+        bias = bias if compact else bias[..., : keys.mean.shape[2]]
     else:
         base = 0.0
         bias = _bias(queries, keys, k_layout, kept, scale, remainder, head_remainders)

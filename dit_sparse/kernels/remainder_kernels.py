@@ -187,17 +187,17 @@ def multiply_split(a, a_low, b, b_low, UPCAST: tl.constexpr):
 def weigh_kernel(
     q_mean, q_square, k_mean, k_square, kept, k_offsets, levels, bias, scores,
     q_sb, q_sh, q_sm, k_sb, k_sh, k_sm, t_sb, t_sh, t_sm, f_sb, f_sh, l_sb, l_sh, b_sb, b_sh, b_sm, s_sb, s_sh, s_sm,
-    q_blocks, k_blocks, scale, largest_spread, base,
+    q_blocks, k_blocks, columns, scale, largest_spread, base,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, MASS: tl.constexpr,
     SCORES: tl.constexpr, LEVELS: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Bias of BLOCK_N blocks' means for BLOCK_M query blocks, and (SCORES) with it the score of the mean query.
 
-    Grid: (tiles of query blocks x tiles of key blocks, heads, batch). Heads may have (LEVELS) a remainder of their own,
-    by its place in `REMAINDERS`.
+    A row of the bias has `columns`, -inf past the last block. Grid: (tiles of query blocks x tiles of columns, heads,
+    batch). Heads may have (LEVELS) a remainder of their own, by its place in `REMAINDERS`.
     """
     b, h = tl.program_id(2).to(tl.int64), tl.program_id(1).to(tl.int64)
-    k_tiles = tl.cdiv(k_blocks, BLOCK_N)
+    k_tiles = tl.cdiv(columns, BLOCK_N)
     rows = (tl.program_id(0) // k_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = (tl.program_id(0) % k_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = column < k_blocks
@@ -223,7 +223,7 @@ def weigh_kernel(
         found += tl.where(level >= MASS_LEVEL, larger, 0.0) if LEVELS else larger
     found = tl.where(hidden, -float("inf"), found)
     bias += b * b_sb + h * b_sh + wide_rows * b_sm + column[None, :]
-    tl.store(bias, (found - base).to(bias.dtype.element_ty), mask=both)
+    tl.store(bias, (found - base).to(bias.dtype.element_ty), mask=(rows < q_blocks)[:, None] & (column < columns)[None])
     if SCORES:
         middle, middle_low = split(load_tile(q_mean + q_base, rows, q_blocks, q_sm, D, BLOCK_D, True) * scale)
         keys, keys_low = split(load_tile(k_mean + k_base, column, k_blocks, k_sm, D, BLOCK_D, True))

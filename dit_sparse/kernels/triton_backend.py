@@ -90,7 +90,7 @@ def _launch(call: Call) -> None:
         call.partial_indices.stride(2), *broadcast_strides(packed), *packed.stride()[2:4],
         packed.shape[-1], call.q_blocks.largest, run_start, run_end, call.k_blocks.largest,
         call.scale * math.log2(math.e),
-        means.bias.shape[-1], means.base,
+        means.keys.shape[2], means.base,
         *(stride for x in (means.keys, means.values, means.bias) for stride in x.stride()[:3]), *slopes.stride()[:4],
         D=q.shape[-1], DV=v.shape[-1], BLOCK_D=padded(q.shape[-1]), BLOCK_DV=padded(v.shape[-1]),
         BLOCK_M=launch.block_m, BLOCK_N=launch.block_n, Q_TILES=q_tiles, K_TILES=k_tiles,

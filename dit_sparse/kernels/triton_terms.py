@@ -15,7 +15,7 @@ from dit_sparse.types import Remainder
 
 __all__ = ["weigh_by_triton"]
 
-_ROW = 8  # a row of the bias is a multiple of 16 bytes, as TMA needs it
+_ROW = 128  # a row of the bias is of whole tiles of means, as the Hopper kernel copies it
 _SHARED_ROWS = 4  # rows of weights that one program makes
 
 
@@ -31,7 +31,7 @@ def weigh_by_triton(
     base: float = 0.0,
     dtype: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor | None]:
-    """Bias `[B, H, Mq, Mk]` less `base` and, where `keys` have products, `scale` times the weights, `[B, H, Mq, M']`.
+    """Bias less `base` and, where `keys` have products, `scale` times the weights, both `[B, H, Mq, M']`.
 
     Args:
         queries, keys: moments of the query and key blocks, in float32.
@@ -43,7 +43,8 @@ def weigh_by_triton(
         base: taken off the bias.
         dtype: of the bias.
 
-    Weights have the dtype and the `M'` columns of the products, zeros past the last block.
+    The `M'` of the bias is the multiple of 128 from `Mk` on, -inf past the last block. Weights have the dtype and the
+    columns of the products, zeros past the last block.
     """
     import triton
 
@@ -53,19 +54,19 @@ def weigh_by_triton(
     k_blocks = keys.mean.shape[2]
     kept = kept.expand(*kept.shape[:2], q_blocks, k_blocks).contiguous().view(torch.uint8)
     row = -(-k_blocks // _ROW) * _ROW
-    bias = queries.mean.new_empty(batch, heads, q_blocks, row, dtype=dtype)[..., :k_blocks]
+    bias = queries.mean.new_empty(batch, heads, q_blocks, row, dtype=dtype)
     weighs = keys.products is not None
     scores = queries.mean.new_empty(batch, heads, q_blocks, row) if weighs else bias
     offsets = k_layout.offsets.contiguous()
     own = offsets[..., 0] if head_remainders is None else head_remainders
     block = 16 if interpreted() or dim > 128 else 64
-    tiles = triton.cdiv(q_blocks, block) * triton.cdiv(k_blocks, block)
+    tiles = triton.cdiv(q_blocks, block) * (row // block)
     with on_device_of(bias):
         weigh_kernel[tiles, heads, batch](
             queries.mean, queries.square, keys.mean, keys.square, kept, offsets, own, bias, scores,
             *queries.mean.stride()[:3], *keys.mean.stride()[:3], *broadcast_strides(kept), kept.stride(2),
             *broadcast_strides(offsets), *broadcast_strides(own), *bias.stride()[:3], *scores.stride()[:3],
-            q_blocks, k_blocks, scale, limit, base,
+            q_blocks, k_blocks, row, scale, limit, base,
             D=dim, BLOCK_D=padded(dim), BLOCK_M=block, BLOCK_N=block, MASS=remainder == "mass", SCORES=weighs,
             LEVELS=head_remainders is not None, UPCAST=interpreted(), num_warps=4, num_stages=1,
         )  # fmt: skip
