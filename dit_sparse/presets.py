@@ -151,7 +151,7 @@ _PRESETS = (
         _lea(0.25),
         Defaults(720, 1280, 129, 50, 6.0, 24),
         _OTHERS,
-        "speed of AdaSpa, random weights",
+        "speed of four layers, random weights",
     ),
     Preset(
         "flux.1-dev",
