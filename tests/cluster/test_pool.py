@@ -85,7 +85,7 @@ def test_each_item_once(pool):
 
 def test_a_busy_worker_keeps_nothing_from_the_others(pool, tmp_path):
     results = list(pool.map("patient", [(n, tmp_path) for n in range(6)]))
-    assert results[-1] == (0, 6)
+    assert results.index((0, 6)) >= 4  # the last of the others may come after it
     assert {index for index, _ in results} == set(range(6))
 
 

@@ -1,4 +1,4 @@
-"""Compiles GPU kernels without a GPU; run by test_compiled.py with jobs as JSON on standard input."""
+"""Compiles GPU kernels without a GPU; run by test_compiled.py with lists of jobs as JSON on standard input, a line each."""
 
 from __future__ import annotations
 
@@ -206,5 +206,7 @@ def report(job: dict) -> dict:
 if __name__ == "__main__":
     triton.knobs.nvidia.dump_ptxas_log = True
     triton.knobs.compilation.always_compile = True
-    found = [report(job) for job in json.load(sys.stdin)]
-    sys.stdout.write(json.dumps(found) + "\n")
+    for line in sys.stdin:
+        found = [report(job) for job in json.loads(line)]
+        sys.stdout.write(json.dumps(found) + "\n")
+        sys.stdout.flush()
