@@ -204,7 +204,8 @@ def consume(
         operand = gl.convert_layout(weights.to(vs.dtype), WEIGHTS)
         for i in range(1, count):
             values, scores = multiply(
-                queries, operand, acc, ks, vs, biases, barriers, done + i, done_v + i - 1, i, exact, unit, base, BLOCK_N, STAGES_K, STAGES_V, MEANS, S,
+                queries, operand, acc, ks, vs, biases, barriers, done + i, done_v + i - 1, i, exact, unit, base,
+                BLOCK_N, STAGES_K, STAGES_V, MEANS, S,
             )  # fmt: skip
             if (i >= plain) & (i < exact):
                 scores = hide(

@@ -33,8 +33,8 @@ class RemainderTerms:
 
     Args:
         keys, values: `[B, H, Mk, D]` and `[B, H, Mk, DV]` block means.
-        bias: `[B, H, Mq, Mk]` added to the scores of `keys`; -inf where a block leaves no remainder. Where it is compact,
-            more of that in columns past `Mk`.
+        bias: `[B, H, Mq, Mk]` added to the scores of `keys`; -inf where a block leaves no remainder. Where it is
+            compact, more of that in columns past `Mk`.
         slopes: `[B, H, Mq, D, DV]` `scale * C_I`; `None` for "mean".
         base: what `bias` lacks everywhere; 0 unless it is compact.
     """

@@ -1,4 +1,4 @@
-"""Compiles GPU kernels without a GPU; run by test_compiled.py with lists of jobs as JSON on standard input, a line each."""
+"""Compiles GPU kernels without a GPU; test_compiled.py runs it and writes lists of jobs, a line of JSON each."""
 
 from __future__ import annotations
 
