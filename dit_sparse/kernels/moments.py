@@ -205,7 +205,7 @@ def products_tile(largest: int, dtype: torch.dtype, dim: int, hopper: bool) -> P
         dtype, dim: of the tokens.
         hopper: whether the GPU is one, whose tensor cores read both sides from shared memory.
 
-    There a block of several tiles has one stage: with more, Triton (3.6, 3.7) copies the next tile to where a product
+    There a block of several tiles has one stage: with more, Triton (3.6 to 3.9) copies the next tile to where a product
     in flight still reads.
     """
     if dtype == torch.float32 or dim > 128:

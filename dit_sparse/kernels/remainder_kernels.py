@@ -59,7 +59,7 @@ def sums_kernel(
     rows = tl.arange(0, BLOCK_N)
     origin = tl.zeros([BLOCK_D], tl.float32)
     if CENTRED:
-        origin = tl.load(x + channels, mask=(channels < D) & (size > 0), other=0.0).to(tl.float32)
+        origin = tl.load(x + channels, mask=channels < tl.where(size > 0, D, 0), other=0.0).to(tl.float32)
     total = tl.zeros([BLOCK_D], tl.float32)
     squares = tl.zeros([BLOCK_D], tl.float32)
     v_total = tl.zeros([BLOCK_DV], tl.float32)
@@ -134,7 +134,7 @@ def products_kernel(
     for number in tl.range(0, tl.minimum(SPAN, blocks - first_block)):
         block = (first_block + number).to(tl.int64)
         start, end = load_block_bounds(offsets, block, run_origin, largest, run_start, run_end)
-        inside = (channels < D) & (start < end)
+        inside = channels < tl.where(start < end, D, 0)
         origin = tl.load(x + start * x_sn + channels, mask=inside, other=0.0).to(tl.float32)
         total = tl.zeros([BLOCK_D], tl.float32)
         squares = tl.zeros([BLOCK_D], tl.float32)

@@ -175,7 +175,7 @@ def hopper(job: dict):
 def racing(program: str) -> bool:
     """Whether copies may overwrite what a product in flight still reads.
 
-    Triton (3.6, 3.7) gives a tile in a loop no slot to spare for that where other code reads it too.
+    Triton (3.6 to 3.9) gives a tile in a loop no slot to spare for that where other code reads it too.
     """
     tiles = dict(re.findall(r"(%\S+) = ttg\.memdesc_index (%[^\s\[]+)", program))
     tiles |= {new: tiles.get(old, old) for new, old in re.findall(r"(%\S+) = ttg\.memdesc_trans (%\S+)", program)}
