@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -24,8 +24,8 @@ _CHECKED_ROWS = 32
 def in_turns(calls: dict[str, Call], rounds: int, *, repeat: bool = True) -> dict[str, float]:
     """Median milliseconds of every call, all of them taking turns so that clocks and temperature are shared.
 
-    Every round has an order of its own, drawn by chance, as a kernel's clock also follows the power that the one before
-    it drew. Nothing waits for the device inside a round.
+    A kernel's clock also follows the power that the one before it drew, so every round has an order of its own, by
+    `_orders`. Nothing waits for the device inside a round.
 
     Args:
         calls: by name; each gets the number of its call, to rotate its inputs by.
@@ -36,15 +36,26 @@ def in_turns(calls: dict[str, Call], rounds: int, *, repeat: bool = True) -> dic
     times: dict[str, list[Callable[[], float]]] = {name: [] for name in names}
     for name in names:
         calls[name](0)
-    chance = random.Random(0)
-    for turn in range(rounds):
-        chance.shuffle(names)
-        for name in names:
+    random.shuffle(names)
+    for turn, order in enumerate(_orders(names, rounds)):
+        for name in order:
             if repeat:
                 calls[name](turn)
             times[name].append(_timed(calls[name], turn + 1))
         _wait()
     return {name: statistics.median(read() for read in reads) for name, reads in times.items()}
+
+
+def _orders(names: Sequence[str], rounds: int) -> Iterator[list[str]]:
+    """A Williams design: in so many rounds as there are names each stands once at every place, and after every other.
+
+    With an odd number of names it takes twice as many rounds until each has stood after every other equally often.
+    """
+    count = len(names)
+    zigzag = [(place + 1) // 2 if place % 2 else -place // 2 for place in range(count)]
+    for turn in range(rounds):
+        order = [names[(number + turn) % count] for number in zigzag]
+        yield order[::-1] if count % 2 and turn // count % 2 else order
 
 
 def _timed(call: Call, number: int) -> Callable[[], float]:

@@ -29,7 +29,7 @@ class Moments(NamedTuple):
         v_mean: `[B, H, M, DV]` of the tokens `v`; `None` without.
         products: `[B, H, M', D, DV]` mean of `(x - mean)^T v`, in the dtype of `x`; `None` where not wanted. On a GPU
             `M'` is the multiple of 8 from `M` on, zeros past `M`: a sum over blocks of another length is slow there.
-            In float16 infinite where they are above 65,504.
+            In float16 at most 65,504, whatever they are.
         rounded, v_rounded: `mean` and `v_mean` in the dtypes of `x` and `v`, where they were asked for.
     """
 
@@ -93,7 +93,8 @@ def _by_torch(x: Tensor, layout: BlockLayout, v: Tensor | None, centred: bool, p
         if values is not None and v_mean is not None:
             v_mean[:, :, part] = values[:, :, part].sum(3).div_(own)
         if values is not None and found is not None:
-            found[:, :, part] = (apart.transpose(-1, -2) @ values[:, :, part]).div_(own[..., None])
+            means = (apart.transpose(-1, -2) @ values[:, :, part]).div_(own[..., None])
+            found[:, :, part] = means.clamp_(-torch.finfo(found.dtype).max, torch.finfo(found.dtype).max)
         square[:, :, part] = (apart * apart).sum(3).div_(own)
     return Moments(mean, square, v_mean, found)
 

@@ -164,6 +164,9 @@ def products_kernel(
             store_row(v_rounded + v_row, v_middle, v_channels, v_end)
         # The mean of (x - mean)^T v is that of x^T v less the product of the means.
         found = acc / count - middle[:, None] * v_middle[None, :]
+        if products.dtype.element_ty == tl.float16:
+            # An infinity of one block would make NaN of every sum of blocks.
+            found = tl.where(tl.abs(found) > 65504.0, tl.where(found > 0.0, 65504.0, -65504.0), found)
         pointers = products + block * p_sm + channels[:, None] * p_sd + v_channels[None, :]
         kept = (channels < D)[:, None] & (v_channels < v_end)[None, :]
         tl.store(pointers, found.to(products.dtype.element_ty), mask=kept)

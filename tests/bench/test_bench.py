@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
+from collections import Counter
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -28,17 +31,21 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(known, "tiny", TINY)
 
 
-def test_times_are_taken_in_turns_of_unlike_order() -> None:
+@pytest.mark.parametrize(("names", "rounds"), [("a", 4), ("abcd", 4), ("abcdef", 12), ("abc", 6), ("abcde", 10)])
+def test_times_are_taken_in_turns_of_unlike_order(names: str, rounds: int) -> None:
     seen: list[tuple[str, int]] = []
-    calls = {name: lambda i, name=name: seen.append((name, i)) for name in "abc"}
-    times = timing.in_turns(calls, 8, repeat=False)
-    rounds = ["".join(name for name, _ in seen[start : start + 3]) for start in range(0, len(seen), 3)]
-    assert rounds[0] == "abc"  # every kernel once, untimed
-    assert all(sorted(one) == ["a", "b", "c"] for one in rounds)
-    assert len(rounds) == 9
-    assert len(set(rounds[1:])) > 3
-    assert set(times) == {"a", "b", "c"}
+    calls = {name: lambda i, name=name: seen.append((name, i)) for name in names}
+    times = timing.in_turns(calls, rounds, repeat=False)
+    assert set(times) == set(names)
     assert all(time >= 0 for time in times.values())
+    count = len(names)
+    orders = ["".join(name for name, _ in seen[start : start + count]) for start in range(0, len(seen), count)]
+    assert orders[0] == names  # every kernel once, untimed
+    assert len(orders) == rounds + 1
+    for place in range(count):
+        assert Counter(order[place] for order in orders[1:]) == dict.fromkeys(names, rounds // count)
+    pairs = Counter(pair for order in orders[1:] for pair in pairwise(order))
+    assert pairs == dict.fromkeys(itertools.permutations(names, 2), rounds // count)
 
 
 @pytest.mark.parametrize("density", [1.0, 0.5, 0.1])

@@ -115,6 +115,25 @@ def test_rounded_means_are_the_means(kernel: bool, products: bool, bounds: list[
         torch.testing.assert_close(mine.cpu().double(), exact, rtol=2**-7, atol=1e-6)  # interpreted, it is cut
 
 
+@pytest.mark.parametrize("kernel", [False, True])
+def test_products_beyond_float16_stay_finite(kernel: bool) -> None:
+    order = cases.random_order([cases.EVEN], 1, 1)
+    layout = BlockLayout(order.offsets, order.geometry, order.num_tokens)
+    draw = torch.randn(1, 1, layout.tokens, 16, generator=cases.generator()).sign()
+    x, v = (400 * draw).half(), (400 * draw.flip(-1)).half()
+    x[:, :, :, 0] = v[:, :, :, 0] = float("nan")
+    if kernel:
+        pytest.importorskip("triton", reason="triton is not installed")
+        there = BlockLayout(layout.offsets.to(DEVICE), layout.blocks, layout.tokens)
+        products = moments_by_triton(x.to(DEVICE), there, v.to(DEVICE), products=True).products
+    else:
+        products = block_moments(x, layout, v, products=True).products
+    assert products is not None
+    assert (products[:, :, : order.num_blocks, 1:, 1:].abs() == 65504).any()
+    assert products[:, :, : order.num_blocks, 1:, 1:].isfinite().all()
+    assert products[:, :, : order.num_blocks, 0].isnan().all()  # what is no number is not hidden
+
+
 def test_splitting_and_joining_undo_each_other() -> None:
     order = cases.random_order([cases.UNEVEN, [0, 60, 61, 80, 100, 121, 121]], 1, 2)
     layout = BlockLayout(order.offsets, order.geometry, order.num_tokens)
