@@ -7,8 +7,8 @@
 The settings and their PSNR are those of the reports of `bench_fidelity.py`, made on the demo model; later reports win.
 The demo model is too small for its time to mean anything on a GPU, so every setting runs a whole denoising loop of as
 many steps with random weights in the shape of `--model`, planning and remainders in it. Methods whose density comes out
-of the data find another one there: both densities are in the report. Plan files and gates belong to the demo model, so
-their settings are left out.
+of the data would find another one there, so they run at the density that they had on the demo model. Plan files and
+gates belong to the demo model, so their settings are left out.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from fidelity_tables import read_report
 from merged_reports import merged_environment
 
 from dit_sparse.bench.report import environment, write_report
+from dit_sparse.methods.parameters import takes_density, with_density
 from dit_sparse.pipelines.sparsify import session_of, sparsify, unsparsify
 from dit_sparse.schedule import Schedule
 
@@ -69,6 +70,19 @@ def schedule_of(setting: Mapping[str, Any]) -> Schedule | str:
         return replace(Schedule.from_config(config), never_slower=False)
     except ValueError as error:
         return str(error)
+
+
+def at_density_of(schedule: Schedule, density: float, num_steps: int) -> Schedule:
+    """`schedule` with the density that its sparse steps had on the demo model, where that came out of the data.
+
+    Args:
+        density: mean over the whole run there, dense steps counted.
+    """
+    method = schedule.method
+    if method.scope not in ("call", "sample") or takes_density(method) or not hasattr(method, "density"):
+        return schedule
+    dense = schedule.warmup_steps(num_steps) / num_steps
+    return replace(schedule, method=with_density(method, (density - dense) / (1 - dense)))
 
 
 def measure(runner: Runner, schedule: Schedule, rounds: int) -> dict[str, Any]:
@@ -159,6 +173,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     (baseline,) = dense.values()
     for setting in settings_of(reports):
         schedule = schedule_of(setting)
+        if isinstance(schedule, Schedule):
+            schedule = at_density_of(schedule, setting["demo_density"], runner.steps)
         try:
             found = schedule if isinstance(schedule, str) else measure(runner, schedule, options.rounds)
         except Exception as error:  # noqa: BLE001  # one setting's failure may not lose the others

@@ -50,6 +50,7 @@ class Case:
     tokens_first: bool
     scale: float
     remainder: Remainder
+    own_remainders: bool
 
 
 def draw(seed: int, largest: int, remainders: list[Remainder]) -> Case:
@@ -74,6 +75,7 @@ def draw(seed: int, largest: int, remainders: list[Remainder]) -> Case:
         tokens_first=r.random() < 0.5,
         scale=r.choice((1.0, 1.0, largest_scale, -1.0)),
         remainder=remainder,
+        own_remainders=remainder != "none" and r.random() < 0.25,
     )
 
 
@@ -114,7 +116,11 @@ def problem(case: Case) -> tuple[Tensor, Tensor, Tensor, AttentionPlan]:
     q, k, v = (torch.randn(size, generator=g, device="cuda").to(getattr(torch, case.dtype)) for _ in range(3))
     if case.tokens_first:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return q, k, v, AttentionPlan(*orders, mask, case.remainder)
+    own = None
+    if case.own_remainders:
+        levels = REMAINDERS.index(case.remainder) + 1
+        own = torch.randint(levels, (case.batch, case.heads), generator=g, device="cuda", dtype=torch.int8)
+    return q, k, v, AttentionPlan(*orders, mask, case.remainder, head_remainders=own)
 
 
 def undecided(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, scale: float, terms: RemainderTerms) -> bool:

@@ -13,7 +13,7 @@ from dit_sparse.kernels import get_backend, select
 from dit_sparse.kernels.backend import BackendUnavailableError
 from dit_sparse.kernels.hopper_backend import _plain_run
 from dit_sparse.kernels.hopper_launch import aligned, is_aligned
-from dit_sparse.types import AttentionPlan, BlockGeometry, BlockMask
+from dit_sparse.types import AttentionPlan, BlockGeometry, BlockMask, Remainder
 from tests.kernels import cases
 
 HOPPER = get_backend("hopper")
@@ -105,6 +105,48 @@ def test_partial_blocks_empty_rows_and_text() -> None:
     out, lse = run(q, k, v, plan)
     cases.assert_as_good_as_torch((out, lse), q, k, v, cases.position_mask(plan), 0.3)
     assert lse[:, :, bounds[3] : bounds[4]].isneginf().all()
+
+
+@on_hopper
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", list(cases.remainder_plans()))
+def test_remainders_of_every_plan(name: str) -> None:
+    plan = cases.remainder_plans()[name].with_remainder("value")
+    q, k, v = cases.inputs(plan, 2, 2, 16, torch.bfloat16)
+    cases.assert_plan_as_good_as_torch(run(q, k, v, plan), q, k, v, plan, 0.3)
+
+
+@on_hopper
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dim", [40, 64, 128])
+@pytest.mark.parametrize("blocks", [(64, 64), (128, 64), (128, 128), (256, 256)], ids=str)
+@pytest.mark.parametrize("remainder", ["mean", "value", "mass"])
+def test_every_remainder_of_every_block_size(
+    remainder: Remainder, blocks: tuple[int, int], dim: int, dtype: torch.dtype
+) -> None:
+    orders = [cases.random_order([even(5 * max(blocks) + 30, size)], 1, 2, seed=size) for size in blocks]
+    kept = torch.rand(1, 2, *(order.num_blocks for order in orders), generator=cases.generator()) < 0.3
+    mask = BlockMask.from_bool(kept, *(order.offsets for order in orders))
+    plan = AttentionPlan(*orders, mask, remainder)
+    q, k, v = cases.inputs(plan, 1, 2, dim, dtype)
+    cases.assert_plan_as_good_as_torch(run(q, k, v, plan, dim**-0.5), q, k, v, plan, dim**-0.5)
+
+
+@on_hopper
+@pytest.mark.gpu
+def test_more_means_than_a_tile_holds() -> None:
+    plan = cases.random_plan(even(4800, 32), heads=2).with_remainder("value")
+    q, k, v = cases.inputs(plan, 1, 2, 64, torch.bfloat16)
+    cases.assert_plan_as_good_as_torch(run(q, k, v, plan, 0.125), q, k, v, plan, 0.125)
+
+
+@on_hopper
+@pytest.mark.gpu
+def test_heads_with_remainders_of_their_own() -> None:
+    plan = cases.own_remainders()
+    q, k, v = cases.inputs(plan, 2, 2, 16, torch.bfloat16)
+    cases.assert_plan_as_good_as_torch(run(q, k, v, plan), q, k, v, plan, 0.3)
 
 
 @on_hopper

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from bench_frontier import main, schedule_of, settings_of, table, unbeaten
+from bench_frontier import at_density_of, main, schedule_of, settings_of, table, unbeaten
 
-from dit_sparse import AdaSpa, Schedule
+from dit_sparse import AdaSpa, Dense, LoSA, RadialAttention, Schedule
 
 
 def video(schedule: Schedule, label: str, psnr: float | None, prompt: str) -> dict[str, Any]:
@@ -50,6 +50,13 @@ def test_what_belongs_to_the_demo_model_is_left_out() -> None:
         "its plan_file is for the demo model"
     )
     assert "densty" in str(schedule_of({"config": {"method": "adaspa", "densty": 1}}))
+
+
+def test_densities_that_came_out_of_the_data_are_those_of_the_demo_model() -> None:
+    losa = Schedule(LoSA(), warmup=0.2)
+    assert at_density_of(losa, 0.6, 20).method.density == pytest.approx(0.5)
+    for other in (Schedule(LoSA(density=0.25)), Schedule(RadialAttention()), Schedule(Dense())):
+        assert at_density_of(other, 0.6, 20) == other
 
 
 def test_beaten_is_as_fast_and_as_near() -> None:
