@@ -284,12 +284,13 @@ def gpu_steps() -> Iterator[tuple[tuple[Any, ...], str, float, float]]:
 
 
 def gpu_loops() -> Iterator[tuple[str, Run, float, float]]:
-    """Model, run, and seconds of its loop predicted and measured on one H200; Wan 1.3B's are of docs/frontier.json."""
+    """Model, run, and seconds of its loop predicted and measured, on one H200; Wan 1.3B's are of docs/frontier.json."""
     for model, layers, options, seconds in LOOPS:
         run = build_run(model, device="h200", guided=False, **options)
         yield model, run, estimate(run).seconds * layers / run.shape.layers, seconds
     report = json.loads((ROOT / "docs" / "frontier.json").read_text("utf-8"))
-    run = build_run("wan2.1-1.3b", device="h200", guided=False, steps=report["steps"])
+    device = "h100" if "H100" in report["environment"]["device"] else "h200"
+    run = build_run("wan2.1-1.3b", device=device, guided=False, steps=report["steps"])
     for row in sorted(report["rows"], key=lambda row: (row["config"]["warmup"], row["config"].get("density") or 0.0)):
         schedule = Schedule.from_config(row["config"])
         if schedule.method.name == "lea" or (schedule.method == AdaSpa() and schedule.remainder == "method"):
