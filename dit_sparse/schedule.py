@@ -13,8 +13,10 @@ from dit_sparse.methods import find_method, nearest, read_parameter
 from dit_sparse.methods.parameters import (
     check_share,
     check_skip_factor,
+    density_at,
     skip_threshold,
     takes_density,
+    threshold_at,
     threshold_name,
     with_density,
     with_threshold,
@@ -49,8 +51,9 @@ class Schedule:
         method: any method.
         warmup: share of the steps that run dense at the start; rounded up to whole steps.
         dense_layers: transformer blocks that always run dense; negative ones count from the end.
-        refresh: where in the run a plan that depends on the data is made anew, beside the first one: a number below 1
-            is a share of the run, a whole number from 1 on is a step; `None` takes the method's own.
+        refresh: where in the run a plan that depends on the data is made anew, beside the first one and where the
+            method's density changes: a number below 1 is a share of the run, a whole number from 1 on is a step; `None`
+            takes the method's own. A layer that a cache skips there plans at its next call.
         ramp: densities that replace the method's own: the sparse steps are cut into as many equal parts, and each
             part has its density. Where a part begins, a plan is made anew. (0.5, 0.4, 0.3, 0.2) goes from 0.5 to 0.2.
         remainder: what stands in for the blocks that the method does not keep, as in `AttentionPlan`; "method" leaves
@@ -328,15 +331,29 @@ class Schedule:
             return Decision("dense", "search", keep_lse=True)
         if previous is None or previous.plan is None:
             return Decision("plan")
-        if self.method.scope != "grid" and self.new_part(previous.step, site.step, site.num_steps):
-            return Decision("plan")
-        due = site.step in self.refresh_steps(site.num_steps) and previous.step != site.step
-        due = due or (self.drift is not None and previous.drift is not None and previous.drift > self.drift)
-        return Decision("plan" if due and self.method.scope != "grid" else "reuse")
+        moved = self.drift is not None and previous.drift is not None and previous.drift > self.drift
+        return Decision("plan" if moved or self.is_outdated(previous.step, site) else "reuse")
 
-    def new_part(self, planned_at: int, step: int, num_steps: int) -> bool:
-        """Whether `step` is in another part of the ramp than the step `planned_at`."""
-        return self._part(planned_at, num_steps) != self._part(step, num_steps)
+    def is_outdated(self, planned_at: int, site: Site) -> bool:
+        """Whether a plan of the step `planned_at` is made anew at `site`, whatever has drifted.
+
+        It is where a refresh fell on a step since, also one at which a cache skipped the layer, where another part of
+        the ramp has begun, and where the method has another density or threshold than at `planned_at`.
+        """
+        if self.method.scope == "grid" or planned_at == site.step:
+            return False
+        if any(planned_at < at <= site.step for at in self.refresh_steps(site.num_steps)):
+            return True
+        if self._part(planned_at, site.num_steps) != self._part(site.step, site.num_steps):
+            return True
+        # By noise the density is another at every step, so there a plan keeps that of its own.
+        return self.noise_densities is None and self._control(site) != self._control(replace(site, step=planned_at))
+
+    def _control(self, site: Site) -> tuple[float | None, ...]:
+        """Density and threshold at `site`, without the last bits, which say nothing."""
+        method = self.method_for(site)
+        found = (density_at(method, site), threshold_at(method, site))
+        return tuple(None if value is None else round(value, 9) for value in found)
 
     def to_config(self) -> dict[str, Any]:
         """A flat JSON-ready dict with the method's name, version and parameters and this schedule's."""

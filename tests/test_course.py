@@ -21,13 +21,35 @@ def test_steps_that_plan() -> None:
     assert plan_steps(Schedule(AdaSpa(), warmup=0.2), 10) == {2, 6}
     assert plan_steps(Schedule(Pisa(), warmup=0, refresh=(), ramp=(0.5, 0.2)), 10) == {0, 5}
     assert plan_steps(Schedule(Neighborhood(density=0.5)), 10) == set()
+    assert plan_steps(Schedule(LeastError(), warmup=0, refresh=(5,)), 10) == {0, 2, 5}  # its density falls at 2
+    assert plan_steps(Schedule(LeastError(), warmup=0.2, refresh=(5,)), 10) == {2, 5}
+    layers = Schedule(LeastError(), warmup=0, refresh=(), layer_densities=(1.0, 0.2))
+    assert plan_steps(layers, 10) == {0, 2}  # of the second layer; the first has every block at all times
+    by_error = Schedule(LeastError(error=0.05), warmup=0, refresh=(), layer_thresholds=(0.1, 0.02))
+    assert plan_steps(by_error, 10) == {0, 2}
+
+
+@pytest.mark.parametrize("warmup", [0, 0.1, 0.2])
+@pytest.mark.parametrize("steps", range(1, 61))
+def test_lea_plans_no_more_often_than_it_refreshes(steps: int, warmup: float) -> None:
+    """Its density falls where its refresh has a search anyhow, and after a dense fifth not at all."""
+    schedule = Schedule(LeastError(), warmup=warmup)
+    first = schedule.warmup_steps(steps)
+    want = {first} | {step for step in schedule.refresh_steps(steps) if step > first}
+    assert plan_steps(schedule, steps) == {step for step in want if step < steps}
+
+
+@pytest.mark.parametrize("refresh", [None, (), (0.5,), (1, 15)], ids=str)
+@pytest.mark.parametrize("density", [0.06, 0.25, 0.7])
+def test_lea_has_the_density_asked_for_whatever_its_refresh(density: float, refresh) -> None:
+    densities = step_densities(Schedule(LeastError(density=density), warmup=0, refresh=refresh), 20)
+    assert sum(densities) / 20 == pytest.approx(density)
 
 
 def test_a_density_lasts_as_long_as_its_plan() -> None:
     method = LeastError(density=0.3)
     early, later = method.step_densities(10)[0], method.step_densities(10)[-1]
-    assert step_densities(Schedule(method, warmup=0, refresh=(5,)), 10) == pytest.approx([early] * 5 + [later] * 5)
-    assert step_densities(Schedule(method, warmup=0, refresh=()), 10) == pytest.approx([early] * 10)
+    assert step_densities(Schedule(method, warmup=0, refresh=()), 10) == pytest.approx([early] * 2 + [later] * 8)
     assert step_densities(Schedule(method, warmup=0), 10, plans={0, 8}) == pytest.approx([early] * 8 + [later] * 2)
     assert step_densities(Schedule(AdaSpa(density=0.2), warmup=0), 4) == pytest.approx([1.0, 0.2, 0.2, 0.2])
     ramp = Schedule(Neighborhood(density=0.5), warmup=0.2, ramp=(0.5, 0.25))

@@ -62,6 +62,35 @@ def test_adaspa_searches_at_the_papers_steps() -> None:
     assert actions[11] == actions[49] == "reuse"
 
 
+def test_a_refresh_is_made_at_the_first_call_from_its_step_on() -> None:
+    """A cache may have skipped the layer at the step itself; AdaSpa's refresh of 20 steps is at 12."""
+    for planned_at, step, action in (
+        (4, 11, "reuse"),
+        (4, 12, "plan"),
+        (4, 15, "plan"),
+        (12, 12, "reuse"),
+        (13, 19, "reuse"),
+    ):
+        previous = Previous(some_plan(), torch.zeros(1), planned_at)
+        assert Schedule(AdaSpa()).decide(site(step), previous).action == action
+
+
+@pytest.mark.parametrize("method", [LeastError(), LeastError(error=0.05)], ids=["density", "error"])
+def test_a_plan_does_not_outlast_its_density(method) -> None:
+    """Of 20 steps lea's first four have another density, or threshold, than the others."""
+    schedule = Schedule(method, warmup=0, refresh=())
+    for planned_at, step, action in ((0, 3, "reuse"), (0, 4, "plan"), (2, 9, "plan"), (4, 19, "reuse")):
+        assert schedule.decide(site(step), Previous(some_plan(), None, planned_at)).action == action
+    even = Schedule(replace(method, early=1), warmup=0, refresh=())
+    assert even.decide(site(19), Previous(some_plan(), None, 0)).action == "reuse"
+
+
+def test_a_density_by_noise_is_that_of_its_plan() -> None:
+    schedule = Schedule(Pisa(), refresh=(), noise_densities=(0.5, 0.1))
+    later = replace(site(9), sigma=0.4)
+    assert schedule.decide(later, Previous(some_plan(), None, 4)).action == "reuse"
+
+
 def test_lse_is_kept_at_the_last_dense_step_alone() -> None:
     schedule = Schedule(AdaSpa())
     assert [schedule.decide(site(step), None).keep_lse for step in range(4)] == [False, False, False, True]

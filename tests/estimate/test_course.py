@@ -47,7 +47,7 @@ def planned(pipe, steps: int, **options) -> dict[int, int]:
         Schedule(LEA, warmup=0, refresh=(5,)),
         Schedule(LEA, warmup=0, refresh=()),
     ],
-    ids=["lea", "lea after dense steps", "adaspa", "adaspa without warm-up", "one early density", "only that"],
+    ids=["lea", "lea after dense steps", "adaspa", "adaspa without warm-up", "another search", "no refresh"],
 )
 def test_steps_and_branches_that_plan_are_those_of_a_run(schedule: Schedule) -> None:
     run = estimated(WAN, schedule, 10)
