@@ -11,6 +11,7 @@ import torch
 
 from dit_sparse.methods import find_method, nearest, read_parameter
 from dit_sparse.methods.parameters import (
+    at_density,
     check_share,
     check_skip_factor,
     density_at,
@@ -54,8 +55,8 @@ class Schedule:
         refresh: where in the run a plan that depends on the data is made anew, beside the first one and where the
             method's density changes: a number below 1 is a share of the run, a whole number from 1 on is a step; `None`
             takes the method's own. A layer that a cache skips there plans at its next call.
-        ramp: densities that replace the method's own: the sparse steps are cut into as many equal parts, and each
-            part has its density. Where a part begins, a plan is made anew. (0.5, 0.4, 0.3, 0.2) goes from 0.5 to 0.2.
+        ramp: densities that replace the method's own, and how that varies over a run: the sparse steps are cut into as
+            many equal parts, and each has its density and begins with a new plan. (0.5, 0.3, 0.2) goes from 0.5 to 0.2.
         remainder: what stands in for the blocks that the method does not keep, as in `AttentionPlan`; "method" leaves
             it to the method, of which most say "none".
         skip_factor: on top of the method, key blocks are skipped as attention is computed (see `AttentionPlan`), with
@@ -63,8 +64,8 @@ class Schedule:
             which most skip nothing, and 0 skips nothing.
         drift: a plan is kept until the mean queries and keys of its layer have moved by more than this share of what
             they were when it was made, instead of at the method's own `refresh`; see `pipelines.drift`.
-        noise_densities: densities at pure noise and without any, in place of the method's own; a plan has that of the
-            step it is made at, `low + (high - low) (1 - sigmoid(noise_slope x))`, where x is the step's log-SNR.
+        noise_densities: densities at pure noise and without any, in place of the method's own, as a ramp; a plan has
+            that of its step, `low + (high - low) (1 - sigmoid(noise_slope x))`, where x is the step's log-SNR.
         noise_slope: how steep that is.
         layer_densities: a density for each layer, in place of the method's own; with a ramp or `noise_densities` each
             layer takes theirs times its own over the mean of all.
@@ -216,7 +217,7 @@ class Schedule:
     @cached_property
     def _methods(self) -> tuple[Method, ...]:
         """The method of each part of the sparse steps."""
-        return (self.method,) if self.ramp is None else tuple(with_density(self.method, d) for d in self.ramp)
+        return (self.method,) if self.ramp is None else tuple(at_density(self.method, d) for d in self.ramp)
 
     def _part(self, step: int, num_steps: int) -> int:
         warmup, parts = self.warmup_steps(num_steps), len(self._methods)
@@ -236,7 +237,7 @@ class Schedule:
         if self.layer_thresholds is not None:
             return with_threshold(method, self.layer_thresholds[site.layer])
         if self.noise_densities is not None:
-            method = with_density(method, self._noise_density(site))
+            method = at_density(method, self._noise_density(site))
         if self.layer_densities is None:
             return method
         return with_density(method, self._layer_density(method, site.layer))
@@ -263,7 +264,7 @@ class Schedule:
         """Every method of a run, or with `noise_densities` those at both ends."""
         steps = self._methods
         if self.noise_densities is not None:
-            steps = tuple(with_density(self.method, density) for density in self.noise_densities)
+            steps = tuple(at_density(self.method, density) for density in self.noise_densities)
         if self.layer_densities is None:
             return steps
         layers = range(len(self.layer_densities))

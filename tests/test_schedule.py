@@ -24,6 +24,7 @@ from dit_sparse.methods import (
     SolAttention,
     XAttention,
 )
+from dit_sparse.methods.parameters import density_at
 from dit_sparse.schedule import Schedule
 from dit_sparse.types import REMAINDERS, AttentionPlan, Previous, Site, TokenGrid, TokenOrder
 
@@ -186,6 +187,27 @@ def test_a_ramp_gives_equal_parts_of_the_sparse_steps_their_densities() -> None:
     assert densities == [0.5, 0.5, 0.5, 0.3, 0.3, 0.3, 0.2, 0.2]
     assert schedule.method_at(3, 10) is schedule.method_at(2, 10)
     assert Schedule.from_config(schedule.to_config()) == schedule
+
+
+def densities(schedule: Schedule, steps: int, **place: object) -> list[float | None]:
+    """What the plan of each step keeps by the word of its method."""
+    sites = [replace(site(step, steps), **place) for step in range(steps)]
+    return [density_at(schedule.method_for(at), at) for at in sites]
+
+
+def test_densities_of_a_schedule_replace_those_that_a_method_has_by_step() -> None:
+    """By itself lea has four times the density in the first fifth."""
+    ramp = Schedule(LeastError(), warmup=0, ramp=(0.5, 0.25))
+    assert densities(ramp, 20) == pytest.approx([0.5] * 10 + [0.25] * 10)
+    noise = Schedule(LeastError(), warmup=0, noise_densities=(0.5, 0.1))
+    for sigma, density in ((1.0, 0.5), (0.5, 0.3), (0.0, 0.1)):
+        assert densities(noise, 20, sigma=sigma) == pytest.approx([density] * 20)
+    layers = Schedule(LeastError(), warmup=0, ramp=(0.4,), layer_densities=(0.1, 0.3))
+    assert densities(layers, 20, layer=1) == pytest.approx([0.6] * 20)
+    own = Schedule(LeastError(), warmup=0, layer_densities=(0.1, 0.3))
+    assert densities(own, 20, layer=1) == pytest.approx(LeastError(density=0.3).step_densities(20))
+    assert Schedule.from_config(ramp.to_config()) == ramp
+    assert ramp.to_config()["early"] == 4
 
 
 def test_a_part_of_a_ramp_begins_with_a_new_plan() -> None:

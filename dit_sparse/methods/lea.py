@@ -6,7 +6,7 @@ Our own composition; what it takes from others is named in its parts.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, NamedTuple, TypeAlias
 
 import torch
@@ -149,6 +149,10 @@ class LeastError(AnyGrid):
     def density_at(self, site: Site) -> float:
         """Density of the call at `site`."""
         return self.step_densities(site.num_steps)[min(site.step, site.num_steps - 1)]
+
+    def at_density(self, density: float) -> LeastError:
+        """The same with `density` at every step."""
+        return replace(self, density=density, early=1)
 
     def threshold_at(self, site: Site) -> float | None:
         """Error that the plan of the call at `site` may leave."""

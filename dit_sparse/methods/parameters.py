@@ -106,6 +106,15 @@ def with_density(method: Method, density: float) -> Method:
     return replace(method, density=density)  # type: ignore[type-var]
 
 
+def at_density(method: Method, density: float) -> Method:
+    """`method` with `density` at every step.
+
+    A method whose density varies over a run says how that is done in `at_density(density)`.
+    """
+    own = getattr(method, "at_density", None)
+    return with_density(method, density) if own is None else own(density)
+
+
 def threshold_name(method: Method) -> str | None:
     """The parameter that decides how much `method` keeps where it has no density: its class attribute `control`."""
     return getattr(method, "control", None)
