@@ -12,11 +12,14 @@ import torch
 from dit_sparse.methods import find_method, nearest, read_parameter
 from dit_sparse.methods.parameters import (
     at_density,
-    check_share,
+    check_densities,
+    check_flag,
+    check_list,
     check_skip_factor,
+    check_thresholds,
     density_at,
+    freeze_lists,
     skip_threshold,
-    takes_density,
     threshold_at,
     threshold_name,
     with_density,
@@ -25,6 +28,8 @@ from dit_sparse.methods.parameters import (
 from dit_sparse.types import REMAINDERS, AttentionPlan, Method, Previous, Remainder, Site, TokenGrid, TokenOrder
 
 Action = Literal["dense", "reuse", "plan"]
+
+_TUPLES = ("dense_layers", "refresh", "ramp", "noise_densities", "layer_densities", "layer_thresholds")
 
 
 @dataclass(frozen=True)
@@ -123,7 +128,16 @@ class Schedule:
     )
 
     def __post_init__(self) -> None:
-        if not _is_share(self.warmup):
+        freeze_lists(self)
+        for name in _TUPLES:
+            if name == "dense_layers" or getattr(self, name) is not None:
+                check_list(name, getattr(self, name))
+        for layer in self.dense_layers:
+            if isinstance(layer, bool) or not isinstance(layer, int):
+                raise ValueError(f"dense_layers must be whole numbers, negative ones from the end, got {layer!r}")
+        check_flag("strict", self.strict)
+        check_flag("never_slower", self.never_slower)
+        if not (_is_number(self.warmup) and 0 <= self.warmup <= 1):
             raise ValueError(f"warmup must be from 0 to 1, got {self.warmup!r}")
         if self.remainder not in ("method", *REMAINDERS):
             raise ValueError(f"remainder must be one of method, {', '.join(REMAINDERS)}, got {self.remainder!r}")
@@ -153,26 +167,12 @@ class Schedule:
         if self.ramp is not None and self.noise_densities is not None:
             raise ValueError("ramp and noise_densities both say the density of a step; give one of them")
         for name in ("ramp", "noise_densities", "layer_densities"):
-            densities = getattr(self, name)
-            if densities is None:
-                continue
-            if not densities:
-                raise ValueError(f"{name} must hold at least one density, got none: leave it out for the method's own")
-            for density in densities:
-                check_share(name, density)
-            if not takes_density(self.method):
-                raise ValueError(
-                    f"{name} must have a density to change, but {self.method.name!r} as it is set uses none: "
-                    f"leave the {name} out, or what overrides the density"
-                )
+            if getattr(self, name) is not None:
+                check_densities(name, getattr(self, name), self.method)
+        if self.noise_densities is not None and len(self.noise_densities) != 2:
+            raise ValueError(f"noise_densities must be two, at pure noise and without, got {self.noise_densities!r}")
         if self.layer_thresholds is not None:
-            if self.layer_densities is not None or takes_density(self.method) or threshold_name(self.method) is None:
-                raise ValueError(
-                    f"layer_thresholds must have a threshold to change, but {self.method.name!r} as it is set goes by "
-                    "its density or has none: leave out one or the other"
-                )
-            for value in self.layer_thresholds:
-                with_threshold(self.method, value)
+            check_thresholds("layer_thresholds", self.layer_thresholds, self.method)
 
     @classmethod
     def of(cls, method: Method | Schedule) -> Schedule:
@@ -393,7 +393,3 @@ class Schedule:
 
 def _is_number(value: float) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_share(value: float) -> bool:
-    return _is_number(value) and 0 <= value <= 1

@@ -172,6 +172,16 @@ def test_bad_configs_are_refused(config: object, message: str) -> None:
         Schedule.from_config(config)  # type: ignore[arg-type]
 
 
+def test_lists_are_tuples_that_can_be_hashed() -> None:
+    options = {"dense_layers": [0, -1], "refresh": [0.5], "ramp": [0.5, 0.2], "layer_densities": [0.5, 0.25]}
+    given = Schedule(LeastError(tile=[1, 4, 4]), **options)  # type: ignore[arg-type]
+    want = Schedule(LeastError(tile=(1, 4, 4)), **{name: tuple(value) for name, value in options.items()})
+    assert given == want
+    assert hash(given) == hash(want)
+    assert hash(Schedule(Pisa(), noise_densities=[0.5, 0.1]))  # type: ignore[arg-type]
+    assert hash(Schedule(XAttention(), layer_thresholds=[0.9]))  # type: ignore[arg-type]
+
+
 def test_every_method_is_hashable_and_has_the_protocols_attributes() -> None:
     for name, cls in METHODS.items():
         method = cls()
@@ -389,6 +399,29 @@ def test_config_round_trip_of_options_by_noise_layer_and_drift(schedule: Schedul
         (Pisa(), {"layer_thresholds": (0.5,)}, "layer_thresholds must have a threshold to change"),
         (XAttention(density=0.5), {"layer_thresholds": (0.5,)}, "layer_thresholds must have a threshold"),
         (XAttention(), {"layer_thresholds": (2.0,)}, "top_p must be"),
+        (Pisa(), {"noise_densities": (0.5,)}, "noise_densities must be two"),
+        (Pisa(), {"dense_layers": (1.5,)}, "dense_layers must be whole numbers, negative ones from the end, got 1.5"),
+        (Pisa(), {"dense_layers": ("a",)}, "dense_layers must be whole numbers"),
+        (Pisa(), {"dense_layers": (True,)}, "dense_layers must be whole numbers"),
+        (
+            Pisa(),
+            {"dense_layers": "01"},
+            "dense_layers must be a list or a tuple of numbers, also where there is one, got '01'",
+        ),
+        (
+            Pisa(),
+            {"dense_layers": 3},
+            "dense_layers must be a list or a tuple of numbers, also where there is one, got 3",
+        ),
+        (
+            Pisa(),
+            {"dense_layers": None},
+            "dense_layers must be a list or a tuple of numbers, also where there is one, got None",
+        ),
+        (Pisa(), {"refresh": 0.5}, "refresh must be a list or a tuple"),
+        (Pisa(), {"layer_densities": 0.5}, "layer_densities must be a list or a tuple"),
+        (Pisa(), {"strict": "no"}, "strict must be True or False, got 'no'"),
+        (Pisa(), {"never_slower": 0}, "never_slower must be True or False, got 0"),
     ],
 )
 def test_options_that_a_method_cannot_follow_are_refused(method, options, message: str) -> None:

@@ -16,7 +16,7 @@ from dit_sparse.kernels import Probes, attend_rows, output_errors
 from dit_sparse.masks import best_blocks, blocks_within
 from dit_sparse.methods.any_grid import AnyGrid
 from dit_sparse.methods.description import Description
-from dit_sparse.methods.parameters import check_count, check_share, check_tile
+from dit_sparse.methods.parameters import check_count, check_share, check_tile, freeze_lists
 from dit_sparse.reorder import merged_once, tiles_once
 from dit_sparse.types import AttentionPlan, BlockMask, Previous, Remainder, Scope, Site, TokenGrid, TokenOrder
 
@@ -102,6 +102,7 @@ class LeastError(AnyGrid):
     control: ClassVar[str] = "error"
 
     def __post_init__(self) -> None:
+        freeze_lists(self)
         check_share("density", self.density)
         check_tile(self.tile)
         check_count("query_tiles", self.query_tiles)
