@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from dit_sparse import AdaSpa, LeastError, Neighborhood, Pisa, Schedule
+from dit_sparse import AdaSpa, Dense, LeastError, MInference, Neighborhood, Paro, Pisa, Schedule, Site, TokenGrid
 from dit_sparse.course import plan_steps, plans_per_call, step_densities
+from dit_sparse.methods.parameters import takes_density
+from dit_sparse.types import Previous
 
 
 def test_plans_that_a_run_comes_to() -> None:
@@ -27,6 +32,31 @@ def test_steps_that_plan() -> None:
     assert plan_steps(layers, 10) == {0, 2}  # of the second layer; the first has every block at all times
     by_error = Schedule(LeastError(error=0.05), warmup=0, refresh=(), layer_thresholds=(0.1, 0.02))
     assert plan_steps(by_error, 10) == {0, 2}
+
+
+@given(
+    method=st.sampled_from([LeastError(), LeastError(error=0.05), AdaSpa(), Pisa(), MInference(), Paro()]),
+    steps=st.integers(1, 30),
+    warmup=st.sampled_from([0, 0.1, 0.2, 0.5, 1]),
+    refresh=st.none() | st.lists(st.sampled_from([0.0, 0.05, 0.3, 0.99, 1, 3, 40]), max_size=3),
+    ramp=st.none() | st.lists(st.sampled_from([0.2, 0.5, 1.0]), min_size=1, max_size=3),
+    layers=st.none() | st.lists(st.sampled_from([0.2, 0.5, 1.0]), min_size=2, max_size=3),
+)
+def test_the_steps_that_plan_are_those_that_decide_to(method, steps, warmup, refresh, ramp, layers) -> None:
+    name, ramp = ("layer_densities", ramp) if takes_density(method) else ("layer_thresholds", None)
+    schedule = Schedule(method, warmup, refresh=refresh, ramp=ramp, **{name: layers})
+    one = torch.zeros(1, 1, 1, 1)
+    plan, found = Dense().plan(one, one, one, Site(TokenGrid(1, 1, 1)), None), set()
+    for layer in range(len(layers or "1")):
+        previous = None
+        for step in range(steps):
+            decision = schedule.decide(Site(TokenGrid(1, 1, 1), layer, len(layers or "1"), step, steps), previous)
+            if decision.keep_lse:
+                previous = Previous(None, one, step)
+            elif decision.action == "plan":
+                previous = Previous(plan, one, step)
+                found.add(step)
+    assert plan_steps(schedule, steps) == found
 
 
 @pytest.mark.parametrize("warmup", [0, 0.1, 0.2])
