@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
+from functools import lru_cache
 
 from dit_sparse.methods.parameters import density_at, takes_density
 from dit_sparse.schedule import Schedule
@@ -12,22 +13,33 @@ from dit_sparse.types import Site, TokenGrid
 __all__ = ["plan_steps", "plans_per_call", "step_densities"]
 
 
+@lru_cache(maxsize=64)
 def plan_steps(schedule: Schedule, num_steps: int) -> frozenset[int]:
-    """Steps of a run of `num_steps` that plan from the data; with `drift` as many as it may come to.
+    """Steps of a run of `num_steps` that plan from the data, in some layer; with `drift` as many as it may come to.
 
-    A static method has none. A second transformer plans at its own first step too.
+    A static method has none. A second transformer plans at its own first step too, and a layer that a cache skips at
+    one of these steps at its next call.
     """
     if schedule.method.scope == "grid":
         return frozenset()
     first = schedule.warmup_steps(num_steps)
     if schedule.method.uses_lse and first == 0:
         first = 1  # the first is dense, for its row sums
-    found = {first} | {step for step in schedule.refresh_steps(num_steps) if step > first}
-    found |= {step for step in range(first + 1, num_steps) if schedule.new_part(step - 1, step, num_steps)}
+    found, planned = {first}, first
+    for step in range(first + 1, num_steps):
+        if any(schedule.is_outdated(planned, site) for site in _sites(schedule, step, num_steps)):
+            found.add(step)
+            planned = step
     if schedule.drift is not None:
         # What moved at one step is taken up at the next.
         found |= set(range(first + 2, num_steps, 2))
     return frozenset(step for step in found if step < num_steps)
+
+
+def _sites(schedule: Schedule, step: int, num_steps: int) -> list[Site]:
+    """One of every layer that has values of its own, or one that stands for all."""
+    layers = len(schedule.layer_densities or schedule.layer_thresholds or (None,))
+    return [Site(TokenGrid(1, 1, 1), layer, layers, step, num_steps) for layer in range(layers)]
 
 
 def plans_per_call(schedule: Schedule, num_steps: int) -> float:
@@ -52,10 +64,10 @@ def step_densities(schedule: Schedule, num_steps: int, plans: Collection[int] | 
         plans = steps
     elif plans is None:
         plans = plan_steps(schedule, num_steps)
-    found, density, layers = [1.0] * num_steps, 1.0, len(schedule.layer_densities or (None,))
+    found, density = [1.0] * num_steps, 1.0
     for step in steps:
         if step in plans:
-            sites = [Site(TokenGrid(1, 1, 1), layer, layers, step, num_steps) for layer in range(layers)]
-            density = math.fsum(density_at(schedule.method_for(site), site) or 0.0 for site in sites) / layers
+            sites = _sites(schedule, step, num_steps)
+            density = math.fsum(density_at(schedule.method_for(site), site) or 0.0 for site in sites) / len(sites)
         found[step] = density
     return found

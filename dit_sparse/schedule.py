@@ -11,10 +11,16 @@ import torch
 
 from dit_sparse.methods import find_method, nearest, read_parameter
 from dit_sparse.methods.parameters import (
-    check_share,
+    at_density,
+    check_densities,
+    check_flag,
+    check_list,
     check_skip_factor,
+    check_thresholds,
+    density_at,
+    freeze_lists,
     skip_threshold,
-    takes_density,
+    threshold_at,
     threshold_name,
     with_density,
     with_threshold,
@@ -22,6 +28,8 @@ from dit_sparse.methods.parameters import (
 from dit_sparse.types import REMAINDERS, AttentionPlan, Method, Previous, Remainder, Site, TokenGrid, TokenOrder
 
 Action = Literal["dense", "reuse", "plan"]
+
+_TUPLES = ("dense_layers", "refresh", "ramp", "noise_densities", "layer_densities", "layer_thresholds")
 
 
 @dataclass(frozen=True)
@@ -49,10 +57,11 @@ class Schedule:
         method: any method.
         warmup: share of the steps that run dense at the start; rounded up to whole steps.
         dense_layers: transformer blocks that always run dense; negative ones count from the end.
-        refresh: where in the run a plan that depends on the data is made anew, beside the first one: a number below 1
-            is a share of the run, a whole number from 1 on is a step; `None` takes the method's own.
-        ramp: densities that replace the method's own: the sparse steps are cut into as many equal parts, and each
-            part has its density. Where a part begins, a plan is made anew. (0.5, 0.4, 0.3, 0.2) goes from 0.5 to 0.2.
+        refresh: where in the run a plan that depends on the data is made anew, beside the first one and where the
+            method's density changes: a number below 1 is a share of the run, a whole number from 1 on is a step; `None`
+            takes the method's own. A layer that a cache skips there plans at its next call.
+        ramp: densities that replace the method's own, and how that varies over a run: the sparse steps are cut into as
+            many equal parts, and each has its density and begins with a new plan. (0.5, 0.3, 0.2) goes from 0.5 to 0.2.
         remainder: what stands in for the blocks that the method does not keep, as in `AttentionPlan`; "method" leaves
             it to the method, of which most say "none".
         skip_factor: on top of the method, key blocks are skipped as attention is computed (see `AttentionPlan`), with
@@ -60,8 +69,8 @@ class Schedule:
             which most skip nothing, and 0 skips nothing.
         drift: a plan is kept until the mean queries and keys of its layer have moved by more than this share of what
             they were when it was made, instead of at the method's own `refresh`; see `pipelines.drift`.
-        noise_densities: densities at pure noise and without any, in place of the method's own; a plan has that of the
-            step it is made at, `low + (high - low) (1 - sigmoid(noise_slope x))`, where x is the step's log-SNR.
+        noise_densities: densities at pure noise and without any, in place of the method's own, as a ramp; a plan has
+            that of its step, `low + (high - low) (1 - sigmoid(noise_slope x))`, where x is the step's log-SNR.
         noise_slope: how steep that is.
         layer_densities: a density for each layer, in place of the method's own; with a ramp or `noise_densities` each
             layer takes theirs times its own over the mean of all.
@@ -119,7 +128,16 @@ class Schedule:
     )
 
     def __post_init__(self) -> None:
-        if not _is_share(self.warmup):
+        freeze_lists(self)
+        for name in _TUPLES:
+            if name == "dense_layers" or getattr(self, name) is not None:
+                check_list(name, getattr(self, name))
+        for layer in self.dense_layers:
+            if isinstance(layer, bool) or not isinstance(layer, int):
+                raise ValueError(f"dense_layers must be whole numbers, negative ones from the end, got {layer!r}")
+        check_flag("strict", self.strict)
+        check_flag("never_slower", self.never_slower)
+        if not (_is_number(self.warmup) and 0 <= self.warmup <= 1):
             raise ValueError(f"warmup must be from 0 to 1, got {self.warmup!r}")
         if self.remainder not in ("method", *REMAINDERS):
             raise ValueError(f"remainder must be one of method, {', '.join(REMAINDERS)}, got {self.remainder!r}")
@@ -149,26 +167,12 @@ class Schedule:
         if self.ramp is not None and self.noise_densities is not None:
             raise ValueError("ramp and noise_densities both say the density of a step; give one of them")
         for name in ("ramp", "noise_densities", "layer_densities"):
-            densities = getattr(self, name)
-            if densities is None:
-                continue
-            if not densities:
-                raise ValueError(f"{name} must hold at least one density, got none: leave it out for the method's own")
-            for density in densities:
-                check_share(name, density)
-            if not takes_density(self.method):
-                raise ValueError(
-                    f"{name} must have a density to change, but {self.method.name!r} as it is set uses none: "
-                    f"leave the {name} out, or what overrides the density"
-                )
+            if getattr(self, name) is not None:
+                check_densities(name, getattr(self, name), self.method)
+        if self.noise_densities is not None and len(self.noise_densities) != 2:
+            raise ValueError(f"noise_densities must be two, at pure noise and without, got {self.noise_densities!r}")
         if self.layer_thresholds is not None:
-            if self.layer_densities is not None or takes_density(self.method) or threshold_name(self.method) is None:
-                raise ValueError(
-                    f"layer_thresholds must have a threshold to change, but {self.method.name!r} as it is set goes by "
-                    "its density or has none: leave out one or the other"
-                )
-            for value in self.layer_thresholds:
-                with_threshold(self.method, value)
+            check_thresholds("layer_thresholds", self.layer_thresholds, self.method)
 
     @classmethod
     def of(cls, method: Method | Schedule) -> Schedule:
@@ -213,7 +217,7 @@ class Schedule:
     @cached_property
     def _methods(self) -> tuple[Method, ...]:
         """The method of each part of the sparse steps."""
-        return (self.method,) if self.ramp is None else tuple(with_density(self.method, d) for d in self.ramp)
+        return (self.method,) if self.ramp is None else tuple(at_density(self.method, d) for d in self.ramp)
 
     def _part(self, step: int, num_steps: int) -> int:
         warmup, parts = self.warmup_steps(num_steps), len(self._methods)
@@ -233,7 +237,7 @@ class Schedule:
         if self.layer_thresholds is not None:
             return with_threshold(method, self.layer_thresholds[site.layer])
         if self.noise_densities is not None:
-            method = with_density(method, self._noise_density(site))
+            method = at_density(method, self._noise_density(site))
         if self.layer_densities is None:
             return method
         return with_density(method, self._layer_density(method, site.layer))
@@ -260,7 +264,7 @@ class Schedule:
         """Every method of a run, or with `noise_densities` those at both ends."""
         steps = self._methods
         if self.noise_densities is not None:
-            steps = tuple(with_density(self.method, density) for density in self.noise_densities)
+            steps = tuple(at_density(self.method, density) for density in self.noise_densities)
         if self.layer_densities is None:
             return steps
         layers = range(len(self.layer_densities))
@@ -328,15 +332,29 @@ class Schedule:
             return Decision("dense", "search", keep_lse=True)
         if previous is None or previous.plan is None:
             return Decision("plan")
-        if self.method.scope != "grid" and self.new_part(previous.step, site.step, site.num_steps):
-            return Decision("plan")
-        due = site.step in self.refresh_steps(site.num_steps) and previous.step != site.step
-        due = due or (self.drift is not None and previous.drift is not None and previous.drift > self.drift)
-        return Decision("plan" if due and self.method.scope != "grid" else "reuse")
+        moved = self.drift is not None and previous.drift is not None and previous.drift > self.drift
+        return Decision("plan" if moved or self.is_outdated(previous.step, site) else "reuse")
 
-    def new_part(self, planned_at: int, step: int, num_steps: int) -> bool:
-        """Whether `step` is in another part of the ramp than the step `planned_at`."""
-        return self._part(planned_at, num_steps) != self._part(step, num_steps)
+    def is_outdated(self, planned_at: int, site: Site) -> bool:
+        """Whether a plan of the step `planned_at` is made anew at `site`, whatever has drifted.
+
+        It is where a refresh fell on a step since, also one at which a cache skipped the layer, where another part of
+        the ramp has begun, and where the method has another density or threshold than at `planned_at`.
+        """
+        if self.method.scope == "grid" or planned_at == site.step:
+            return False
+        if any(planned_at < at <= site.step for at in self.refresh_steps(site.num_steps)):
+            return True
+        if self._part(planned_at, site.num_steps) != self._part(site.step, site.num_steps):
+            return True
+        # By noise the density is another at every step, so there a plan keeps that of its own.
+        return self.noise_densities is None and self._control(site) != self._control(replace(site, step=planned_at))
+
+    def _control(self, site: Site) -> tuple[float | None, ...]:
+        """Density and threshold at `site`, without the last bits, which say nothing."""
+        method = self.method_for(site)
+        found = (density_at(method, site), threshold_at(method, site))
+        return tuple(None if value is None else round(value, 9) for value in found)
 
     def to_config(self) -> dict[str, Any]:
         """A flat JSON-ready dict with the method's name, version and parameters and this schedule's."""
@@ -375,7 +393,3 @@ class Schedule:
 
 def _is_number(value: float) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_share(value: float) -> bool:
-    return _is_number(value) and 0 <= value <= 1

@@ -43,7 +43,7 @@ MAY_IMPORT = {
     "vbench": {"eval", "generate", "cluster"},
     "calibrate": {
         *("types", "block_mask", "kernels", "masks", "reorder", "methods", "schedule", "attention", "pipelines"),
-        *("eval", "generate", "compare"),
+        *("course", "eval", "generate", "compare"),
     },
     "report": {"schedule", "generate", "bench", "compare"},
     "analyze": {

@@ -24,6 +24,7 @@ from dit_sparse.methods import (
     SolAttention,
     XAttention,
 )
+from dit_sparse.methods.parameters import density_at
 from dit_sparse.schedule import Schedule
 from dit_sparse.types import REMAINDERS, AttentionPlan, Previous, Site, TokenGrid, TokenOrder
 
@@ -60,6 +61,35 @@ def test_adaspa_searches_at_the_papers_steps() -> None:
     assert [step for step, action in actions.items() if action == "plan"] == [10, 30]
     assert all(actions[step] == "dense" for step in range(10))
     assert actions[11] == actions[49] == "reuse"
+
+
+def test_a_refresh_is_made_at_the_first_call_from_its_step_on() -> None:
+    """A cache may have skipped the layer at the step itself; AdaSpa's refresh of 20 steps is at 12."""
+    for planned_at, step, action in (
+        (4, 11, "reuse"),
+        (4, 12, "plan"),
+        (4, 15, "plan"),
+        (12, 12, "reuse"),
+        (13, 19, "reuse"),
+    ):
+        previous = Previous(some_plan(), torch.zeros(1), planned_at)
+        assert Schedule(AdaSpa()).decide(site(step), previous).action == action
+
+
+@pytest.mark.parametrize("method", [LeastError(), LeastError(error=0.05)], ids=["density", "error"])
+def test_a_plan_does_not_outlast_its_density(method) -> None:
+    """Of 20 steps lea's first four have another density, or threshold, than the others."""
+    schedule = Schedule(method, warmup=0, refresh=())
+    for planned_at, step, action in ((0, 3, "reuse"), (0, 4, "plan"), (2, 9, "plan"), (4, 19, "reuse")):
+        assert schedule.decide(site(step), Previous(some_plan(), None, planned_at)).action == action
+    even = Schedule(replace(method, early=1), warmup=0, refresh=())
+    assert even.decide(site(19), Previous(some_plan(), None, 0)).action == "reuse"
+
+
+def test_a_density_by_noise_is_that_of_its_plan() -> None:
+    schedule = Schedule(Pisa(), refresh=(), noise_densities=(0.5, 0.1))
+    later = replace(site(9), sigma=0.4)
+    assert schedule.decide(later, Previous(some_plan(), None, 4)).action == "reuse"
 
 
 def test_lse_is_kept_at_the_last_dense_step_alone() -> None:
@@ -142,6 +172,16 @@ def test_bad_configs_are_refused(config: object, message: str) -> None:
         Schedule.from_config(config)  # type: ignore[arg-type]
 
 
+def test_lists_are_tuples_that_can_be_hashed() -> None:
+    options = {"dense_layers": [0, -1], "refresh": [0.5], "ramp": [0.5, 0.2], "layer_densities": [0.5, 0.25]}
+    given = Schedule(LeastError(tile=[1, 4, 4]), **options)  # type: ignore[arg-type]
+    want = Schedule(LeastError(tile=(1, 4, 4)), **{name: tuple(value) for name, value in options.items()})
+    assert given == want
+    assert hash(given) == hash(want)
+    assert hash(Schedule(Pisa(), noise_densities=[0.5, 0.1]))  # type: ignore[arg-type]
+    assert hash(Schedule(XAttention(), layer_thresholds=[0.9]))  # type: ignore[arg-type]
+
+
 def test_every_method_is_hashable_and_has_the_protocols_attributes() -> None:
     for name, cls in METHODS.items():
         method = cls()
@@ -157,6 +197,27 @@ def test_a_ramp_gives_equal_parts_of_the_sparse_steps_their_densities() -> None:
     assert densities == [0.5, 0.5, 0.5, 0.3, 0.3, 0.3, 0.2, 0.2]
     assert schedule.method_at(3, 10) is schedule.method_at(2, 10)
     assert Schedule.from_config(schedule.to_config()) == schedule
+
+
+def densities(schedule: Schedule, steps: int, **place: object) -> list[float | None]:
+    """What the plan of each step keeps by the word of its method."""
+    sites = [replace(site(step, steps), **place) for step in range(steps)]
+    return [density_at(schedule.method_for(at), at) for at in sites]
+
+
+def test_densities_of_a_schedule_replace_those_that_a_method_has_by_step() -> None:
+    """By itself lea has four times the density in the first fifth."""
+    ramp = Schedule(LeastError(), warmup=0, ramp=(0.5, 0.25))
+    assert densities(ramp, 20) == pytest.approx([0.5] * 10 + [0.25] * 10)
+    noise = Schedule(LeastError(), warmup=0, noise_densities=(0.5, 0.1))
+    for sigma, density in ((1.0, 0.5), (0.5, 0.3), (0.0, 0.1)):
+        assert densities(noise, 20, sigma=sigma) == pytest.approx([density] * 20)
+    layers = Schedule(LeastError(), warmup=0, ramp=(0.4,), layer_densities=(0.1, 0.3))
+    assert densities(layers, 20, layer=1) == pytest.approx([0.6] * 20)
+    own = Schedule(LeastError(), warmup=0, layer_densities=(0.1, 0.3))
+    assert densities(own, 20, layer=1) == pytest.approx(LeastError(density=0.3).step_densities(20))
+    assert Schedule.from_config(ramp.to_config()) == ramp
+    assert ramp.to_config()["early"] == 4
 
 
 def test_a_part_of_a_ramp_begins_with_a_new_plan() -> None:
@@ -338,6 +399,29 @@ def test_config_round_trip_of_options_by_noise_layer_and_drift(schedule: Schedul
         (Pisa(), {"layer_thresholds": (0.5,)}, "layer_thresholds must have a threshold to change"),
         (XAttention(density=0.5), {"layer_thresholds": (0.5,)}, "layer_thresholds must have a threshold"),
         (XAttention(), {"layer_thresholds": (2.0,)}, "top_p must be"),
+        (Pisa(), {"noise_densities": (0.5,)}, "noise_densities must be two"),
+        (Pisa(), {"dense_layers": (1.5,)}, "dense_layers must be whole numbers, negative ones from the end, got 1.5"),
+        (Pisa(), {"dense_layers": ("a",)}, "dense_layers must be whole numbers"),
+        (Pisa(), {"dense_layers": (True,)}, "dense_layers must be whole numbers"),
+        (
+            Pisa(),
+            {"dense_layers": "01"},
+            "dense_layers must be a list or a tuple of numbers, also where there is one, got '01'",
+        ),
+        (
+            Pisa(),
+            {"dense_layers": 3},
+            "dense_layers must be a list or a tuple of numbers, also where there is one, got 3",
+        ),
+        (
+            Pisa(),
+            {"dense_layers": None},
+            "dense_layers must be a list or a tuple of numbers, also where there is one, got None",
+        ),
+        (Pisa(), {"refresh": 0.5}, "refresh must be a list or a tuple"),
+        (Pisa(), {"layer_densities": 0.5}, "layer_densities must be a list or a tuple"),
+        (Pisa(), {"strict": "no"}, "strict must be True or False, got 'no'"),
+        (Pisa(), {"never_slower": 0}, "never_slower must be True or False, got 0"),
     ],
 )
 def test_options_that_a_method_cannot_follow_are_refused(method, options, message: str) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from dit_sparse.attention import sparse_attention
 from dit_sparse.calibrate.run import Listener, run_dense
 from dit_sparse.compare.render import Stage
+from dit_sparse.course import plan_steps
 from dit_sparse.eval.fidelity import psnr
 from dit_sparse.kernels import dense_attention
 from dit_sparse.methods.parameters import accepts_density, takes_error, with_density, with_threshold
@@ -85,8 +86,8 @@ class _Searching(Protocol):
 class LayerErrors:
     """An observer, for `observe_values`, of the errors that variants of a schedule's method would make.
 
-    Plans are made at the steps where the schedule makes them, once for all calls that share one, and what they give is
-    compared with dense attention.
+    Plans are made at the steps where a run makes them (`course.plan_steps`), those of a static method at the first
+    sparse one, once for all calls that share one, and what they give is compared with dense attention.
 
     Args:
         schedule: its steps and remainder.
@@ -100,7 +101,7 @@ class LayerErrors:
     _step: int = field(default=-1, init=False)
 
     def __call__(self, site: Site, q: Tensor, k: Tensor, v: Tensor, lse: Tensor) -> None:
-        if site.step not in planned_steps(self.schedule, site.num_steps):
+        if site.step not in _looked_at(self.schedule, site.num_steps):
             return
         if site.step != self._step:
             self.forget_plans()
@@ -147,10 +148,9 @@ class LayerErrors:
         return [self._sums[layer, value] for layer in sorted({layer for layer, _ in self._sums})]
 
 
-def planned_steps(schedule: Schedule, num_steps: int) -> set[int]:
-    """Where a plan that depends on the data is made."""
-    first = schedule.warmup_steps(num_steps)
-    return {first, *(step for step in schedule.refresh_steps(num_steps) if step > first)}
+def _looked_at(schedule: Schedule, num_steps: int) -> frozenset[int]:
+    """The steps that plan; of a static method, none of which does, the first sparse one."""
+    return plan_steps(schedule, num_steps) or frozenset({schedule.warmup_steps(num_steps)})
 
 
 def for_error(
@@ -180,7 +180,8 @@ def for_error(
         seed, listener, arguments: as in `calibrate`.
 
     Raises:
-        ValueError: no prompt, a method with neither, an error outside (0, 1), or every layer would stay dense.
+        ValueError: no prompt, a method with neither, an error outside (0, 1), or every layer would stay dense, by its
+            error or because the schedule has no sparse step.
     """
     _check(prompts, schedule)
     if not 0 < error < 1:
@@ -196,6 +197,8 @@ def for_error(
             run_dense(pipe, prompt, seed, listener, arguments)
     measured = errors.relative()
     rows = [list(row) for row in zip(*measured.values(), strict=True)]
+    if not rows:
+        raise ValueError(f"schedule must leave a step sparse, got a warm-up of {schedule.warmup:g} of the run")
     find = _threshold if by_error else _least_density
     found = [find(list(measured), row, error) for row in rows]
     dense = tuple(layer for layer, value in enumerate(found) if value is None)

@@ -16,7 +16,7 @@ from dit_sparse.kernels import pooled_blocks
 from dit_sparse.masks import select_density
 from dit_sparse.methods.any_grid import AnyGrid
 from dit_sparse.methods.description import Description
-from dit_sparse.methods.parameters import check_share, check_tile
+from dit_sparse.methods.parameters import check_share, check_tile, freeze_lists
 from dit_sparse.reorder import tiles_once
 from dit_sparse.types import AttentionPlan, Previous, Scope, Site, TokenGrid, TokenOrder
 
@@ -54,6 +54,7 @@ class Dhsa(AnyGrid):
     refresh: ClassVar[tuple[float, ...]] = (0.4, 0.6, 0.8)
 
     def __post_init__(self) -> None:
+        freeze_lists(self)
         check_share("density", self.density)
         check_tile(self.tile)
 

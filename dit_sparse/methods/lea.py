@@ -6,7 +6,7 @@ Our own composition; what it takes from others is named in its parts.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, NamedTuple, TypeAlias
 
 import torch
@@ -16,7 +16,7 @@ from dit_sparse.kernels import Probes, attend_rows, output_errors
 from dit_sparse.masks import best_blocks, blocks_within
 from dit_sparse.methods.any_grid import AnyGrid
 from dit_sparse.methods.description import Description
-from dit_sparse.methods.parameters import check_count, check_share, check_tile
+from dit_sparse.methods.parameters import check_count, check_share, check_tile, freeze_lists
 from dit_sparse.reorder import merged_once, tiles_once
 from dit_sparse.types import AttentionPlan, BlockMask, Previous, Remainder, Scope, Site, TokenGrid, TokenOrder
 
@@ -102,6 +102,7 @@ class LeastError(AnyGrid):
     control: ClassVar[str] = "error"
 
     def __post_init__(self) -> None:
+        freeze_lists(self)
         check_share("density", self.density)
         check_tile(self.tile)
         check_count("query_tiles", self.query_tiles)
@@ -149,6 +150,10 @@ class LeastError(AnyGrid):
     def density_at(self, site: Site) -> float:
         """Density of the call at `site`."""
         return self.step_densities(site.num_steps)[min(site.step, site.num_steps - 1)]
+
+    def at_density(self, density: float) -> LeastError:
+        """The same with `density` at every step."""
+        return replace(self, density=density, early=1)
 
     def threshold_at(self, site: Site) -> float | None:
         """Error that the plan of the call at `site` may leave."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, Field, dataclass, fields, replace
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -106,6 +106,15 @@ def with_density(method: Method, density: float) -> Method:
     return replace(method, density=density)  # type: ignore[type-var]
 
 
+def at_density(method: Method, density: float) -> Method:
+    """`method` with `density` at every step.
+
+    A method whose density varies over a run says how that is done in `at_density(density)`.
+    """
+    own = getattr(method, "at_density", None)
+    return with_density(method, density) if own is None else own(density)
+
+
 def threshold_name(method: Method) -> str | None:
     """The parameter that decides how much `method` keeps where it has no density: its class attribute `control`."""
     return getattr(method, "control", None)
@@ -157,6 +166,30 @@ def check_share(name: str, value: float) -> None:
         raise ValueError(f"{name} must be above 0 and at most 1, got {value!r}")
 
 
+def check_densities(name: str, densities: Sequence[float], method: Method) -> None:
+    """Raise ValueError unless `densities` are shares, one at least, that `method` can take in place of its own."""
+    if not densities:
+        raise ValueError(f"{name} must hold at least one density, got none: leave it out for the method's own")
+    for density in densities:
+        check_share(name, density)
+    if not takes_density(method):
+        raise ValueError(
+            f"{name} must have a density to change, but {method.name!r} as it is set uses none: "
+            f"leave the {name} out, or what overrides the density"
+        )
+
+
+def check_thresholds(name: str, values: Sequence[float], method: Method) -> None:
+    """Raise ValueError unless `method` goes by its threshold and can take any of `values` for it."""
+    if takes_density(method) or threshold_name(method) is None:
+        raise ValueError(
+            f"{name} must have a threshold to change, but {method.name!r} as it is set goes by its density or has "
+            "none: leave out one or the other"
+        )
+    for value in values:
+        with_threshold(method, value)
+
+
 def check_skip_factor(name: str, value: float) -> None:
     """Raise ValueError unless `value` is a number from 0 on."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
@@ -190,6 +223,25 @@ def check_tile(tile: tuple[int, int, int] | None) -> None:
         raise ValueError(f"tile must be three sides (frames, height, width) such as 4x4x4, got {tile!r}")
     for side in tile or ():
         check_block("tile", side)
+
+
+def freeze_lists(owner: Any) -> None:
+    """Make tuples of the lists among the fields of `owner`, a frozen dataclass, which has to be hashable."""
+    for f in _fields(type(owner)):
+        if isinstance(value := getattr(owner, f.name), list):
+            object.__setattr__(owner, f.name, tuple(value))
+
+
+def check_list(name: str, value: Any) -> None:
+    """Raise ValueError unless `value` is a list or a tuple."""
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(f"{name} must be a list or a tuple of numbers, also where there is one, got {value!r}")
+
+
+def check_flag(name: str, value: bool) -> None:
+    """Raise ValueError unless `value` is true or false."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
 
 
 def check_count(name: str, value: int, least: int = 1) -> None:

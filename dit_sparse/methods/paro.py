@@ -15,7 +15,7 @@ from dit_sparse.kernels import block_mass, dense_attention
 from dit_sparse.masks import best_orders, heaviest_blocks, metrics_by_order
 from dit_sparse.methods.any_grid import AnyGrid
 from dit_sparse.methods.description import Description
-from dit_sparse.methods.parameters import check_block, check_share, check_tile
+from dit_sparse.methods.parameters import check_block, check_share, check_tile, freeze_lists
 from dit_sparse.methods.plan_ahead import reader_of
 from dit_sparse.methods.plan_file import PlanFile
 from dit_sparse.reorder import Block, axis_orders_per_head, block_tokens, distinct_axis_orders
@@ -88,6 +88,7 @@ class Paro(AnyGrid):
         return self.plan_file is None
 
     def __post_init__(self) -> None:
+        freeze_lists(self)
         for name in ("density", "sigma") if self.epsilon is None else ("density", "sigma", "epsilon"):
             check_share(name, getattr(self, name))
         if not 0 <= self.alpha <= 1:

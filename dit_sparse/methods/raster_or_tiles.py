@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from dit_sparse.methods.any_grid import AnyGrid
-from dit_sparse.methods.parameters import check_block, check_tile
+from dit_sparse.methods.parameters import check_block, check_tile, freeze_lists
 from dit_sparse.reorder import raster_once, tiles_once
 from dit_sparse.types import TokenGrid, TokenOrder
 
@@ -38,10 +38,11 @@ class RasterOrTiles(AnyGrid):
         return self.shared_order(grid, device) or raster_once(grid, self.block, device)
 
     def check_blocks(self) -> None:
-        """Whether block and tile are sizes.
+        """Whether block and tile are sizes; a list becomes a tuple.
 
         Raises:
             ValueError: a block or a side of the tile below 1.
         """
+        freeze_lists(self)
         check_block("block", self.block)
         check_tile(self.tile)

@@ -12,7 +12,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from dit_sparse.methods.description import Description
-from dit_sparse.methods.parameters import check_count, check_share
+from dit_sparse.methods.parameters import check_count, check_list, check_share, freeze_lists
 from dit_sparse.methods.svg2 import SparseVideoGen2, cluster_count, orders_of, video_of
 from dit_sparse.reorder import co_clusters
 from dit_sparse.types import Previous, Site, TokenOrder
@@ -58,11 +58,13 @@ class Svoo(SparseVideoGen2):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        freeze_lists(self)
         check_share("recluster", self.recluster)
-        for floor in self.floors or ():
-            check_share("floors", floor)
         if self.floors is not None:
+            check_list("floors", self.floors)
             check_count("the number of floors", len(self.floors))
+            for floor in self.floors:
+                check_share("floors", floor)
 
     def _orders(self, q: Tensor, k: Tensor, site: Site, previous: Previous | None) -> tuple[TokenOrder, TokenOrder]:
         plan = None if previous is None else previous.plan

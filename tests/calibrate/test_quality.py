@@ -10,9 +10,20 @@ from typing import Any
 import pytest
 import torch
 
-from dit_sparse import LeastError, Neighborhood, Paro, Pisa, Schedule, Site, sparse_attention, sparsify, unsparsify
+from dit_sparse import (
+    AdaSpa,
+    LeastError,
+    Neighborhood,
+    Paro,
+    Pisa,
+    Schedule,
+    Site,
+    sparse_attention,
+    sparsify,
+    unsparsify,
+)
 from dit_sparse.calibrate import for_error, for_psnr
-from dit_sparse.calibrate.quality import BASE, _threshold, planned_steps
+from dit_sparse.calibrate.quality import BASE, _threshold
 from dit_sparse.eval.fidelity import psnr
 from dit_sparse.methods.parameters import with_density, with_threshold
 from dit_sparse.pipelines import observe_values
@@ -27,20 +38,19 @@ ARGUMENTS = {**OF_CALIBRATION, "num_inference_steps": 3}
 
 
 def errors_of(pipe, schedule: Schedule, method_of: Callable[[Site], Method]) -> list[float]:
-    """Relative error of every layer at the planned steps of a dense run, against dense attention in float64."""
+    """Relative error of every layer over a dense run that would plan at each step, against attention in float64."""
     sums: dict[int, list[float]] = {}
     plans: dict[Any, AttentionPlan] = {}
 
     def watch(site, q, k, v, lse) -> None:
-        if site.step in planned_steps(schedule, site.num_steps):
-            # Both branches of a sample may have one plan, that of the first.
-            key = site.step, site.layer, *([site.branch] if schedule.method.scope == "call" else [])
-            plan = plans[key] = plans.get(key) or method_of(site).plan(q, k, v, site, None)
-            q, k, v = (x.double() for x in (q, k, v))
-            dense = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(-1) @ v
-            own = sums.setdefault(site.layer, [0.0, 0.0])
-            own[0] += float((sparse_attention(q, k, v, plan) - dense).square().sum())
-            own[1] += float(dense.square().sum())
+        # Both branches of a sample may have one plan, that of the first.
+        key = site.step, site.layer, *([site.branch] if schedule.method.scope == "call" else [])
+        plan = plans[key] = plans.get(key) or method_of(site).plan(q, k, v, site, None)
+        q, k, v = (x.double() for x in (q, k, v))
+        dense = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(-1) @ v
+        own = sums.setdefault(site.layer, [0.0, 0.0])
+        own[0] += float((sparse_attention(q, k, v, plan) - dense).square().sum())
+        own[1] += float(dense.square().sum())
 
     with observe_values(pipe, watch):
         pipe(PROMPTS[0], generator=torch.Generator().manual_seed(0), output_type="latent", **ARGUMENTS)
@@ -77,6 +87,36 @@ def test_each_layer_gets_the_threshold_with_which_it_errs_as_much_as_is_wanted(p
     assert found.measured[0.03] == pytest.approx(measured, rel=1e-3)
     assert all(a > b for a, b in zip(found.kept[0.01], found.kept[0.1], strict=True))
     assert Schedule.from_config(found.schedule.to_config()) == found.schedule
+
+
+@pytest.mark.parametrize(
+    ("schedule", "want"),
+    [
+        (Schedule(AdaSpa(block=4), warmup=0), {1, 2}),  # the first gives the row sums
+        (Schedule(AdaSpa(block=4), warmup=0.25, ramp=(0.6, 0.5, 0.4)), {1, 2, 3}),
+        (Schedule(LeastError(tile=(1, 2, 2), rows=4), warmup=0, refresh=(3,)), {0, 1, 3}),  # its density falls at 1
+        (Schedule(Neighborhood(density=0.5), warmup=0.25), {1}),
+    ],
+    ids=["adaspa", "ramp", "lea", "neighborhood"],
+)
+def test_errors_are_measured_where_a_run_plans(pipe, monkeypatch, schedule: Schedule, want: set[int]) -> None:
+    schedule, kind, steps = replace(schedule, never_slower=False), type(schedule.method), set()
+    name = "plan_from" if kind is LeastError else "plan"
+    make = getattr(kind, name)
+
+    def record(*given: Any) -> AttentionPlan:
+        steps.update(at.step for at in given if isinstance(at, Site))
+        return make(*given)
+
+    monkeypatch.setattr(kind, name, record)
+    arguments = {**ARGUMENTS, "num_inference_steps": 4}
+    for_error(pipe, PROMPTS, schedule, 0.9, densities=(0.5,), thresholds=(0.02,), **arguments)
+    assert steps == want
+    steps.clear()
+    sparsify(pipe, schedule)
+    pipe(PROMPTS[0], generator=torch.Generator().manual_seed(0), output_type="latent", **arguments)
+    unsparsify(pipe)
+    assert steps == want
 
 
 def test_prompts_share_no_plan(pipe) -> None:
@@ -151,6 +191,7 @@ def test_the_density_is_the_least_that_every_prompt_reaches(pipe) -> None:
         (for_psnr, float("nan"), SCHEDULE, "psnr must be a number"),
         (for_psnr, 99.9, SCHEDULE, "psnr must be one that density 0.2 reaches"),
         (for_error, 1e-9, BY_ERROR, "some layer reaches"),
+        (for_error, 0.1, replace(SCHEDULE, warmup=1.0), "schedule must leave a step sparse, got a warm-up of 1"),
         (for_error, 0.1, Schedule(Paro(plan_file="x"), warmup=0), "method must be one with a density or an error"),
         (for_psnr, 30.0, Schedule(Neighborhood(window=3), warmup=0), "method must be one with a density or an error"),
     ],

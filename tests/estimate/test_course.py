@@ -46,8 +46,9 @@ def planned(pipe, steps: int, **options) -> dict[int, int]:
         Schedule(AdaSpa(density=0.5, block=16), warmup=0, ramp=(0.6, 0.5, 0.4)),
         Schedule(LEA, warmup=0, refresh=(5,)),
         Schedule(LEA, warmup=0, refresh=()),
+        Schedule(LEA, warmup=0, ramp=(0.7, 0.4)),
     ],
-    ids=["lea", "lea after dense steps", "adaspa", "adaspa without warm-up", "one early density", "only that"],
+    ids=["lea", "lea after dense steps", "adaspa", "adaspa without warm-up", "another search", "no refresh", "ramp"],
 )
 def test_steps_and_branches_that_plan_are_those_of_a_run(schedule: Schedule) -> None:
     run = estimated(WAN, schedule, 10)

@@ -51,6 +51,26 @@ def test_bad_text_is_named(cls: type, name: str, text: str, message: str) -> Non
         parse_parameter(cls, name, text)
 
 
+LISTS = {
+    (cls, p.name): [0.1, 0.2] if p.name == "floors" else [1, 2, 3]
+    for cls in METHODS.values()
+    for p in parameters(cls)
+    if "tuple" in p.type
+}
+LISTS |= {key: [2, 3] for key in LISTS if key[1] == "place"} | {
+    key: [True, False, False] for key in LISTS if key[1] == "causal"
+}
+
+
+@pytest.mark.parametrize(("cls", "name"), LISTS, ids=str)
+def test_a_list_becomes_a_tuple(cls: type, name: str) -> None:
+    """A run looks methods up by their hash."""
+    given = LISTS[cls, name]
+    method = cls(**{name: given})
+    assert getattr(method, name) == tuple(given)
+    assert hash(method) == hash(cls(**{name: tuple(given)}))
+
+
 @pytest.mark.parametrize("value", [0, -0.1, 1.01, math.nan, math.inf, True, "0.5", None])
 def test_shares_out_of_range(value: object) -> None:
     with pytest.raises(ValueError, match="density must be above 0 and at most 1"):

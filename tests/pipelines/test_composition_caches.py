@@ -17,7 +17,8 @@ from diffusers import (
 )
 from torch import Tensor
 
-from dit_sparse import Neighborhood, Schedule, sparsify, statistics, unsparsify
+from dit_sparse import LeastError, Neighborhood, Schedule, sparsify, statistics, unsparsify
+from dit_sparse.course import plan_steps, step_densities
 from dit_sparse.pipelines.families import adapter_for
 from tests.pipelines.composed import ALL_DENSE, EVERY_BLOCK, HALF, composed, count_calls, is_close
 from tests.pipelines.families import FAMILIES, KINDS, METHODS, Family
@@ -110,6 +111,26 @@ def test_what_a_cache_keeps_of_one_branch_fits_the_other(family, enable) -> None
     want = family.run(composed(family, enable, None), prompts, steps=STEPS, **family.guided)
     pipe = composed(family, enable, Schedule(method, warmup=0))
     assert is_close(family.run(pipe, prompts, steps=STEPS, **family.guided), want)
+
+
+@pytest.mark.parametrize(
+    "pair", [pair for pair in PAIRS if pair[0].name == "wan" and pair[1] == "TaylorSeer"], ids=lambda pair: pair[1]
+)
+@pytest.mark.parametrize("method", [LeastError(density=0.25, tile=(1, 4, 4), rows=4), HALF], ids=["lea", "adaspa"])
+def test_a_plan_due_at_a_step_that_a_cache_skips_is_made_at_the_next_call(family, enable, method) -> None:
+    schedule = Schedule(method, warmup=0, refresh=(4, 7), never_slower=False)
+    pipe = composed(family, enable, schedule)
+    family.run(pipe, steps=10)
+    records = [record for record in statistics(pipe).records if record.layer == 1]
+    ran = {record.step for record in records}
+    planned = {record.step for record in records if record.planning is not None}
+    due = plan_steps(schedule, 10)
+    assert {4, 7} & (due - ran), "the cache skipped no step that plans"
+    assert planned == {min(step for step in ran if step >= at) for at in due}
+    # With the density of its own step, though lea's falls at a step that is no refresh.
+    densities = step_densities(schedule, 10, planned)
+    for record in records:
+        assert record.density is None or float(record.density.mean()) == pytest.approx(densities[record.step], abs=0.03)
 
 
 def test_a_cache_forgets_what_it_kept_under_another_attention(family, enable) -> None:
