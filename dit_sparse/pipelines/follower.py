@@ -12,6 +12,8 @@ from dit_sparse.pipelines.steps import StepCounter
 
 __all__ = ["Follower"]
 
+_BOTH = "cond_uncond"
+
 
 class Follower:
     """Follows the runs of pipelines, also after their schedulers are replaced.
@@ -27,6 +29,7 @@ class Follower:
         self.steps = StepCounter()
         self._pipelines: weakref.WeakSet[Any] = weakref.WeakSet(pipelines)
         self._run = 0
+        self._samples = 0
         self._unnamed_forwards = (-1, 0)
 
     def copy(self, memo: dict[int, Any]) -> Follower:
@@ -38,11 +41,11 @@ class Follower:
         self._pipelines.add(pipe)
         self.steps.watch(pipe.scheduler)
 
-    def has_begun(self, timestep: Tensor | None = None) -> bool:
+    def has_begun(self, branch: str | None = None, batch: int = 0, timestep: Tensor | None = None) -> bool:
         """Whether a run has begun since this was last asked; called before every forward.
 
         Args:
-            timestep: of the forward, as in `StepCounter.begin_at`.
+            branch, batch, timestep: guidance branch, samples and timesteps of the forward.
         """
         self._follow_schedulers()
         if self.steps.run == self._run:
@@ -50,6 +53,8 @@ class Follower:
         self._run = self.steps.run
         self._unnamed_forwards = (-1, 0)
         self.steps.begin_at(timestep)
+        both = branch == _BOTH and batch % 2 == 0 and self._guides(timestep)
+        self._samples = batch // 2 if both else batch
         return True
 
     def branch(self, name: str | None) -> str:
@@ -61,6 +66,14 @@ class Follower:
         self._unnamed_forwards = (self.steps.step, count)
         return f"forward {count}"
 
+    def branches(self, branch: str, batch: int) -> int:
+        """How many guidance branches of each sample a call with `batch` samples has, as in `Site`.
+
+        The number of samples is that of the run's first forward: FasterCache leaves a branch out at some steps, and a
+        callback may end guidance.
+        """
+        return 2 if branch == _BOTH and batch == 2 * self._samples else 1
+
     def _follow_schedulers(self) -> None:
         pipelines = list(self._pipelines)
         if all(self.steps.watches(pipe.scheduler) for pipe in pipelines):
@@ -70,3 +83,17 @@ class Follower:
                 self.steps.watch(pipe.scheduler)
                 self.steps.adopt(pipe.scheduler, getattr(pipe, "_current_timestep", None))
         self.steps.release(keep=[pipe.scheduler for pipe in pipelines])
+
+    def _guides(self, timestep: Tensor | None) -> bool:
+        """Whether the pipeline that runs has guidance on; not where none of those that are followed is at `timestep`.
+
+        Asked at the first forward, as CogVideoX's dynamic guidance sets the scale to 1 in between.
+        """
+        if timestep is None:
+            return False
+        for pipe in self._pipelines:
+            current = getattr(pipe, "_current_timestep", None)
+            if current is not None and float(current) == float(timestep.max()):
+                scale = getattr(pipe, "guidance_scale", None) or 0.0
+                return bool(getattr(pipe, "do_classifier_free_guidance", scale > 1))
+        return False

@@ -116,13 +116,13 @@ class Session:
             branch: guidance branch, `None` where the pipeline does not name it.
             device: where the tokens lie, if the caller or `parallel` can put them into another order.
             parallel: where the sequence lies on several ranks, what runs its attention.
-            latents: the whole input; must be the same on all ranks.
+            latents: the whole input, its samples along the first dimension; must be the same on all ranks.
             timestep: in the scheduler's numbers, of any shape; the largest is that of the step.
 
         Returns:
             The order that the caller must put all tokens into for this forward; `None` for their own.
         """
-        if self._follower.has_begun(timestep):
+        if self._follower.has_begun(branch, 0 if latents is None else len(latents), timestep):
             self._begin_run()
         if branch is not None and not self.steps.inside_run:
             self._warn_of_stranger(model)
@@ -282,7 +282,8 @@ class Session:
         return self.engine is _ONE_DEVICE
 
     def _part(self, layer: int, num_layers: int, group: Group, q: Tensor) -> _Part:
-        site = self._site(layer, num_layers, group.grid)
+        batch = len(group.rows) if isinstance(group.rows, list) else q.shape[0]
+        site = self._site(layer, num_layers, group.grid, batch)
         key = self.schedule.key(site)
         if self.schedule.method.scope in ("sample", "call"):
             key += (q.shape[0],)  # FasterCache leaves a guidance branch out of some batches
@@ -322,12 +323,12 @@ class Session:
                 self._drifts[key].measure(q, k)
         return self._sparse(key, plan, planning, site, q, k, v)
 
-    def _site(self, layer: int, num_layers: int, grid: TokenGrid) -> Site:
+    def _site(self, layer: int, num_layers: int, grid: TokenGrid, batch: int) -> Site:
         assert self._forward is not None
         _, model, branch, order, _ = self._forward
-        at = self.steps
-        site = Site(grid, layer, num_layers, at.step, at.num_steps, at.sigma, branch, model, order is not None)
-        return self.engine.site(site)
+        at, branches = self.steps, self._follower.branches(branch, batch)
+        place = (at.step, at.num_steps, at.sigma, branch, model, order is not None)
+        return self.engine.site(Site(grid, layer, num_layers, *place, branches=branches))
 
     def _sparse(
         self,
