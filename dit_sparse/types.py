@@ -99,11 +99,14 @@ class Site:
         step, num_steps: index of the denoising step, and how many the scheduler makes.
         sigma: noise level of the step, where the scheduler has one: the share of noise, from 0 to 1, as flow matching
             mixes it, `(1 - sigma) x + sigma noise`.
-        branch: which guidance branch this forward is: "cond", "uncond" or both in one batch, "cond_uncond".
+        branch: which guidance branch this forward is: "cond", "uncond" or, in families that put both into one batch,
+            always "cond_uncond".
         model: which transformer of the pipeline, for pipelines with two.
         in_order: the tokens stand in the method's `shared_order` already, and so does the LSE of earlier calls.
         heads: which of the model's heads the call has, where they are spread over ranks; a method that compares heads
             gets those of the others from it. `None`: it has all.
+        branches: how many guidance branches of each sample the batch has, all samples of one before those of the next;
+            1 also where a "cond_uncond" forward has no guidance, or a cache leaves a branch out.
     """
 
     grid: TokenGrid
@@ -116,6 +119,7 @@ class Site:
     model: str = "transformer"
     in_order: bool = False
     heads: HeadShard | None = None
+    branches: int = 1
 
 
 Remainder = Literal["none", "mean", "value", "mass"]

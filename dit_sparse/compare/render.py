@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dit_sparse.generate.call import call_seeded, render_frames, sparsified
+from dit_sparse.generate.call import call_seeded, interrupt_after, render_frames, sparsified, warm_up_steps
 
 if TYPE_CHECKING:
     from dit_sparse.schedule import Schedule
@@ -59,23 +59,13 @@ class Stage:
 
     def warm_up(self, schedule: Schedule | None, prompt: str, steps: int) -> None:
         """Run the first steps of `schedule`, untimed, so that no timing pays for compilation and first allocations."""
-        last = 0 if schedule is None else schedule.warmup_steps(steps) + 2
+        last = warm_up_steps(schedule, steps) - 1
         with sparsified(self.pipe, schedule):
             self.call(prompt, 0, output_type="np", callback_on_step_end=interrupt_after(last))
 
     def call(self, prompt: str, seed: int, **options: Any) -> Any:
         """What the pipeline returns for `prompt`."""
         return call_seeded(self.pipe, self.arguments | options | {"prompt": prompt}, seed)
-
-
-def interrupt_after(last: int) -> Callable[..., dict[str, Any]]:
-    """What a pipeline calls after each step, and by which it leaves the steps after `last` out."""
-
-    def stepped(pipe: Any, step: int, _: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        pipe._interrupt = step >= last
-        return tensors
-
-    return stepped
 
 
 def _statistics(pipe: Any) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ import numpy as np
 if TYPE_CHECKING:
     from dit_sparse.schedule import Schedule
 
-__all__ = ["call_seeded", "free_memory", "render_frames", "sparsified"]
+__all__ = ["call_seeded", "free_memory", "interrupt_after", "render_frames", "sparsified", "warm_up_steps"]
 
 
 @contextmanager
@@ -45,6 +45,24 @@ def render_frames(pipe: Any, arguments: Mapping[str, Any], seed: int) -> tuple[n
     output = call_seeded(pipe, {**arguments, "output_type": "np"}, seed)
     seconds = time.perf_counter() - start
     return np.asarray(output.frames[0] if hasattr(output, "frames") else output.images), seconds
+
+
+def warm_up_steps(schedule: Schedule | None, steps: int) -> int:
+    """How many of the first of `steps` have run all that `schedule` does, or a plain pipeline for `None`.
+
+    After the dense ones a step may be dense for its row sums; the next plans, and the one after it reuses the plan.
+    """
+    return 1 if schedule is None else min(steps, schedule.warmup_steps(steps) + 3)
+
+
+def interrupt_after(last: int) -> Callable[..., dict[str, Any]]:
+    """What a pipeline calls after each step, and by which it leaves the steps after `last` out."""
+
+    def stepped(pipe: Any, step: int, _: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        pipe._interrupt = step >= last
+        return tensors
+
+    return stepped
 
 
 def free_memory() -> None:

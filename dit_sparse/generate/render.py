@@ -6,7 +6,7 @@ import json
 import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
 from importlib.metadata import version
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 
 from dit_sparse.generate import models
-from dit_sparse.generate.call import free_memory, render_frames, sparsified
+from dit_sparse.generate.call import free_memory, interrupt_after, render_frames, sparsified, warm_up_steps
 from dit_sparse.generate.listener import Listener
 from dit_sparse.generate.request import Clip, Request, Settings
 from dit_sparse.generate.video import extension, partial_path, to_uint8, write_partial
@@ -192,12 +192,11 @@ def _tracing(renderer: Renderer) -> AbstractContextManager[Trace | None]:
 
 
 def _warm_up(renderer: Renderer, settings: Settings, clip: Clip, listener: Listener) -> None:
-    """One step each, sparse and dense, so that neither timing pays for compilation and first allocations."""
-    settings = replace(settings, steps=1)
-    with sparsified(renderer.pipe, replace(renderer.schedule, warmup=0.0)):
-        _render(renderer, settings, clip, "warm-up", listener)
+    """The first steps, sparse and dense, so that neither timing pays for compilation and first allocations."""
+    with sparsified(renderer.pipe, renderer.schedule):
+        _render(renderer, settings, clip, "warm-up", listener, warm_up_steps(renderer.schedule, settings.steps))
     with _dense(renderer):
-        _render(renderer, settings, clip, "warm-up", listener)
+        _render(renderer, settings, clip, "warm-up", listener, warm_up_steps(None, settings.steps))
 
 
 def _dense(renderer: Renderer) -> AbstractContextManager[None]:
@@ -209,11 +208,14 @@ def _dense(renderer: Renderer) -> AbstractContextManager[None]:
 
 
 def _render(
-    renderer: Renderer, settings: Settings, clip: Clip, what: str, listener: Listener
+    renderer: Renderer, settings: Settings, clip: Clip, what: str, listener: Listener, steps: int | None = None
 ) -> tuple[np.ndarray, float]:
-    """Frames `[T, H, W, 3]` float in [0, 1] of `clip`, and the wall time in seconds, decoding included."""
-    listener.rendering(clip, what, settings.steps)
-    arguments = _arguments(renderer.pipe, settings, clip) | {"callback_on_step_end": _step_callback(listener)}
+    """Frames `[T, H, W, 3]` float in [0, 1] of `clip`, and the wall time in seconds, decoding included.
+
+    With `steps` the run ends after so many of its own.
+    """
+    listener.rendering(clip, what, steps or settings.steps)
+    arguments = _arguments(renderer.pipe, settings, clip) | {"callback_on_step_end": _step_callback(listener, steps)}
     return render_frames(renderer.pipe, arguments, clip.seed)
 
 
@@ -223,10 +225,12 @@ def _arguments(pipe: Any, settings: Settings, clip: Clip) -> dict[str, Any]:
     return models.call_arguments(pipe, values) | {name: text for name, text in texts.items() if text is not None}
 
 
-def _step_callback(listener: Listener) -> Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]:
+def _step_callback(listener: Listener, steps: int | None) -> Callable[[Any, int, Any, dict[str, Any]], dict[str, Any]]:
+    interrupt = None if steps is None else interrupt_after(steps - 1)
+
     def callback(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         listener.stepped()
-        return tensors
+        return tensors if interrupt is None else interrupt(pipe, step, timestep, tensors)
 
     return callback
 

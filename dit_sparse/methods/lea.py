@@ -174,14 +174,13 @@ class LeastError(AnyGrid):
             q, k, v = (kv_order.permute(x) for x in (q, k, v))
         probes = None if self.error is None else attend_rows(q, k, v, q_order, self.rows)
         errors = self.errors(q, k, v, orders, probes)
-        # Both branches of a sample have one plan also where they come in one batch.
-        branches = 2 if site.branch == "cond_uncond" and q.shape[0] % 2 == 0 else 1
-        errors = errors.unflatten(0, (branches, -1)).sum(0)
+        # The branches of a sample have one plan also where they come in one batch.
+        errors = errors.unflatten(0, (site.branches, -1)).sum(0)
         errors = errors if site.heads is None else site.heads.gather(errors)
         if probes is None:
-            return Found(errors, None, branches)
-        output = probes.squares(q_order).unflatten(0, (branches, -1)).sum((0, 2, 3))
-        return Found(errors, output if site.heads is None else site.heads.sum(output), branches)
+            return Found(errors, None, site.branches)
+        output = probes.squares(q_order).unflatten(0, (site.branches, -1)).sum((0, 2, 3))
+        return Found(errors, output if site.heads is None else site.heads.sum(output), site.branches)
 
     def plan_from(self, found: Found, site: Site) -> AttentionPlan:
         """The plan of the call at `site` from what `search` found there."""

@@ -100,6 +100,7 @@ class FamilyAdapter(ABC):
         float32_vae: whether the VAE stays in float32 whatever the precision of the rest.
         context_parallel_plan: how diffusers' context parallelism cuts a forward's tensors, where diffusers has no plan
             that works; its own processors cannot run so cut.
+        exact_timesteps: whether forwards get the timesteps as the scheduler has them, neither scaled nor rounded.
     """
 
     family: ClassVar[str]
@@ -108,6 +109,7 @@ class FamilyAdapter(ABC):
     relies_on: ClassVar[tuple[Callable[..., Any], ...]] = ()
     float32_vae: ClassVar[bool] = False
     context_parallel_plan: ClassVar[Mapping[str, Any] | None] = None
+    exact_timesteps: ClassVar[bool] = True
 
     @abstractmethod
     def attention_modules(self, transformer: Any) -> dict[str, Any]:

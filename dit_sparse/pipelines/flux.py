@@ -82,6 +82,7 @@ class FluxAdapter(FamilyAdapter):
 
     family = "FLUX.1"
     transformer_class = "FluxTransformer2DModel"
+    exact_timesteps = False
     processors: ClassVar = {FluxAttnProcessor: SparseFluxAttnProcessor}
     relies_on = (FluxTransformer2DModel.forward, FluxTransformerBlock.forward, FluxSingleTransformerBlock.forward)
 

@@ -100,7 +100,8 @@ class SiteHook:
         # Ranks cut tokens by their place in the sequence's own order, and can move them when they have all of them.
         movable = self.adapter.takes_order(module, inputs) if self._parallel is None else self._parallel.mesh.ring == 1
         device = latents.device if movable else None
-        order = self.session.begin_forward(layout, self.model, self._branch, device, self._parallel, latents)
+        timestep = inputs.get("timestep") if self.adapter.exact_timesteps else None
+        order = self.session.begin_forward(layout, self.model, self._branch, device, self._parallel, latents, timestep)
         self.adapter.begin_forward(module, inputs)
         if self._parallel is not None:
             # All ranks have the same schedule, as they have just found, so this fails on all or none.

@@ -40,7 +40,7 @@ class _WatchingSession(Session):
         for rows, grid in self._forward.layout.groups:
             own_q, own_k, own_v = (x[rows, :, : grid.num_tokens] for x in (q, k, v))
             result, lse = dense_attention(own_q, own_k, own_v, return_lse=True)
-            self._observer(self._site(layer, num_layers, grid), own_q, own_k, own_v, lse)
+            self._observer(self._site(layer, num_layers, grid, len(own_q)), own_q, own_k, own_v, lse)
             out[rows, :, : grid.num_tokens] = result
         return out
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import warnings
-import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple, NoReturn, Self
@@ -17,10 +16,10 @@ from dit_sparse.parallel import ContextParallel
 from dit_sparse.pipelines.drift import DriftMeter
 from dit_sparse.pipelines.engine import Engine, OneDevice
 from dit_sparse.pipelines.facts import facts_of_forward, facts_of_run
+from dit_sparse.pipelines.follower import Follower
 from dit_sparse.pipelines.judge import Judge
 from dit_sparse.pipelines.layout import Group, Layout
 from dit_sparse.pipelines.statistics import CHANGED, CallRecord, RunStatistics, Stopwatch
-from dit_sparse.pipelines.steps import StepCounter
 from dit_sparse.pipelines.strict import ALLOW, NotSparseError, check_blocks, check_inside_run, demands
 from dit_sparse.schedule import Decision, Schedule
 from dit_sparse.types import AttentionPlan, PackedPlan, Previous, Site, TokenGrid, TokenOrder
@@ -71,20 +70,18 @@ class Session:
     def __init__(self, schedule: Schedule, backend: str = "auto") -> None:
         self.schedule = schedule
         self.backend = backend
-        self._start()
+        self._start(Follower())
 
-    def _start(self) -> None:
-        self.steps = StepCounter()
+    def _start(self, follower: Follower) -> None:
+        self._follower = follower
+        self.steps = follower.steps
         self.statistics = RunStatistics()
         self.previous: dict[tuple[Any, ...], Previous] = {}
         self._drifts: dict[tuple[Any, ...], DriftMeter] = {}
         self._judge = Judge(self.schedule, self.backend)
-        self._pipelines: weakref.WeakSet[Any] = weakref.WeakSet()
-        self._run = 0
         self._warned = False
         self._has_order = True
         self._forward: _Forward | None = None
-        self._unnamed_forwards = (-1, 0)
         self._agreed: dict[ContextParallel, int] = {}
         self.on_plan: PlanListener | None = None
 
@@ -92,8 +89,7 @@ class Session:
         """Of a pipeline that is copied as a whole: the copy has runs of its own, and begins afresh."""
         twin = object.__new__(type(self))
         vars(twin).update(vars(self))
-        twin._start()
-        twin._pipelines.update(memo[id(pipe)] for pipe in self._pipelines if id(pipe) in memo)
+        twin._start(self._follower.copy(memo))
         return twin
 
     def __reduce__(self) -> NoReturn:
@@ -101,8 +97,7 @@ class Session:
 
     def watch(self, pipe: Any) -> None:
         """Follow the steps of `pipe`'s scheduler, also after it is replaced."""
-        self._pipelines.add(pipe)
-        self.steps.watch(pipe.scheduler)
+        self._follower.watch(pipe)
 
     def begin_forward(
         self,
@@ -112,6 +107,7 @@ class Session:
         device: torch.device | None = None,
         parallel: ContextParallel | None = None,
         latents: Tensor | None = None,
+        timestep: Tensor | None = None,
     ) -> TokenOrder | None:
         """Called before each forward of a transformer.
 
@@ -119,13 +115,15 @@ class Session:
             layout, model: layout of its sequences, and which transformer of the pipeline it is.
             branch: guidance branch, `None` where the pipeline does not name it.
             device: where the tokens lie, if the caller or `parallel` can put them into another order.
-            parallel, latents: where the sequence lies on several ranks: what runs its attention, and the whole input,
-                which must be the same on all of them.
+            parallel: where the sequence lies on several ranks, what runs its attention.
+            latents: the whole input, its samples along the first dimension; must be the same on all ranks.
+            timestep: in the scheduler's numbers, of any shape; the largest is that of the step.
 
         Returns:
             The order that the caller must put all tokens into for this forward; `None` for their own.
         """
-        self._follow_run()
+        if self._follower.has_begun(branch, 0 if latents is None else len(latents), timestep):
+            self._begin_run()
         if branch is not None and not self.steps.inside_run:
             self._warn_of_stranger(model)
         # Samples with prompts of several lengths have no order in common; no branch of such a run moves its tokens,
@@ -135,7 +133,7 @@ class Session:
         if device is not None and self.steps.inside_run and self._has_order:
             order = self.schedule.shared_order(layout.groups[0].grid, device)
             order = None if order is None or order.is_identity else order
-        self._forward = _Forward(layout, model, branch or self._numbered_branch(), order, parallel)
+        self._forward = _Forward(layout, model, self._follower.branch(branch), order, parallel)
         if parallel is None:
             return order
         self._agree(parallel, latents)
@@ -145,8 +143,8 @@ class Session:
         """Make sure that all ranks begin the same forward of the same run."""
         assert self._forward is not None
         facts = facts_of_forward(self.steps, *self._forward[:3])
-        if self._agreed.get(parallel) != self._run:
-            self._agreed[parallel] = self._run
+        if self._agreed.get(parallel) != self.steps.run:
+            self._agreed[parallel] = self.steps.run
             parallel.begin_run()
             facts |= facts_of_run(self.schedule, self.backend, latents)
         parallel.begin_forward(self._forward.layout.grid, facts, self._forward.order)
@@ -157,23 +155,9 @@ class Session:
 
     def record_upstream_call(self, layer: int, model: str, watch: Stopwatch) -> None:
         """Called after a self-attention call that upstream made itself, because its code has changed."""
-        self._follow_run()
-        self.statistics.records.append(CallRecord(layer, self.steps.step, "", model, None, CHANGED, "dense", watch))
-
-    def _follow_run(self) -> None:
-        self._follow_schedulers()
-        if self.steps.run != self._run:
+        if self._follower.has_begun():
             self._begin_run()
-
-    def _follow_schedulers(self) -> None:
-        pipelines = list(self._pipelines)
-        if all(self.steps.watches(pipe.scheduler) for pipe in pipelines):
-            return
-        for pipe in pipelines:
-            if not self.steps.watches(pipe.scheduler):
-                self.steps.watch(pipe.scheduler)
-                self.steps.adopt(pipe.scheduler, getattr(pipe, "_current_timestep", None))
-        self.steps.release(keep=[pipe.scheduler for pipe in pipelines])
+        self.statistics.records.append(CallRecord(layer, self.steps.step, "", model, None, CHANGED, "dense", watch))
 
     def _warn_of_stranger(self, model: str) -> None:
         """Only pipelines name branches, so this one drives a scheduler that is not watched; said once.
@@ -192,23 +176,14 @@ class Session:
             warnings.warn(text, stacklevel=2)
 
     def _begin_run(self) -> None:
-        self._run = self.steps.run
         self.statistics = RunStatistics()
         self._has_order = True
-        self._unnamed_forwards = (-1, 0)
         # A plan of the grid alone stays right; everything else belongs to the run that made it.
         # Grids differ by the prompt's length in some families, so their number has a limit.
         if self.schedule.method.scope != "grid" or len(self.previous) > _REMEMBERED_GRIDS:
             self.previous.clear()
             self._drifts.clear()
             self._judge.forget()
-
-    def _numbered_branch(self) -> str:
-        """Without a name, forwards of one step are told apart by their number, so that their plans never mix."""
-        step, count = self._unnamed_forwards
-        count = count + 1 if step == self.steps.step else 0
-        self._unnamed_forwards = (self.steps.step, count)
-        return f"forward {count}"
 
     def sequence_len(self, here: int) -> int:
         """Tokens of a sequence of which `here` are on this rank."""
@@ -307,7 +282,8 @@ class Session:
         return self.engine is _ONE_DEVICE
 
     def _part(self, layer: int, num_layers: int, group: Group, q: Tensor) -> _Part:
-        site = self._site(layer, num_layers, group.grid)
+        batch = len(group.rows) if isinstance(group.rows, list) else q.shape[0]
+        site = self._site(layer, num_layers, group.grid, batch)
         key = self.schedule.key(site)
         if self.schedule.method.scope in ("sample", "call"):
             key += (q.shape[0],)  # FasterCache leaves a guidance branch out of some batches
@@ -347,12 +323,12 @@ class Session:
                 self._drifts[key].measure(q, k)
         return self._sparse(key, plan, planning, site, q, k, v)
 
-    def _site(self, layer: int, num_layers: int, grid: TokenGrid) -> Site:
+    def _site(self, layer: int, num_layers: int, grid: TokenGrid, batch: int) -> Site:
         assert self._forward is not None
         _, model, branch, order, _ = self._forward
-        at = self.steps
-        site = Site(grid, layer, num_layers, at.step, at.num_steps, at.sigma, branch, model, order is not None)
-        return self.engine.site(site)
+        at, branches = self.steps, self._follower.branches(branch, batch)
+        place = (at.step, at.num_steps, at.sigma, branch, model, order is not None)
+        return self.engine.site(Site(grid, layer, num_layers, *place, branches=branches))
 
     def _sparse(
         self,

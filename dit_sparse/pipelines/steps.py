@@ -6,6 +6,8 @@ import functools
 from collections.abc import Callable, Collection
 from typing import Any
 
+from torch import Tensor
+
 
 class StepCounter:
     """Which step of which run the schedulers it watches are in.
@@ -15,14 +17,17 @@ class StepCounter:
 
     Attributes:
         run: number of runs begun so far.
-        step, num_steps: the step under way, and how many there are.
+        step, num_steps: the step under way, and how many there are. A run that leaves the scheduler's first ones out,
+            as image-to-image does with a `strength` below 1, counts from its own first.
     """
 
     def __init__(self) -> None:
         self.run = 0
         self.step = 0
         self.num_steps = 0
+        self._first = 0
         self._sigmas: list[float] = []
+        self._scheduler: Any = None
         self._watched: list[Any] = []
 
     @property
@@ -53,10 +58,29 @@ class StepCounter:
         if not getattr(scheduler, "num_inference_steps", None):
             return
         step = 0 if timestep is None else int((scheduler.timesteps - float(timestep)).abs().argmin())
-        if 0 < step == self.step and self.num_steps == len(scheduler.timesteps):
-            self._sigmas = _sigmas_of(scheduler)
+        here, end = self._first + self.step, self._first + self.num_steps
+        if self.step > 0 and step == here and end == len(scheduler.timesteps):
+            self._scheduler = scheduler
+            self._sigmas = _sigmas_of(scheduler)[self._first :]
         else:
             self._begin(scheduler)
+
+    def begin_at(self, timestep: Tensor | None) -> None:
+        """Leave out the steps before the one that a run begins with; called once a run, before its first forward.
+
+        The scheduler knows it in some pipelines, and in the others it is read off the forward.
+
+        Args:
+            timestep: of the forward, as the scheduler has it; of several the largest, as those of tokens that are
+                given are lower. `None` or an unknown one leaves nothing out.
+        """
+        first = getattr(self._scheduler, "begin_index", None)
+        if first is None and timestep is not None and self._scheduler is not None:
+            first = _place(self._scheduler, float(timestep.max())) - self.step
+        if first is not None and 0 < first < self.num_steps:
+            self._first = first
+            self.num_steps -= first
+            del self._sigmas[:first]
 
     def watches(self, scheduler: Any) -> bool:
         return any(scheduler is watched for watched in self._watched)
@@ -67,6 +91,7 @@ class StepCounter:
             if any(scheduler is other for other in keep):
                 continue
             self._watched.remove(scheduler)
+            self._scheduler = None if scheduler is self._scheduler else self._scheduler
             for name, listener in self._listeners.items():
                 _stop_telling(scheduler, name, listener)
 
@@ -76,12 +101,20 @@ class StepCounter:
 
     def _begin(self, scheduler: Any) -> None:
         self.run += 1
-        self.step = 0
+        self.step = self._first = 0
         self.num_steps = len(scheduler.timesteps)
+        self._scheduler = scheduler
         self._sigmas = _sigmas_of(scheduler)
 
     def _end(self, scheduler: Any) -> None:
         self.step += 1
+
+
+def _place(scheduler: Any, timestep: float) -> int:
+    """Which step of `scheduler` is at `timestep`; 0 for one that it does not have."""
+    # Of second order it has most timesteps twice, and a run begins with the first of a pair.
+    every = getattr(scheduler, "order", 1)
+    return next((i for i, at in enumerate(scheduler.timesteps.tolist()) if at == timestep and i % every == 0), 0)
 
 
 def _sigmas_of(scheduler: Any) -> list[float]:

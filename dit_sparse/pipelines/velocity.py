@@ -6,6 +6,7 @@ of the velocities of this step and the one before, over the mean of all sparse s
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -49,6 +50,7 @@ def velocity_changes(pipe: Any, run: Callable[[], object]) -> list[float]:
     counter.watch(scheduler)
     step = scheduler.step
 
+    @functools.wraps(step)  # pipelines look at its parameters for what they may hand to it
     def listening(model_output: Tensor, *args: Any, **kwargs: Any) -> Any:
         if counter.step > 0:
             found[counter.step].append(float((model_output.float() - last.pop()).abs().mean()))

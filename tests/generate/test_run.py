@@ -1,5 +1,6 @@
 import json
 import os
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ from PIL import Image
 from dit_sparse.generate import Listener, Request, prepare, render, run
 from dit_sparse.generate.manifest import MANIFEST
 from dit_sparse.generate.run import check_folder
+from dit_sparse.pipelines import session_of, statistics
 from tests.pipelines.tiny import make_tiny_wan
 
 ADASPA = {"method": "adaspa", "density": 0.3, "block": 8, "warmup": 0.0}
@@ -138,12 +140,44 @@ def test_compares_with_dense_on_equal_footing(request_for, tmp_path):
     recorder = _Recorder()
     run(prepare(request_for("a", "b", compare_dense=True)), recorder)
     kinds = [(what, steps) for _, what, steps in recorder.renderings]
-    assert kinds == [("warm-up", 1), ("warm-up", 1), *[("sparse", 2), ("dense", 2)] * 2]
+    assert kinds == [("warm-up", 2), ("warm-up", 1), *[("sparse", 2), ("dense", 2)] * 2]
+    assert recorder.steps == sum(steps for _, steps in kinds)
     for line in _lines(tmp_path / "out"):
         assert line["speedup"] == pytest.approx(line["dense_seconds"] / line["seconds"])
         assert 5 < line["psnr"] < 100
         assert 0 < line["ssim"] < 1
         assert not line["identical"]
+
+
+@pytest.mark.parametrize(
+    ("warmup", "steps", "calls"),
+    [
+        # Of two layers and two branches; the first sparse step without a dense one before it is dense for its row sums.
+        (0.0, 6, {"search": 4, "plan": 4, "reuse": 4}),
+        (0.3, 6, {"warm-up": 8, "plan": 4, "reuse": 8}),
+        (0.5, 2, {"warm-up": 4, "plan": 4}),
+    ],
+)
+def test_the_warm_up_runs_all_that_the_method_does(request_for, monkeypatch, warmup, steps, calls):
+    runs, plain = [], render.render_frames
+
+    def watched(pipe, *arguments):
+        found = plain(pipe, *arguments)
+        records = [] if session_of(pipe) is None else statistics(pipe).records
+        runs.append(Counter(r.reason or ("reuse" if r.planning is None else "plan") for r in records))
+        return found
+
+    monkeypatch.setattr(render, "render_frames", watched)
+    config, recorder = ADASPA | {"warmup": warmup, "refresh": []}, _Recorder()
+    run(prepare(request_for(steps=steps, config=config, compare_dense=True)), recorder)
+    assert runs[0] == calls
+    assert runs[1] == runs[3] == {}
+    assert [(what, number) for _, what, number in recorder.renderings] == [
+        ("warm-up", sum(calls.values()) // 4),
+        ("warm-up", 1),
+        ("sparse", steps),
+        ("dense", steps),
+    ]
 
 
 def test_the_dense_video_and_the_trace_lie_beside_it(request_for, tmp_path):

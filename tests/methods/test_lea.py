@@ -104,10 +104,10 @@ def test_branches_in_one_batch_share_a_plan() -> None:
     grid = TokenGrid(2, 4, 6)
     q, k, v = inputs(grid, batch=4)
     method = LeastError(density=0.4, tile=TILE)
-    mask = method.plan(q, k, v, Site(grid, branch="cond_uncond"), None).token_mask()
+    mask = method.plan(q, k, v, Site(grid, branches=2), None).token_mask()
     assert torch.equal(mask[:2], mask[2:])
     assert not torch.equal(mask[0], mask[1])
-    apart = method.plan(q, k, v, Site(grid, branch="cond"), None).token_mask()
+    apart = method.plan(q, k, v, Site(grid, branch="cond_uncond"), None).token_mask()
     assert not torch.equal(apart[:2], apart[2:])
 
 
@@ -224,10 +224,10 @@ def test_branches_in_one_batch_share_an_error() -> None:
     grid = TokenGrid(2, 4, 6)
     q, k, v = inputs(grid, batch=4, scale=0.7)
     method = LeastError(error=0.1, tile=TILE, query_tiles=1, rows=6)
-    mask = method.plan(q, k, v, Site(grid, branch="cond_uncond"), None).token_mask()
+    mask = method.plan(q, k, v, Site(grid, branches=2), None).token_mask()
     assert torch.equal(mask[:2], mask[2:])
     # The same branch twice has twice the errors and twice the output.
-    twice = method.plan(*(x[:2].repeat(2, 1, 1, 1) for x in (q, k, v)), Site(grid, branch="cond_uncond"), None)
+    twice = method.plan(*(x[:2].repeat(2, 1, 1, 1) for x in (q, k, v)), Site(grid, branches=2), None)
     assert torch.equal(twice.token_mask()[:2], method.plan(*(x[:2] for x in (q, k, v)), Site(grid), None).token_mask())
 
 

@@ -113,11 +113,11 @@ class Family:
         self, pipe: Any, prompt: str | list[str] = "a red ball", steps: int = 4, seed: int = 0, **options: Any
     ) -> Tensor:
         """Latents of one run."""
+        generator = torch.Generator().manual_seed(seed)
         result = pipe(
             prompt,
             num_inference_steps=steps,
-            generator=torch.Generator().manual_seed(seed),
-            **{"output_type": "latent", **self.arguments, **options},
+            **{"output_type": "latent", "generator": generator, **self.arguments, **options},
         )
         return result.images if hasattr(result, "images") else result.frames
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import CogVideoXDPMScheduler, FlowMatchEulerDiscreteScheduler
 
 from dit_sparse import Dhsa, Pisa, Schedule, Site, sparsify, statistics, unsparsify, velocity_ramp
 from dit_sparse.pipelines import session as session_module
@@ -16,7 +16,8 @@ from dit_sparse.pipelines import session_of
 from dit_sparse.pipelines.drift import DriftMeter
 from dit_sparse.pipelines.families import adapter_for
 from dit_sparse.pipelines.velocity import spread_density, velocity_changes
-from tests.pipelines.families import Family
+from tests.pipelines.composed import ALL_DENSE
+from tests.pipelines.families import FAMILIES, Family
 
 METHOD = Dhsa(density=0.5, tile=(1, 4, 4))
 
@@ -113,6 +114,18 @@ def test_changes_of_the_velocity_are_means_over_runs() -> None:
     assert velocity_changes(pipe, run) == [2.0, 2.0, 2.0, 1.0]
     assert velocity_ramp(pipe, run, 0.2, warmup=0.25) == pytest.approx((0.24, 0.24, 0.12))
     assert vars(pipe.scheduler).get("step") is None, "the scheduler is as it was"
+
+
+def test_a_scheduler_that_draws_noise_keeps_its_generator() -> None:
+    """Pipelines hand it over where they find it among the parameters of the scheduler's `step`."""
+    family = next(family for family in FAMILIES if family.name == "cogvideox")
+    pipe, found = family.make(), []
+    pipe.scheduler = CogVideoXDPMScheduler.from_config(pipe.scheduler.config)
+    dense = family.run(pipe)
+    velocity_changes(pipe, lambda: found.append(family.run(pipe)))
+    assert torch.equal(found[0], dense)
+    velocity_changes(sparsify(pipe, ALL_DENSE), lambda: found.append(family.run(pipe)))
+    assert torch.equal(found[1], dense)
 
 
 def test_a_ramp_of_a_pipeline_serves_its_runs(pipe, render) -> None:
