@@ -30,6 +30,7 @@ from dit_sparse.types import REMAINDERS, AttentionPlan, Method, Previous, Remain
 Action = Literal["dense", "reuse", "plan"]
 
 _TUPLES = ("dense_layers", "refresh", "ramp", "noise_densities", "layer_densities", "layer_thresholds")
+_LEVELS = 8  # of noise, for a static method
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ class Schedule:
         drift: a plan is kept until the mean queries and keys of its layer have moved by more than this share of what
             they were when it was made, instead of at the method's own `refresh`; see `pipelines.drift`.
         noise_densities: densities at pure noise and without any, in place of the method's own, as a ramp; a plan has
-            that of its step, `low + (high - low) (1 - sigmoid(noise_slope x))`, where x is the step's log-SNR.
+            that of its step, `low + (high - low) (1 - sigmoid(noise_slope x))`, where x is the step's log-SNR; plans of
+            a static method have the nearest of nine between the two.
         noise_slope: how steep that is.
         layer_densities: a density for each layer, in place of the method's own; with a ramp or `noise_densities` each
             layer takes theirs times its own over the mean of all.
@@ -85,8 +87,8 @@ class Schedule:
 
     Raises:
         ValueError: a number outside its range, an unknown remainder, or an option that the method cannot follow: a
-            density for one that has none to change, a threshold for one that goes by density, a `drift` or
-            `noise_densities` for one whose plan does not depend on the call, or a remainder where blocks are skipped.
+            density for one that has none to change, a threshold for one that goes by density, a `drift` for
+            one whose plan is not of queries and keys, or a remainder where blocks are skipped.
     """
 
     method: Method
@@ -156,12 +158,10 @@ class Schedule:
             raise ValueError(f"drift must be a number from 0 on, got {self.drift!r}: 0.1 is a tenth")
         if not _is_number(self.noise_slope) or self.noise_slope <= 0:
             raise ValueError(f"noise_slope must be a number above 0, got {self.noise_slope!r}")
-        # Branches that share a plan have no drift in common.
-        for name, scopes in (("drift", ("call",)), ("noise_densities", ("call", "sample"))):
-            if getattr(self, name) is not None and self.method.scope not in scopes:
-                raise ValueError(
-                    f"{name} must be none for {self.method.name!r}, whose plan is not of the call; drop it"
-                )
+        if self.drift is not None and self.method.scope not in ("call", "sample"):
+            raise ValueError(
+                f"drift must be none for {self.method.name!r}, whose plan is not of queries and keys; drop it"
+            )
 
     def _check_densities(self) -> None:
         if self.ramp is not None and self.noise_densities is not None:
@@ -249,7 +249,11 @@ class Schedule:
         high, low = self.noise_densities
         # 1 - sigmoid(slope x) with x = 2 ln((1 - sigma) / sigma), without the logarithms of 0.
         noise, signal = (share ** (2 * self.noise_slope) for share in (site.sigma, 1 - site.sigma))
-        return low + (high - low) * noise / (noise + signal)
+        return low + (high - low) * self._level(noise / (noise + signal))
+
+    def _level(self, noise: float) -> float:
+        """A static method keeps a plan of each density, so it gets a few levels of `noise`."""
+        return round(noise * _LEVELS) / _LEVELS if self.method.scope == "grid" else noise
 
     def _layer_density(self, method: Method, layer: int) -> float:
         """Density of a layer: its own, or where the step has one, that times its own over the mean of all."""
@@ -261,10 +265,12 @@ class Schedule:
 
     @cached_property
     def _variants(self) -> tuple[Method, ...]:
-        """Every method of a run, or with `noise_densities` those at both ends."""
+        """Every method of a run; with `noise_densities` of a static method, of others those at both ends."""
         steps = self._methods
         if self.noise_densities is not None:
-            steps = tuple(at_density(self.method, density) for density in self.noise_densities)
+            high, low = self.noise_densities
+            count = _LEVELS if self.method.scope == "grid" else 1
+            steps = tuple(at_density(self.method, low + (high - low) * (n / count)) for n in range(count + 1))
         if self.layer_densities is None:
             return steps
         layers = range(len(self.layer_densities))
@@ -310,7 +316,7 @@ class Schedule:
             method = self.method_for(site)
             if self.layer_thresholds is not None:
                 return (site.grid, getattr(method, threshold_name(method) or ""))
-            varies = self.ramp is not None or self.layer_densities is not None
+            varies = any(x is not None for x in (self.ramp, self.noise_densities, self.layer_densities))
             return (site.grid, *([method.density] if varies else []))  # type: ignore[attr-defined]
         return (site.grid, site.model, site.layer) + ((site.branch,) if scope == "call" else ())
 

@@ -12,13 +12,15 @@ from torch import Tensor
 
 
 class DriftMeter:
-    """The drift of one layer and branch since its plan.
+    """The drift of one layer and branch since their plan.
 
     Args:
         q, k: `[B, H, N, D]` that the plan was made of.
+        branch: the guidance branch that they are of. Others may share the plan, but not the drift.
     """
 
-    def __init__(self, q: Tensor, k: Tensor) -> None:
+    def __init__(self, q: Tensor, k: Tensor, branch: str = "") -> None:
+        self.branch = branch
         self._anchor = _means(q, k)
         self._size = self._anchor.abs().sum()
         self._arriving: tuple[Tensor, torch.cuda.Event | None] | None = None

@@ -288,8 +288,9 @@ class Session:
         if self.schedule.method.scope in ("sample", "call"):
             key += (q.shape[0],)  # FasterCache leaves a guidance branch out of some batches
         previous = self.previous.get(key)
-        if previous is not None and key in self._drifts:
-            previous = replace(previous, drift=self._drifts[key].read())
+        meter = self._meter(key, site)
+        if previous is not None and meter is not None:
+            previous = replace(previous, drift=meter.read())
         decision = self.schedule.decide(site, previous)
         judged = decision.action == "plan" or decision.reason == "search"  # a plan that is in use was found to pay
         if judged and self._judges:
@@ -314,14 +315,20 @@ class Session:
             at_rest = plan if self.schedule.method.scope == "grid" else _at_rest(plan)  # one plan may lie about
             self.previous[key] = Previous(at_rest, None if previous is None else previous.lse, site.step)
             if self.schedule.drift is not None:
-                self._drifts[key] = DriftMeter(q, k)
+                self._drifts[key] = DriftMeter(q, k, site.branch)
         else:
             assert previous is not None
             assert previous.plan is not None
             plan = previous.plan.unpack()
-            if key in self._drifts:
-                self._drifts[key].measure(q, k)
+            meter = self._meter(key, site)
+            if meter is not None:
+                meter.measure(q, k)
         return self._sparse(key, plan, planning, site, q, k, v)
+
+    def _meter(self, key: tuple[Any, ...], site: Site) -> DriftMeter | None:
+        """The drift of the plan of `key`, where it was made by the branch of `site`."""
+        meter = self._drifts.get(key)
+        return meter if meter is not None and meter.branch == site.branch else None
 
     def _site(self, layer: int, num_layers: int, grid: TokenGrid, batch: int) -> Site:
         assert self._forward is not None

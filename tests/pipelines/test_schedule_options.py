@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import CogVideoXDPMScheduler, FlowMatchEulerDiscreteScheduler
 
-from dit_sparse import Dhsa, Pisa, Schedule, Site, sparsify, statistics, unsparsify, velocity_ramp
+from dit_sparse import BigBird, Dhsa, LeastError, Pisa, Schedule, Site, sparsify, statistics, unsparsify, velocity_ramp
 from dit_sparse.pipelines import session as session_module
 from dit_sparse.pipelines import session_of
 from dit_sparse.pipelines.drift import DriftMeter
@@ -75,6 +75,31 @@ def test_a_run_starts_without_the_drifts_of_the_last(pipe, render) -> None:
     first = render(pipe, steps=3)
     assert torch.equal(render(pipe, steps=3), first)
     assert plans_by_branch(pipe) == {"cond": 4, "uncond": 4}
+
+
+def test_a_plan_that_branches_share_drifts_with_the_branch_that_made_it(pipe, render, monkeypatch) -> None:
+    looked = []
+    monkeypatch.setattr(DriftMeter, "measure", lambda meter, q, k: looked.append(meter.branch))
+    session = session_of(sparsify(pipe, Schedule(LeastError(tile=(1, 2, 2)), warmup=0, drift=0.5)))
+    render(pipe, steps=4)
+    assert {meter.branch for meter in session._drifts.values()} == {"cond"}
+    assert set(looked) == {"cond"}
+    monkeypatch.undo()
+    counts = {}
+    for drift in (0.0, 1e9):
+        render(sparsify(pipe, Schedule(LeastError(tile=(1, 2, 2)), warmup=0, drift=drift)), steps=12)
+        counts[drift] = plans_by_branch(pipe)
+    assert not counts[0.0]["uncond"]
+    assert counts[0.0]["cond"] > counts[1e9]["cond"] > 0
+
+
+def test_a_static_method_has_few_densities_by_noise(pipe, render) -> None:
+    schedule = Schedule(BigBird(density=0.5, block=16), warmup=0, noise_densities=(0.9, 0.3))
+    render(sparsify(pipe, schedule), steps=9)
+    densities = density_by(pipe, "step")
+    assert len(set(densities)) > 2
+    assert densities == sorted(densities, reverse=True)
+    assert len(session_of(pipe).previous) <= 9
 
 
 def test_density_falls_with_the_noise_in_every_family(family: Family) -> None:
