@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "kernels": {"types", "block_mask"},
     "reorder": {"types", "block_mask", "kernels"},
     "masks": {"types", "block_mask", "kernels", "reorder"},
-    "methods": {"types", "block_mask", "kernels", "reorder", "masks"},
+    "methods": {"types", "block_mask", "kernels", "reorder", "masks", "partials"},
     "schedule": {"types", "methods"},
     "course": {"types", "methods", "schedule"},
     "attention": {"types", "kernels"},
@@ -45,7 +45,7 @@ MAY_IMPORT = {
     "vbench": {"eval", "generate", "cluster", "partials"},
     "calibrate": {
         *("types", "block_mask", "kernels", "masks", "reorder", "methods", "schedule", "attention", "pipelines"),
-        *("eval", "generate", "compare"),
+        *("eval", "generate", "compare", "partials"),
     },
     "report": {"schedule", "generate", "bench", "compare", "partials"},
     "analyze": {
