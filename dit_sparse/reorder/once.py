@@ -13,7 +13,7 @@ from typing import Any, ParamSpec
 
 import torch
 
-from dit_sparse.reorder.axes import axis_order
+from dit_sparse.reorder.axes import Block, axis_order
 from dit_sparse.reorder.curve import curve_order
 from dit_sparse.reorder.frames import frame_order
 from dit_sparse.reorder.grid import raster_order
@@ -61,7 +61,7 @@ def curve_once(grid: TokenGrid, block: int, device: torch.device) -> TokenOrder:
 
 
 @_once
-def axes_once(grid: TokenGrid, axes: str, block: int, device: torch.device) -> TokenOrder:
+def axes_once(grid: TokenGrid, axes: str, block: Block, device: torch.device) -> TokenOrder:
     """`axis_order`, always the same object."""
     return axis_order(grid, axes, block, device=device)
 
