@@ -7,7 +7,7 @@ from typing import Literal, cast, overload
 import torch
 from torch import Tensor
 
-from dit_sparse.kernels import CountingBackend, permute, restore, select
+from dit_sparse.kernels import Backend, CountingBackend, permute, restore, select
 from dit_sparse.types import AttentionPlan
 
 
@@ -19,7 +19,7 @@ def sparse_attention(
     plan: AttentionPlan,
     *,
     scale: float | None = ...,
-    backend: str = ...,
+    backend: str | Backend = ...,
     in_order: bool = ...,
 ) -> Tensor: ...
 
@@ -32,7 +32,7 @@ def sparse_attention(
     plan: AttentionPlan,
     *,
     scale: float | None = ...,
-    backend: str = ...,
+    backend: str | Backend = ...,
     in_order: bool = ...,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
@@ -45,7 +45,7 @@ def sparse_attention(
     plan: AttentionPlan,
     *,
     scale: float | None = None,
-    backend: str = "auto",
+    backend: str | Backend = "auto",
     in_order: bool = False,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -55,7 +55,8 @@ def sparse_attention(
         q, k, v: `[B, H, N, D]` in the sequence's own order, any strides, one floating dtype and device.
         plan: the token orders and the block mask, on the same device.
         scale: factor on q.k; `None` is 1 / sqrt(D).
-        backend: a name in `dit_sparse.kernels.BACKENDS`, or "auto" for the fastest one that can compute this call.
+        backend: a name in `dit_sparse.kernels.BACKENDS`, or "auto" for the fastest one that can compute this call; or
+            what `dit_sparse.kernels.select` gave for this very call, which is not checked again.
         in_order: `q, k, v` stand in the plan's orders already, and so shall the results; nothing is moved.
         return_lse: also return the natural-log row sums.
 
@@ -78,7 +79,7 @@ def skipping_attention(
     plan: AttentionPlan,
     *,
     scale: float | None = None,
-    backend: str = "auto",
+    backend: str | Backend = "auto",
     in_order: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """As `sparse_attention`, and what was skipped.
@@ -110,11 +111,11 @@ def attend(
         Output, the name of the backend that computed it, and `[B, H]` int64 how many pairs were skipped, or `None` for
         a plan that skips nothing.
     """
-    name = select(backend, q, k, v, plan).name
+    chosen = select(backend, q, k, v, plan)
     if not plan.skip_threshold:
-        return sparse_attention(q, k, v, plan, backend=name, in_order=in_order), name, None
-    out, skipped = skipping_attention(q, k, v, plan, backend=name, in_order=in_order)
-    return out, name, skipped.sum(-1)
+        return sparse_attention(q, k, v, plan, backend=chosen, in_order=in_order), chosen.name, None
+    out, skipped = skipping_attention(q, k, v, plan, backend=chosen, in_order=in_order)
+    return out, chosen.name, skipped.sum(-1)
 
 
 def _attend(
@@ -123,13 +124,13 @@ def _attend(
     v: Tensor,
     plan: AttentionPlan,
     scale: float | None,
-    backend: str,
+    backend: str | Backend,
     in_order: bool,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Output, row sums where wanted, and skipped pairs where the plan skips."""
     check_fit(q, k, v, plan)
-    chosen = select(backend, q, k, v, plan)
+    chosen = select(backend, q, k, v, plan) if isinstance(backend, str) else backend
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if not in_order:
         q, k, v = _permuted(q, k, v, plan)

@@ -10,7 +10,7 @@ from dit_sparse.methods.parameters import density_at, takes_density
 from dit_sparse.schedule import Schedule
 from dit_sparse.types import Site, TokenGrid
 
-__all__ = ["plan_steps", "plans_per_call", "step_densities"]
+__all__ = ["plan_steps", "plans_after", "plans_per_call", "step_densities"]
 
 
 @lru_cache(maxsize=64)
@@ -71,3 +71,8 @@ def step_densities(schedule: Schedule, num_steps: int, plans: Collection[int] | 
             density = math.fsum(density_at(schedule.method_for(site), site) or 0.0 for site in sites) / len(sites)
         found[step] = density
     return found
+
+
+def plans_after(schedule: Schedule, step: int, num_steps: int) -> bool:
+    """Whether a layer that has planned at `step` may plan from the data again."""
+    return schedule.drift is not None or any(at > step for at in plan_steps(schedule, num_steps))

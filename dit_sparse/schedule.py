@@ -334,7 +334,7 @@ class Schedule:
         warmup = self.warmup_steps(site.num_steps)
         if site.step < warmup:
             return Decision("dense", "warm-up", keep_lse=self.method.uses_lse and site.step == warmup - 1)
-        if self.method.uses_lse and (previous is None or previous.lse is None):
+        if self.method.uses_lse and (previous is None or (previous.plan is None and previous.lse is None)):
             return Decision("dense", "search", keep_lse=True)
         if previous is None or previous.plan is None:
             return Decision("plan")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -11,7 +12,10 @@ from torch import Tensor
 
 from dit_sparse.head_shard import select_heads
 
-__all__ = ["BlockGeometry", "TokenOrder"]
+__all__ = ["PACKED_FROM", "BlockGeometry", "PackedOrder", "TokenOrder"]
+
+PACKED_FROM = 16_384
+"""Tokens from which on an order packs: what remaking it takes grows with them, and attention with their square."""
 
 
 class BlockGeometry(NamedTuple):
@@ -122,6 +126,23 @@ class TokenOrder:
         order.__dict__["geometry"] = self.geometry  # reading it back again would wait for the device
         return order
 
+    def pack(self) -> TokenOrder | PackedOrder:
+        """This order at rest: itself, or the same packed one every time if heads or batches differ and it is long."""
+        return self if self.index.shape[:2] == (1, 1) or self.num_tokens < PACKED_FROM else self._packed
+
+    def unpack(self) -> TokenOrder:
+        """This order, which is not at rest."""
+        return self
+
+    @cached_property
+    def _packed(self) -> PackedOrder:
+        return PackedOrder(self)
+
+    @property
+    def lasting(self) -> TokenOrder | PackedOrder:
+        """What stays the same object while a plan of this order rests: what is packed of it, or else itself."""
+        return self.__dict__.get("_packed", self)
+
     def of_heads(self, heads: tuple[int, ...]) -> TokenOrder:
         """This order for `heads` alone; itself where it is the same for all."""
         if self.index.shape[1] == 1 and self.offsets.shape[1] == 1:
@@ -136,6 +157,36 @@ class TokenOrder:
         moved = TokenOrder(self.index.to(device), self.inverse.to(device), self.offsets.to(device), self.is_identity)
         moved.__dict__["geometry"] = self.geometry  # known already, and reading it back there would wait
         return moved
+
+
+class PackedOrder:
+    """An order at rest, of 4 bytes a token in place of 16: the inverse is made anew when it is used.
+
+    Args:
+        order: it is given back as long as others hold it, and an equal one afterwards.
+
+    Attributes:
+        index: `[B|1, H|1, N]` int32, as in `TokenOrder`.
+        offsets: its own.
+    """
+
+    def __init__(self, order: TokenOrder) -> None:
+        self.index = order.index.to(torch.int32)
+        self.offsets = order.offsets
+        self._is_identity = order.is_identity
+        self._geometry = order.geometry
+        self._known = weakref.ref(order)
+
+    def unpack(self) -> TokenOrder:
+        """The order itself; whoever unpacks it while another does gets the same object."""
+        order = self._known()
+        if order is None:
+            # Tensors made in inference mode could not be used where gradients are recorded.
+            with torch.inference_mode(False):
+                order = TokenOrder.from_index(self.index, self.offsets, is_identity=self._is_identity)
+            order.__dict__.update(geometry=self._geometry, _packed=self)  # reading the first back would wait
+            self._known = weakref.ref(order)
+        return order
 
 
 def _gather_tokens(x: Tensor, index: Tensor) -> Tensor:

@@ -6,7 +6,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["alive", "children", "within"]
+from dit_sparse.partials import owner
+
+__all__ = ["alive", "children", "left_by", "within"]
 
 
 def children(parent: int) -> list[int]:
@@ -17,6 +19,11 @@ def children(parent: int) -> list[int]:
 def alive(pid: int) -> bool:
     """Whether a process runs."""
     return _all().get(pid, ("Z", 0))[0] != "Z"
+
+
+def left_by(pid: int, name: str) -> str:
+    """What a file `name` is called that the process `pid` of this machine has not finished."""
+    return f".partial-{owner().split('-')[0]}-{pid}-0a1b2c-{name}"
 
 
 def _all() -> dict[int, tuple[str, int]]:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import dit_sparse.attention
 from dit_sparse import AttentionPlan, TokenOrder, sparse_attention
 
 
@@ -80,3 +81,24 @@ def test_bad_arguments_are_named(change, message: str) -> None:
     change(arguments)
     with pytest.raises(ValueError, match=message):
         sparse_attention(**arguments)
+
+
+@pytest.mark.parametrize("skip_threshold", [0.0, 1e-3])
+def test_the_backend_of_a_call_is_chosen_once(monkeypatch: pytest.MonkeyPatch, skip_threshold: float) -> None:
+    chosen: list[str] = []
+    select = dit_sparse.attention.select
+
+    def spy(*args):
+        found = select(*args)
+        chosen.append(found.name)
+        return found
+
+    monkeypatch.setattr(dit_sparse.attention, "select", spy)
+    plan = random_plan(2, 45).with_skip(skip_threshold)
+    q, k, v = torch.randn(3, 1, 2, 45, 16).unbind()
+    for backend in ("auto", "reference"):
+        out, name, skipped = dit_sparse.attention.attend(backend, q, k, v, plan, False)
+        assert chosen == [name]
+        assert (skipped is None) == (skip_threshold == 0)
+        assert torch.equal(out, sparse_attention(q, k, v, plan, backend=select(backend, q, k, v, plan)))
+        chosen.clear()

@@ -15,6 +15,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "dit_sparse"
 MAY_IMPORT = {
     "compact_kernel": set(),
     "compact": {"compact_kernel"},
+    "partials": set(),
     "lost_ranks": set(),
     "head_shard": {"lost_ranks"},
     "block_mask": {"compact", "head_shard"},
@@ -23,7 +24,7 @@ MAY_IMPORT = {
     "kernels": {"types", "block_mask"},
     "reorder": {"types", "block_mask", "kernels"},
     "masks": {"types", "block_mask", "kernels", "reorder"},
-    "methods": {"types", "block_mask", "kernels", "reorder", "masks"},
+    "methods": {"types", "block_mask", "kernels", "reorder", "masks", "partials"},
     "schedule": {"types", "methods"},
     "course": {"types", "methods", "schedule"},
     "attention": {"types", "kernels"},
@@ -38,14 +39,15 @@ MAY_IMPORT = {
     "presets": {"methods", "schedule", "course"},
     "generate": {
         *("types", "methods", "schedule", "presets", "pipelines", "demo", "eval", "cluster", "parallel", "lost_ranks"),
+        "partials",
     },
-    "compare": {"methods", "schedule", "pipelines", "bench", "eval", "generate"},
-    "vbench": {"eval", "generate", "cluster"},
+    "compare": {"methods", "schedule", "pipelines", "bench", "eval", "generate", "partials"},
+    "vbench": {"eval", "generate", "cluster", "partials"},
     "calibrate": {
         *("types", "block_mask", "kernels", "masks", "reorder", "methods", "schedule", "attention", "pipelines"),
-        *("course", "eval", "generate", "compare"),
+        *("course", "eval", "generate", "compare", "partials"),
     },
-    "report": {"schedule", "generate", "bench", "compare"},
+    "report": {"schedule", "generate", "bench", "compare", "partials"},
     "analyze": {
         *("types", "block_mask", "masks", "methods", "schedule", "pipelines", "bench", "generate", "calibrate"),
     },

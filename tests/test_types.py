@@ -1,5 +1,6 @@
 """The carrying types: grids, orders and plans."""
 
+import weakref
 from dataclasses import replace
 from itertools import product
 
@@ -147,6 +148,38 @@ class TestAttentionPlan:
         assert torch.equal(again.token_mask(), plan.token_mask())
         assert again.block_mask.kept_pairs is not None
         assert torch.equal(again.density, plan.density)
+
+    def test_a_long_order_of_heads_rests_at_a_quarter_of_its_bytes_and_stays_shared(self, monkeypatch):
+        monkeypatch.setattr("dit_sparse.token_order.PACKED_FROM", 50)
+        order = orders(2, 3, 50, blocks=9)
+        keys = orders(1, 3, 50, blocks=4, seed=1)
+        index, inverse, geometry = order.index.clone(), order.inverse.clone(), order.geometry
+        plans = [
+            AttentionPlan.from_kept(order, torch.ones(1, 1, 9, 9, dtype=torch.bool)),
+            AttentionPlan.from_kept(order, torch.ones(1, 1, 9, 4, dtype=torch.bool), kv_order=keys),
+        ]
+        with torch.inference_mode():
+            first, second = (plan.pack() for plan in plans)
+        assert first.packed_q_order is first.packed_kv_order is second.packed_q_order is not second.packed_kv_order
+        assert first.packed_q_order.index.nbytes == order.index.nbytes // 2
+        assert first.q_order is order is second.unpack().q_order
+        lasting, gone = order.lasting, weakref.ref(order)
+        assert lasting is first.packed_q_order
+        del order, plans
+        assert gone() is None
+        with torch.inference_mode():
+            again, other = first.unpack(), second.unpack()
+        assert again.q_order is again.kv_order is other.q_order is not other.kv_order
+        assert torch.equal(again.q_order.index, index)
+        assert torch.equal(again.q_order.inverse, inverse)
+        assert again.q_order.__dict__["geometry"] == geometry
+        assert again.q_order.lasting is lasting
+        assert not again.q_order.index.is_inference()
+
+    def test_orders_that_are_short_or_of_all_heads_rest_as_they_are(self, monkeypatch):
+        for order in (orders(1, 3, 50), orders(1, 1, 50)):
+            assert order.pack() is order.unpack() is order.lasting is order
+            monkeypatch.setattr("dit_sparse.token_order.PACKED_FROM", 1)
 
     def test_the_masks_blocks_must_be_the_orders(self):
         order = orders(1, 1, 8, blocks=4)

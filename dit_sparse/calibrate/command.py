@@ -19,6 +19,7 @@ from dit_sparse.generate.report import loading
 from dit_sparse.generate.run import check_folder
 from dit_sparse.methods import find_method
 from dit_sparse.methods.plan_file import PlanFile
+from dit_sparse.partials import replacing
 from dit_sparse.pipelines import check
 from dit_sparse.schedule import Schedule
 from dit_sparse.types import Method
@@ -109,7 +110,8 @@ def calibrate_quality(
         else:
             assert psnr is not None
             found = for_psnr(pipe, request.prompts, schedule, psnr, **calls)
-    path.write_text(json.dumps(found.schedule.to_config(), indent=2) + "\n", encoding="utf-8")
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(found.schedule.to_config(), indent=2) + "\n", encoding="utf-8")
     return quality_table(found)
 
 

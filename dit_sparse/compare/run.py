@@ -22,7 +22,8 @@ from dit_sparse.generate import models
 from dit_sparse.generate.call import free_memory
 from dit_sparse.generate.request import Clip, Request, clips, slug
 from dit_sparse.generate.run import check_folder
-from dit_sparse.generate.video import check_writer, extension, remove_partials, to_uint8, write_video
+from dit_sparse.generate.video import check_writer, extension, to_uint8, write_video
+from dit_sparse.partials import remove_partials
 
 __all__ = ["Job", "Listener", "prepare", "run"]
 

@@ -10,11 +10,12 @@ from functools import cached_property
 from typing import Any, Literal, TypeAlias, get_args
 
 from dit_sparse.cost import Call, predict
-from dit_sparse.course import plan_steps, plans_per_call, step_densities
+from dit_sparse.course import plan_steps, plans_after, plans_per_call, step_densities
 from dit_sparse.estimate.machines import Machine
 from dit_sparse.estimate.shapes import ModelShape
-from dit_sparse.methods.parameters import block_of, check_share, key_block_of
+from dit_sparse.methods.parameters import block_of, check_share, head_orders, key_block_of
 from dit_sparse.schedule import Schedule
+from dit_sparse.types import PACKED_FROM
 
 __all__ = ["Estimate", "Mesh", "Run", "estimate", "meshes"]
 
@@ -27,6 +28,9 @@ _MOST_STEPS = 1000
 _LARGEST_SIZE = 100_000  # pixels, or frames
 _ACTIVATIONS = 8.5
 """Peak activations over the hidden state; 6.13 GiB were measured for Wan 14B's 0.72 (docs/benchmarks.md)."""
+
+_LSE, _ORDER, _PACKED_ORDER = 4, 16, 4
+"""Bytes of a token and head: its row sum, and its place in an order, which at rest is packed where it is long."""
 
 _SEARCH_BYTES = 4 + 4 + 1
 """A pair of blocks, while a layer is planned: its score, what it is ranked by, and whether it is kept."""
@@ -350,6 +354,19 @@ def _send(each: float, ranks: int, apart: int, machine: Machine) -> float:
     return each * ((near - 1) / machine.link + (ranks - near) / machine.network)
 
 
+def _plan_bytes(run: Run, pairs: float) -> float:
+    """What a head of one plan takes at rest, with a mask over `pairs` of blocks, its orders, and row sums.
+
+    Row sums that no later plan reads go when the plan comes.
+    """
+    method = run.schedule.method
+    orders = head_orders(method) * (_PACKED_ORDER if run.tokens >= PACKED_FROM else _ORDER) * run.tokens
+    plan = pairs / 8 + orders
+    lse = _LSE * run.tokens if method.uses_lse else 0
+    again = bool(run._plans) and plans_after(run.schedule, min(run._plans), run.steps)
+    return plan + lse if again else max(plan, lse)
+
+
 def _memory(run: Run, mesh: Mesh) -> dict[str, float]:
     """Bytes on one device; weights are on every one, and text encoders and VAE too unless they are offloaded.
 
@@ -361,10 +378,10 @@ def _memory(run: Run, mesh: Mesh) -> dict[str, float]:
     heads, rows, columns = shape.heads / mesh.size, run.tokens / block_of(method), run.tokens / key_block_of(method)
     plans = search = terms = 0.0
     if min(run.sparse_densities, default=1.0) < 1:
+        if method.scope != "grid":
+            masks = {"call": run.branches, "sample": batch, "layer": 1}[method.scope]
+            plans = shape.transformers * masks * shape.layers * heads * _plan_bytes(run, rows * columns)
         if method.scope in ("call", "sample"):
-            masks = run.branches if method.scope == "call" else batch
-            lse = 4 * heads * run.tokens if method.uses_lse else 0.0
-            plans = shape.transformers * masks * shape.layers * (heads * rows * columns / 8 + lse)
             search = _SEARCH_BYTES * batch * shape.heads * rows * columns  # ranks may compare all heads
         if run.schedule.planned_remainder in ("value", "mass"):
             terms = min(_TERMS_BYTES, batch * heads * (rows + columns) * shape.dim**2 * machine.itemsize)

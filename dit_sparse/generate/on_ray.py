@@ -17,7 +17,7 @@ from dit_sparse.generate.group import RankGroup
 from dit_sparse.generate.listener import Listener
 from dit_sparse.generate.render import Failed, Rendered, Renderer, partial_name
 from dit_sparse.generate.request import Clip, Degrees, Request, Settings
-from dit_sparse.generate.video import partial_path, remove_own_partials
+from dit_sparse.partials import owner_of, partial_path, remove_own_partials
 
 __all__ = ["RayExecutor"]
 
@@ -109,8 +109,8 @@ class _Worker:
         if not sign.exists():
             raise OSError(f"{socket.gethostname()} does not share the folder; all nodes must see the same one")
         # A worker that is taken for dead may still write, so each try has a name of its own.
-        owner = f"{sign.name.split('-')[1]}-{secrets.token_hex(4)}"
-        target = partial_path(sign.parent / partial_name(settings, clip), owner)
+        writer = f"{owner_of(sign)}-{secrets.token_hex(4)}"
+        target = partial_path(sign.parent / partial_name(settings, clip), writer)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
             result = self._renderer.render(settings, clip, target, Listener())

@@ -19,7 +19,8 @@ from dit_sparse.generate import models
 from dit_sparse.generate.call import free_memory, interrupt_after, render_frames, sparsified, warm_up_steps
 from dit_sparse.generate.listener import Listener
 from dit_sparse.generate.request import Clip, Request, Settings
-from dit_sparse.generate.video import extension, partial_path, to_uint8, write_partial
+from dit_sparse.generate.video import extension, to_uint8, write_partial
+from dit_sparse.partials import partial_path
 
 if TYPE_CHECKING:
     from dit_sparse.pipelines import Trace

@@ -12,7 +12,8 @@ from dit_sparse.generate.listener import Listener
 from dit_sparse.generate.manifest import Manifest
 from dit_sparse.generate.render import Executor, Failed, LocalExecutor, Rendered
 from dit_sparse.generate.request import Clip, Request, Settings, clips
-from dit_sparse.generate.video import check_writer, extension, place, remove, remove_partials
+from dit_sparse.generate.video import check_writer, extension
+from dit_sparse.partials import place, remove, remove_partials
 
 if TYPE_CHECKING:
     from dit_sparse.schedule import Schedule
@@ -84,7 +85,7 @@ def run(job: Job, listener: Listener | None = None) -> Outcome:
     if not job.todo:
         return outcome
     job.request.out.mkdir(parents=True, exist_ok=True)
-    remove_partials(job.request.out, [clip.name for clip in job.todo if clip.name is not None])
+    remove_partials(job.request.out)
     for result in job.executor.render(job.settings, job.todo, listener):
         kept = result if isinstance(result, Failed) else _keep(job, result)
         if isinstance(kept, Failed):

@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from dit_sparse.partials import partial_path, place, remove
+
 __all__ = [
     "check_writer",
     "extension",
-    "is_partial",
-    "partial_path",
-    "place",
-    "remove",
-    "remove_own_partials",
-    "remove_partials",
     "to_uint8",
     "write_partial",
     "write_video",
 ]
-
-_PREFIX = ".partial-"
 
 
 def extension(format: str, frames: int) -> str:
@@ -90,59 +81,6 @@ def write_partial(frames: np.ndarray, partial: Path, *, format: str, fps: int) -
         raise
 
 
-def place(partial: Path, path: Path) -> None:
-    """The second half of `write_video`: give the file or folder `partial` its name, in place of what bears it."""
-    try:
-        if path.is_dir():
-            # A folder cannot be replaced in one move.
-            shutil.rmtree(path)
-        os.replace(partial, path)
-    finally:
-        remove(partial)
-
-
-def partial_path(path: Path, owner: str = "") -> Path:
-    """What `path` is called until it is whole.
-
-    Args:
-        owner: the id of the process without which nobody wants the file, and after a hyphen what tells several writers
-            apart; this process where it is left out.
-    """
-    return path.with_name(f"{_PREFIX}{owner or os.getpid()}-{path.name}")
-
-
-def is_partial(name: str) -> bool:
-    """Whether a file name is one of an unfinished video."""
-    return name.startswith(_PREFIX)
-
-
-def remove(path: Path) -> None:
-    """Remove the file or folder `path`, if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def remove_partials(folder: Path, names: Sequence[str] = ()) -> None:
-    """Remove what processes that no longer run left unfinished in `folder`.
-
-    Args:
-        names: stems of the only files that are meant, where processes on other machines write others here.
-    """
-    for path in folder.glob(f"{_PREFIX}*"):
-        pid = path.name[len(_PREFIX) :].partition("-")[0]
-        meant = not names or path.stem.endswith(tuple(f"-{name}" for name in names))
-        if meant and not (pid.isdigit() and _alive(int(pid))):
-            remove(path)
-
-
-def remove_own_partials(folder: Path) -> None:
-    """Remove what this process, or workers that write for it, left unfinished in `folder`."""
-    for path in folder.glob(f"{_PREFIX}{os.getpid()}-*"):
-        remove(path)
-
-
 def _write_mp4(frames: np.ndarray, path: Path, fps: int) -> None:
     import imageio.v2 as imageio
 
@@ -184,13 +122,3 @@ def _write_png(frames: np.ndarray, path: Path, fps: int) -> None:
     path.mkdir()
     for number, frame in enumerate(frames):
         Image.fromarray(frame).save(path / f"{number:04d}.png")
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError):
-        return True
-    return True

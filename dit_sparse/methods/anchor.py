@@ -61,6 +61,7 @@ class AnchorAttention(AnyGrid):
     )
     control: ClassVar[str] = "theta"
     scope: ClassVar[Scope] = "call"
+    head_orders: ClassVar[int] = 1
     uses_lse: ClassVar[bool] = False
     refresh: ClassVar[tuple[float, ...]] = (0.4, 0.6, 0.8)
 

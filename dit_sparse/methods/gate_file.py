@@ -12,6 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dit_sparse.partials import replacing
+
 FORMAT = "dit-sparse gate 1"
 
 
@@ -78,11 +80,16 @@ class GateFile:
 
 
 def write_gates(path: str | Path, gates: Mapping[tuple[str, int], Gate], block: int) -> None:
-    """Write `gates` by transformer and layer, trained for blocks of `block` tokens."""
+    """Write `gates` by transformer and layer, trained for blocks of `block` tokens; an error leaves what was there.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     tensors: dict[str, Tensor] = {}
     for (model, layer), gate in gates.items():
         tensors |= {f"{model}.{layer}.q": gate.q.contiguous(), f"{model}.{layer}.k": gate.k.contiguous()}
-    save_file(tensors, path, metadata={"format": FORMAT, "block": str(block)})
+    with replacing(path) as partial:
+        save_file(tensors, partial, metadata={"format": FORMAT, "block": str(block)})
 
 
 @lru_cache(maxsize=4)

@@ -95,6 +95,11 @@ def key_block_of(method: Method) -> float:
     return block_of(method)
 
 
+def head_orders(method: Method) -> int:
+    """How many orders of a plan are not the same for all heads, as `method.head_orders` says; without it none."""
+    return getattr(method, "head_orders", 0)
+
+
 def accepts_density(method: Method) -> bool:
     """Whether `with_density` gives a method that its density controls; it may have none to begin with."""
     has_one = any(f.name == "density" for f in _fields(type(method)))

@@ -58,6 +58,7 @@ class Paro(AnyGrid):
 
     name: ClassVar[str] = "paro"
     version: ClassVar[int] = 1
+    head_orders: ClassVar[int] = 1
     paper: ClassVar[str] = "PAROAttention (arXiv 2506.16054), section 4"
     described: ClassVar[Description] = Description(
         order="per head the best of the six axis orders, in runs or in tiles",

@@ -56,6 +56,7 @@ class PbsAttention(AnyGrid):
     )
     control: ClassVar[str] = "threshold"
     scope: ClassVar[Scope] = "call"
+    head_orders: ClassVar[int] = 1
     uses_lse: ClassVar[bool] = False
     refresh: ClassVar[tuple[float, ...]] = (0.4, 0.6, 0.8)
 

@@ -5,6 +5,7 @@ Source: PAROAttention (arXiv 2506.16054) prefetches its masks so; two of them ar
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from functools import lru_cache
 from threading import Lock
@@ -15,8 +16,8 @@ from torch import Tensor
 from dit_sparse.block_mask import PackedBlockMask
 from dit_sparse.masks import with_other_text
 from dit_sparse.methods.plan_file import PlanFile
-from dit_sparse.reorder import axis_orders_per_head, block_tokens
-from dit_sparse.types import AttentionPlan, TokenGrid, TokenOrder
+from dit_sparse.reorder import axes_once, block_tokens, choose_order
+from dit_sparse.types import AttentionPlan, PackedOrder, TokenGrid, TokenOrder
 
 Place = tuple[str, int, int]
 """Transformer, layer and slot of a mask."""
@@ -34,7 +35,8 @@ class _Arriving:
 class PlanReader:
     """Reads the plans of one file for one device.
 
-    Layers with the same choice of orders share one order, so that what kernels find out about it is found out once.
+    Layers with the same choice of orders share one order, so that what kernels find out about it is found out once. An
+    order lasts as long as a plan in use or at rest has it.
 
     Args:
         file: the plan file.
@@ -44,7 +46,9 @@ class PlanReader:
     def __init__(self, file: PlanFile, device: torch.device) -> None:
         self.file = file
         self.device = device
-        self._orders: dict[tuple[TokenGrid, tuple[str, ...]], TokenOrder] = {}
+        self._orders: weakref.WeakValueDictionary[tuple[TokenGrid, tuple[str, ...]], TokenOrder | PackedOrder] = (
+            weakref.WeakValueDictionary()
+        )
         self._axes: dict[tuple[str, int], tuple[str, ...]] = {}
         self._ahead: dict[Place, _Arriving] = {}
         self._lock = Lock()
@@ -100,19 +104,22 @@ class PlanReader:
         if (model, layer) not in self._axes:
             self._axes[model, layer] = self.file.axes(model, layer)
         axes = self._axes[model, layer]
-        if (grid, axes) not in self._orders:
-            if grid != self.file.header.grid:
-                # Prompts come in many lengths, and the orders of each take room.
-                self._orders = {
-                    key: order for key, order in self._orders.items() if key[0] in (self.file.header.grid, grid)
-                }
-            # Tensors made in inference mode could not be used where gradients are recorded.
-            with torch.inference_mode(False):
-                self._orders[grid, axes] = axis_orders_per_head(grid, axes, self.file.header.block, device=self.device)
-        return self._orders[grid, axes]
+        known = self._orders.get((grid, axes))
+        if known is not None:
+            return known.unpack()
+        orders = {name: axes_once(grid, name, self.file.header.block, self.device) for name in axes}
+        if len(orders) == 1:
+            return orders[axes[0]]
+        numbers = {name: number for number, name in enumerate(orders)}
+        # Tensors made in inference mode could not be used where gradients are recorded.
+        with torch.inference_mode(False):
+            choice = torch.tensor([[numbers[name] for name in axes]], device=self.device)
+            order = choose_order(list(orders.values()), choice)
+        self._orders[grid, axes] = order.pack()
+        return order
 
 
 @lru_cache(maxsize=2)
 def reader_of(file: PlanFile, device: torch.device) -> PlanReader:
-    """The reader of `file` for `device`; the last two are kept, with the orders they have on the device."""
+    """The reader of `file` for `device`; the last two are kept, each with the one mask that it has read ahead."""
     return PlanReader(file, device)

@@ -55,6 +55,7 @@ class SparseVideoGen(AnyGrid):
         differs="the sink takes at most half of the density; the same 64 queries at every step",
     )
     scope: ClassVar[Scope] = "call"
+    head_orders: ClassVar[int] = 1
     uses_lse: ClassVar[bool] = False
     refresh: ClassVar[tuple[float, ...]] = EVERY_STEP
 

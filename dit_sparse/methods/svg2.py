@@ -67,6 +67,7 @@ class SparseVideoGen2(AnyGrid):
     )
     control: ClassVar[str] = "top_p"
     scope: ClassVar[Scope] = "call"
+    head_orders: ClassVar[int] = 2
     uses_lse: ClassVar[bool] = False
     refresh: ClassVar[tuple[float, ...]] = EVERY_STEP
     own_remainder: ClassVar[Remainder] = "none"

@@ -141,14 +141,14 @@ class _Renumbered:
         return self.predicate(b, h, self.q[i], self.k[j])
 
 
-# Cut orders by the order they come from: a plan at rest is made anew at every use, and its orders are not.
+# Cut orders by what lasts of the order they come from: a plan at rest is made anew at every use.
 _cut_orders: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def _cut(order: TokenOrder, chunks: Sequence[Chunk]) -> list[TokenOrder]:
     """`order` cut into the tokens of each chunk, numbered from 0, in the same blocks, some of them empty."""
     key = tuple(chunk.runs for chunk in chunks)
-    known = _cut_orders.setdefault(order, {})
+    known = _cut_orders.setdefault(order.lasting, {})
     if key not in known:
         known[key] = [_cut_one(order, chunk) for chunk in chunks]
     return known[key]

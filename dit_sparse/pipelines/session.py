@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, NoReturn, Self
 import torch
 from torch import Tensor
 
+from dit_sparse.course import plans_after
 from dit_sparse.kernels import dense_attention
 from dit_sparse.parallel import ContextParallel
 from dit_sparse.pipelines.drift import DriftMeter
@@ -313,7 +314,9 @@ class Session:
             if self.on_plan is not None:
                 self.on_plan(site, plan)
             at_rest = plan if self.schedule.method.scope == "grid" else _at_rest(plan)  # one plan may lie about
-            self.previous[key] = Previous(at_rest, None if previous is None else previous.lse, site.step)
+            again = plans_after(self.schedule, site.step, site.num_steps)
+            lse = previous.lse if previous is not None and again else None  # nobody would read them later
+            self.previous[key] = Previous(at_rest, lse, site.step)
             if self.schedule.drift is not None:
                 self._drifts[key] = DriftMeter(q, k, site.branch)
         else:

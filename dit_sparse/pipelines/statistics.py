@@ -17,19 +17,24 @@ CHANGED = "changed by diffusers"
 
 
 class Stopwatch:
-    """Seconds between construction and `stop`; on a GPU by events, so that nothing waits until they are read."""
+    """Seconds between construction and `stop`; on a GPU by events, so that nothing waits until they are read.
+
+    Args:
+        device: whose current stream the events are of; it need not be the current device.
+    """
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
         self._seconds = 0.0
         if device.type == "cuda":
             self._events = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
-            self._events[0].record()
+            self._events[0].record(torch.cuda.current_stream(device))
         self._start = time.perf_counter()
 
     def stop(self) -> Stopwatch:
         if self._events is not None:
-            self._events[1].record()
+            self._events[1].record(torch.cuda.current_stream(self._device))
         else:
             self._seconds = time.perf_counter() - self._start
         return self

@@ -1,15 +1,19 @@
-"""Orders made once a grid, so that what kernels and selections have read back from the device stays known."""
+"""Orders made once a grid, so that what kernels and selections have read back from the device stays known.
+
+An order in use stays the one order of its grid: a plan that outlives a run must find its own in the next.
+"""
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable
 from functools import lru_cache, wraps
-from typing import ParamSpec
+from typing import Any, ParamSpec
 
 import torch
 
-from dit_sparse.reorder.axes import axis_order
+from dit_sparse.reorder.axes import Block, axis_order
 from dit_sparse.reorder.curve import curve_order
 from dit_sparse.reorder.frames import frame_order
 from dit_sparse.reorder.grid import raster_order
@@ -22,14 +26,18 @@ _P = ParamSpec("_P")
 
 
 def _once(make: Callable[_P, TokenOrder]) -> Callable[_P, TokenOrder]:
-    """`make`, whose last 16 orders are remembered."""
+    """`make`, of which the last 16 orders are remembered, and all others for as long as somebody holds them."""
+    signature = inspect.signature(make)
+    held: weakref.WeakValueDictionary[tuple[Any, ...], TokenOrder] = weakref.WeakValueDictionary()
 
     @lru_cache(maxsize=16)
     @wraps(make)
     def made(*args: _P.args, **options: _P.kwargs) -> TokenOrder:
+        given = signature.bind(*args, **options)
+        given.apply_defaults()
         # Tensors made in inference mode could not be used where gradients are recorded.
         with torch.inference_mode(False):
-            return make(*args, **options)
+            return held.get(given.args) or held.setdefault(given.args, make(*args, **options))
 
     return made  # type: ignore[return-value]
 
@@ -53,7 +61,7 @@ def curve_once(grid: TokenGrid, block: int, device: torch.device) -> TokenOrder:
 
 
 @_once
-def axes_once(grid: TokenGrid, axes: str, block: int, device: torch.device) -> TokenOrder:
+def axes_once(grid: TokenGrid, axes: str, block: Block, device: torch.device) -> TokenOrder:
     """`axis_order`, always the same object."""
     return axis_order(grid, axes, block, device=device)
 

@@ -17,7 +17,7 @@ from string import Template
 from typing import Any
 from urllib.parse import quote
 
-from dit_sparse.generate.video import partial_path, place
+from dit_sparse.partials import partial_path, place
 from dit_sparse.report.content import Group, Report, Run
 from dit_sparse.report.media import Media, prepare
 from dit_sparse.report.read import read_object, require

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from dit_sparse.partials import replacing
 
 __all__ = ["file_hash", "read_json", "remembered", "write_json"]
 
@@ -22,15 +23,10 @@ def write_json(path: Path, value: Any) -> None:
     """
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, indent=1)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial-{os.getpid()}-{threading.get_ident()}-{path.name[-64:]}")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def read_json(path: Path) -> Any:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from dit_sparse.partials import partial_path
 from dit_sparse.vbench.weights import VARIABLE
 
 __all__ = ["JobReport", "ScoreItem", "ScoreJob", "run_job"]
@@ -90,7 +91,8 @@ def run_job(
     with tempfile.TemporaryDirectory(prefix="dit-sparse-vbench-") as scratch, log.open("w", encoding="utf-8") as errors:
         description = Path(scratch) / "job.json"
         device = job.device.partition(":")[0]
-        content = {"dimension": job.dimension, "device": device, "videos": [asdict(item) for item in job.items]}
+        videos = [asdict(item) | {"partial": str(partial_path(Path(item.out)))} for item in job.items]
+        content = {"dimension": job.dimension, "device": device, "videos": videos}
         description.write_text(json.dumps(content), encoding="utf-8")
         # -I: neither this folder nor the caller's PYTHONPATH is seen by VBench. It leaves when standard input closes.
         with subprocess.Popen(

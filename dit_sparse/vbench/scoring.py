@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dit_sparse.generate.video import remove_partials
+from dit_sparse.partials import remove_partials
 from dit_sparse.vbench.dimensions import FILTER, Dimension
 from dit_sparse.vbench.job import JobReport, ScoreItem, ScoreJob, run_job
 from dit_sparse.vbench.preflight import FLICKERING, Survey

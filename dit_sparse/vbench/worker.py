@@ -64,7 +64,7 @@ def main(path: str) -> int:
         event = {"name": video["name"]}
         # VBench can fail on a video in any way, and the others are still wanted.
         try:
-            _write(Path(video["out"]), video["record"] | {"device": job["device"], "versions": versions} | score(video))
+            _write(video, video["record"] | {"device": job["device"], "versions": versions} | score(video))
         except Exception as error:  # noqa: BLE001
             event["error"] = f"{type(error).__name__}: {error}".strip(": ")
             failed = True
@@ -234,9 +234,9 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _write(path: Path, value: dict[str, Any]) -> None:
+def _write(video: dict[str, Any], value: dict[str, Any]) -> None:
+    path, partial = Path(video["out"]), Path(video["partial"])
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".partial-{os.getpid()}-{path.name}")
     try:
         with partial.open("w", encoding="utf-8") as file:
             json.dump(value, file, ensure_ascii=False, allow_nan=False)

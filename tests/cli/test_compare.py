@@ -17,6 +17,7 @@ from dit_sparse.compare.run import _Runner
 from tests.cli.command import SMALL, assert_refused, exit_code, prompts_file, tree
 from tests.eval.videos import write_video
 from tests.pipelines.tiny_families import tiny_flux
+from tests.processes import left_by
 
 
 def command(model, *options):
@@ -194,7 +195,7 @@ def test_goes_on_where_it_was_killed(model, capsys):
     finished = {path: path.stat().st_mtime_ns for line in before for path in tree(Path("out", line["video"]).parent)}
     named = {Path("out", line[name]) for line in before for name in ("video", "reference")}
     # What a kill in the middle of writing leaves, which is too short to be hit for sure.
-    Path("out", "videos", f".partial-{process.pid}-x.gif").write_bytes(b"half")
+    Path("out", "videos", left_by(process.pid, "x.gif")).write_bytes(b"half")
     Path("out", "compare.json.tmp").write_bytes(b"{")
 
     assert exit_code(*arguments) == 0

@@ -15,6 +15,7 @@ import torch
 from dit_sparse import preset
 from tests.cli.command import SMALL, assert_refused, exit_code, prompts_file, tree
 from tests.pipelines.tiny_families import tiny_flux
+from tests.processes import left_by
 
 
 def test_generates_reports_and_resumes(model, capsys):
@@ -298,7 +299,7 @@ def test_goes_on_where_it_was_stopped(model, capsys, kill, code):
         assert not list(Path("out").glob(".*"))
     else:
         # What a kill in the middle of the encoding leaves, which is too short to be hit for sure.
-        Path("out", f".partial-{process.pid}-0002-a-red-ball-1-seed0.mp4").write_bytes(b"half")
+        Path("out", left_by(process.pid, "0002-a-red-ball-1-seed0.mp4")).write_bytes(b"half")
     finished = {path: path.stat().st_mtime_ns for path in _finished()}
     assert 0 < len(finished) < 4
 

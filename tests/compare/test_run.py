@@ -24,6 +24,7 @@ from dit_sparse.generate import Request
 from dit_sparse.generate.video import to_uint8
 from dit_sparse.report import load
 from tests.compare.conftest import PROMPTS, SCHEDULE, SMALL, compare_into
+from tests.processes import left_by
 
 LABELS = ["dense", "adaspa 0.6 block=8", "adaspa 0.3 block=8", "another seed", "random blocks 0.3"]
 
@@ -154,7 +155,7 @@ def test_a_video_that_is_gone_is_made_again(request_of: Request, folder: Path) -
     line = runs_of(folder)[LABELS[1], PROMPTS[1]]
     pixels = (folder / line["video"]).read_bytes()
     (folder / line["video"]).unlink()
-    (folder / "videos" / ".partial-999999999-x.gif").write_bytes(b"half")
+    (folder / "videos" / left_by(999999999, "x.gif")).write_bytes(b"half")
     assert run(compare_into(request_of, folder)) == 1
     assert (folder / line["video"]).read_bytes() == pixels
     assert runs_of(folder)[LABELS[1], PROMPTS[1]]["psnr"] == line["psnr"]

@@ -7,9 +7,24 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dit_sparse import AdaSpa, LeastError, Pisa, Schedule, Site, TokenGrid, sparsify, statistics
+from dit_sparse import (
+    AdaSpa,
+    LeastError,
+    LoSA,
+    Paro,
+    PbsAttention,
+    Pisa,
+    Schedule,
+    Site,
+    SparseVideoGen2,
+    TokenGrid,
+    sparsify,
+    statistics,
+)
 from dit_sparse.estimate import ModelShape, Run, estimate, find_machine
 from dit_sparse.kernels import block_sparse
+from dit_sparse.pipelines import session_of
+from dit_sparse.types import Method
 from tests.pipelines.tiny import tiny_wan
 from tests.pipelines.tiny_families import COGVIDEOX_TEXT, tiny_cogvideox
 
@@ -106,6 +121,44 @@ def test_memory_of_plans_is_what_they_take(batch: int) -> None:
     assert memory["plans"] == plan.pack().block_mask.full_bits.nbytes
     errors = method.errors(q, k, v, (plan.q_order, plan.kv_order), None)
     assert memory["search"] == 2 * errors.nbytes + plan.block_mask.kept_blocks.nbytes
+
+
+@pytest.mark.parametrize("packed_from", [1, 1000])
+@pytest.mark.parametrize(
+    "method",
+    [
+        Paro(density=0.5, block=16),
+        SparseVideoGen2(density=0.5, q_tokens=32, k_tokens=16),
+        PbsAttention(density=0.5, block=16, segment=64),
+    ],
+    ids=lambda method: method.name,
+)
+def test_memory_of_plans_is_what_a_session_holds(method: Method, packed_from: int, monkeypatch) -> None:
+    """Masks, and orders of heads, packed and not."""
+    monkeypatch.setattr("dit_sparse.token_order.PACKED_FROM", packed_from)
+    monkeypatch.setattr("dit_sparse.estimate.predict.PACKED_FROM", packed_from)
+    monkeypatch.setattr("dit_sparse.pipelines.session._at_rest", lambda plan: plan.pack())
+    schedule = Schedule(method, warmup=0.2)
+    pipe = sparsify(tiny_wan(fine=True), schedule)
+    planned(pipe, 5)
+    held = 0.0
+    for previous in session_of(pipe).previous.values():
+        mask = previous.plan.unpack().block_mask
+        held += mask.kept_blocks.numel() / 8  # bits; whole bytes a row
+        orders = {previous.plan.packed_q_order, previous.plan.packed_kv_order}
+        tensors = [x for order in orders for x in (order.index, getattr(order, "inverse", None))]
+        tensors = [x for x in tensors if x is not None and x.shape[1] > 1]
+        held += sum(x.nbytes for x in tensors)
+        assert previous.lse is None
+    assert estimate(estimated(WAN, schedule, 5)).memory["plans"] == held
+
+
+def test_row_sums_alone_are_held_before_the_plan() -> None:
+    """Of `losa`, which has no order of its own, and whose row sums are larger than its masks."""
+    run = estimated(WAN, Schedule(LoSA(density=0.5, block=16), warmup=0.2), 5)
+    assert estimate(run).memory["plans"] == 2 * 2 * 2 * 4 * 288
+    again = replace(run, schedule=replace(run.schedule, refresh=(0.6,)))
+    assert estimate(again).memory["plans"] == 2 * 2 * 2 * (4 * 288 + 18 * 18 / 8)
 
 
 def test_a_remainders_matrices_fit_in_half_a_gibibyte() -> None:

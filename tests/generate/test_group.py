@@ -8,7 +8,7 @@ import pytest
 from dit_sparse.cluster import WorkerLost
 from dit_sparse.generate import Request, prepare
 from dit_sparse.generate.group import RankGroup
-from dit_sparse.generate.video import partial_path
+from dit_sparse.partials import partial_path
 from tests.generate.workers import KillingWorker, hold_sleeping_ranks, refuse
 from tests.pipelines.tiny import make_tiny_wan
 from tests.processes import alive, within

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from dit_sparse import Schedule, Site, TokenGrid, sparse_attention
 from dit_sparse.methods import METHODS, find_method
 from dit_sparse.methods.gate_file import Gate, write_gates
-from dit_sparse.methods.parameters import accepts_density, with_density
+from dit_sparse.methods.parameters import accepts_density, head_orders, with_density
 from dit_sparse.types import Method
 
 HEADS, DIM = 3, 16
@@ -66,6 +66,13 @@ def test_any_grid(method: Method, grid: TokenGrid, dtype: torch.dtype) -> None:
     low = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     floor = 4 * torch.finfo(dtype).eps * want.abs().max()
     assert (out - want).abs().max() <= 2 * (low - want).abs().max() + floor
+
+
+def test_orders_of_heads_are_as_many_as_it_says(method: Method) -> None:
+    q, k, v = torch.randn(3, 1, HEADS, GRIDS[-1].num_tokens, DIM, generator=torch.Generator().manual_seed(0))
+    plan = method.plan(q, k, v, Site(GRIDS[-1]), None)
+    own = {order for order in (plan.q_order, plan.kv_order) if order.index.shape[1] > 1}
+    assert len(own) == head_orders(method)
 
 
 @pytest.mark.parametrize("method", WITH_DENSITY, indirect=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -163,6 +164,25 @@ def test_the_next_layers_mask_is_read_ahead(path: Path, q: Tensor, monkeypatch: 
         assert torch.equal(plan.block_mask.kept_blocks[0], masks[layer][slot])
         assert read == want
     assert reader.plan("transformer", 0, 0).q_order is plan.q_order
+
+
+def test_orders_of_a_plan_file_last_as_long_as_a_plan_has_them(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dit_sparse.token_order.PACKED_FROM", 1)
+    plans.write(path)
+    reader = PlanReader(PlanFile.open(path), torch.device("cpu"))
+    plan = reader.plan("transformer", 0, 0)
+    order = weakref.ref(plan.q_order)
+    at_rest = plan.pack()
+    del plan
+    assert order() is None
+    again = reader.plan("transformer", 0, 1).q_order
+    assert again is at_rest.unpack().q_order
+    for head, axes in enumerate(plans.AXES[0]):
+        want = axis_order(plans.GRID, axes, PlanFile.open(path).header.block)
+        assert torch.equal(again.index[0, head], want.index[0, 0])
+        assert torch.equal(again.inverse[0, head], want.inverse[0, 0])
+    del at_rest, again
+    assert not reader._orders
 
 
 def test_a_plan_for_something_else_is_refused(path: Path, q: Tensor) -> None:

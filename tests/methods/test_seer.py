@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -113,6 +114,18 @@ def test_a_file_is_read_once_and_again_when_it_changes(weights: str) -> None:
     write_gates(weights, {("transformer", 0): random_gate(seed=5)}, 4)
     os.utime(weights, ns=(1, 1))
     assert GateFile.open(weights).block == 4
+
+
+def test_weights_that_cannot_be_written_leave_the_old_ones(weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(tensors: Any, path: Any, metadata: Any) -> None:
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("dit_sparse.methods.gate_file.save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_gates(weights, {("transformer", 0): random_gate(seed=5)}, 4)
+    assert GateFile.open(weights).block == BLOCK
+    assert list(Path(weights).parent.iterdir()) == [Path(weights)]
 
 
 def test_weights_that_do_not_fit_are_refused(weights: str, tmp_path: Path) -> None:

@@ -80,3 +80,16 @@ def test_what_is_of_whole_blocks_is_refused() -> None:
         cut_plan(plan.with_remainder("mean"), chunks, 0)
     with pytest.raises(ValueError, match=r"skip_threshold must be 0 in a ring, got 0.1: whole blocks"):
         cut_plan(plan.with_skip(0.1), chunks, 0)
+
+
+def test_a_long_order_is_cut_once_though_it_is_packed_between_its_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cutting it reads its blocks' sizes back from the device."""
+    monkeypatch.setattr("dit_sparse.token_order.PACKED_FROM", 1)
+    q, k, v = tensors(GRID.num_tokens)
+    split = SequenceSplit(GRID, 2)
+    chunks = [Chunk(split.runs(rank), GRID.num_tokens) for rank in range(2)]
+    plan = SparseVideoGen2(density=0.4, q_tokens=20, k_tokens=10).plan(q, k, v, Site(GRID), None)
+    at_rest = plan.pack()
+    want = [(part.q_order, part.kv_order) for part in cut_plan(plan, chunks, 0)]
+    del plan
+    assert [(part.q_order, part.kv_order) for part in cut_plan(at_rest.unpack(), chunks, 0)] == want

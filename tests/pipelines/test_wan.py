@@ -205,6 +205,32 @@ def test_plans_at_rest_change_nothing(pipe, render, monkeypatch) -> None:
     assert all(isinstance(previous.plan, PackedPlan) for previous in session_of(pipe).previous.values())
 
 
+@pytest.mark.parametrize(
+    ("schedule", "read"),
+    [
+        (Schedule(Paro(density=0.5, block=16), warmup=0.4), [2]),
+        (Schedule(AdaSpa(density=0.5, block=16), warmup=0.4, refresh=(0.6,)), [2, 3]),
+    ],
+    ids=["paro", "adaspa"],
+)
+def test_row_sums_are_kept_until_the_last_plan_that_reads_them(pipe, render, monkeypatch, schedule, read) -> None:
+    found, method = [], type(schedule.method)
+    plan = method.plan
+
+    def spy(self, q, k, v, site, previous):
+        assert previous.lse is not None
+        found.append(site.step)
+        return plan(self, q, k, v, site, previous)
+
+    monkeypatch.setattr(method, "plan", spy)
+    render(sparsify(pipe, schedule))
+    assert sorted(set(found)) == read
+    assert statistics(pipe).dense_calls == {"warm-up": 8}
+    held = session_of(pipe).previous.values()
+    assert len(held) == 4
+    assert all(previous.plan is not None and previous.lse is None for previous in held)
+
+
 def test_unsparsify_is_bit_identical(pipe, render) -> None:
     want = render(pipe)
     processors = [block.attn1.processor for block in pipe.transformer.blocks]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -39,3 +42,13 @@ def test_an_order_made_once_is_the_fresh_one(once, fresh, arguments) -> None:
     assert order.is_identity == want.is_identity
     assert once(GRID, *arguments, CPU) is order
     assert not order.index.is_inference()
+
+
+def test_an_order_in_use_stays_the_same_object_whatever_other_grids_come() -> None:
+    order = tiles_once(GRID, (1, 4, 4), CPU)
+    others = weakref.WeakSet(tiles_once(TokenGrid(1, 4, n), (1, 4, 4), CPU) for n in range(1, 40))
+    assert tiles_once(GRID, (1, 4, 4), CPU) is order
+    assert tiles_once(GRID, (1, 4, 4), device=CPU, even=False) is order
+    assert tiles_once(GRID, (1, 4, 4), CPU, True) is not order
+    gc.collect()
+    assert len(others) < 39  # those that nobody holds are let go

@@ -15,6 +15,7 @@ from dit_sparse.vbench.clips import custom_samples, parse_shard, shard_clips
 from dit_sparse.vbench.prompts import Prompt, Sample
 from dit_sparse.vbench.videos import find_samples, inspect
 from tests.pipelines.tiny import make_tiny_wan
+from tests.processes import left_by
 
 ADASPA = {"method": "adaspa", "density": 0.3, "block": 8, "warmup": 0.0}
 SAMPLES = [Sample(Prompt(text, (), {}), index) for text in ("a red cup", "a façade") for index in range(2)]
@@ -109,9 +110,10 @@ def test_a_video_of_another_name_does_not_count(request_for, tmp_path):
     assert _names(tmp_path / "out") == ["0001-a-red-cup-seed0.mp4", "a red cup-0.mp4"]
 
 
-def test_unfinished_videos_of_other_shards_are_left(request_for, tmp_path):
+def test_unfinished_videos_of_shards_on_other_machines_are_left(request_for, tmp_path):
     (tmp_path / "out").mkdir()
-    mine, other = (tmp_path / "out" / f".partial-4194304-a red cup-{index}.mp4" for index in (0, 1))
+    mine = tmp_path / "out" / left_by(4194304, "a red cup-0.mp4")
+    other = tmp_path / "out" / ".partial-0a1b2c3d-4194304-0a1b2c-a red cup-1.mp4"
     mine.touch()
     other.touch()
     run(prepare(request_for(shard_clips(SAMPLES[:1], 0))))

@@ -67,4 +67,4 @@ def test_the_official_prompts(real):
     assert (counts["temporal_flickering"], counts["human_action"], counts["subject_consistency"]) == (75, 100, 72)
     stems = [sample.stem for sample in samples(found)]
     assert len(set(stems)) == len(stems)
-    assert max(len(stem.encode()) for stem in stems) + len(".partial-4194304-.mp4") < 255
+    assert max(len(stem.encode()) for stem in stems) + len(".mp4") < 255

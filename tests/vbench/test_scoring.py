@@ -18,6 +18,7 @@ from dit_sparse.vbench.dimensions import DIMENSIONS
 from dit_sparse.vbench.job import _environment
 from dit_sparse.vbench.results import read_plan
 from dit_sparse.vbench.scoring import Listener
+from tests.processes import left_by
 from tests.vbench.standin import calls, make_videos
 
 
@@ -269,7 +270,7 @@ def test_a_video_that_is_named_and_not_there_is_missed(own, tmp_path):
 def test_half_written_results_are_cleared_away(own, tmp_path):
     folder = tmp_path / "scores" / "aesthetic_quality"
     folder.mkdir(parents=True)
-    (folder / ".partial-4194304-abc.json").write_text('{"score": 0.')
+    (folder / left_by(4194304, "abc.json")).write_text('{"score": 0.')
     score(own("a.mp4"), tmp_path / "scores")
     assert sorted(path.suffix for path in folder.iterdir()) == [".json", ".json"]
     assert not list(folder.glob(".partial-*"))
