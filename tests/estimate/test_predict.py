@@ -97,13 +97,13 @@ def test_agrees_with_what_was_measured_on_an_h200():
         assert 1 / limit < predicted / measured < limit, (row, kind)
 
 
-def test_whole_loops_agree_with_what_was_measured_on_an_h200():
+def test_whole_loops_agree_with_what_was_measured():
     """Searches, remainders and densities by step; `lea` from .02 to .85, with and without dense steps."""
     loops = list(check_estimate.gpu_loops())
     assert {run.schedule.method.name for _, run, *_ in loops} == {"adaspa", "lea"}
-    assert len(loops) == 20
+    assert len(loops) == 23
     for model, run, predicted, measured in loops:
-        assert 1 / 1.13 < predicted / measured < 1.13, (model, run.schedule)
+        assert 1 / 1.11 < predicted / measured < 1.11, (model, run.schedule)
 
 
 def test_agrees_with_what_was_measured_on_two_h100s():
