@@ -12,18 +12,23 @@ import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import ClassVar
 
 from bench_fidelity import Case, open_bench, parse
+from diffusers import UniPCMultistepScheduler
 from fidelity_tables import print_report, read_report
 from rich.console import Console
 from torch import Tensor
 
 from dit_sparse import AdaSpa, LeastError, Schedule
+from dit_sparse.course import plan_steps
+from dit_sparse.demo import demo_defaults, demo_model_path
 from dit_sparse.kernels import Probes, block_mass, dense_attention, output_errors, remainder_errors
 from dit_sparse.masks import best_blocks, select_density
 from dit_sparse.methods.lea import Orders
-from dit_sparse.types import Method, Scope, TokenGrid
+from dit_sparse.pipelines.steps import StepCounter
+from dit_sparse.types import Method, Scope, Site, TokenGrid
 
 DENSITIES = (0.125, 0.0625)
 EVERY_DENSITY = (0.25, *DENSITIES)
@@ -89,6 +94,22 @@ class ByBranch(LeastError):
     scope: ClassVar[Scope] = "call"
 
 
+def by_noise(density: float) -> tuple[float, float]:
+    """`noise_densities`, the first four times the second, that come to `density` over a run of the demo model."""
+    scheduler = UniPCMultistepScheduler.from_pretrained(demo_model_path(), subfolder="scheduler")
+    steps, counter = int(demo_defaults["num_inference_steps"]), StepCounter()
+    counter.watch(scheduler)
+    scheduler.set_timesteps(steps)
+    schedule = Schedule(LeastError(), warmup=0, noise_densities=(1.0, 0.25))
+    plans = sorted(plan_steps(schedule, steps))
+    mean = 0.0
+    for step, after in pairwise([*plans, steps]):
+        counter.step = step
+        site = Site(TokenGrid(1, 1, 1), step=step, num_steps=steps, sigma=counter.sigma)
+        mean += schedule.method_for(site).density * (after - step) / steps  # type: ignore[attr-defined]
+    return density / mean, density / mean / 4
+
+
 def cases() -> list[Case]:
     """The method at each density, and every variant at the smaller ones."""
 
@@ -112,9 +133,11 @@ def cases() -> list[Case]:
             case("remainder `mass`", LeastError(density), remainder="mass"),
             case("the same density in every step", LeastError(density, early=1)),
             case("`early` 8", LeastError(density, early=8)),
+            case("density by log-SNR", LeastError(density), noise_densities=by_noise(density)),
             case("a plan for each branch", ByBranch(density)),
             case("tiles of 1x8x8", LeastError(density, tile=(1, 8, 8))),
             case("tiles of 2x4x8", LeastError(density, tile=(2, 4, 8))),
+            case("in raster order, two rows of a frame", LeastError(density, tile=(1, 2, 32))),
             case("AdaSpa with remainder `value`", AdaSpa(density), remainder="value"),
         ]
     return found

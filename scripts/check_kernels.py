@@ -2,6 +2,7 @@
 
     python scripts/check_kernels.py --cases 2000 --out check.json
     python scripts/check_kernels.py --cases 2000 --backends triton --remainder mean value mass
+    python scripts/check_kernels.py --merge a.json b.json --out check.json    # reports with other seeds as one
     compute-sanitizer --tool memcheck python scripts/check_kernels.py --cases 5 --tokens 300
 
 A case passes if the output's error is at most twice that of torch's own attention in the same dtype on the same inputs,
@@ -17,10 +18,13 @@ import json
 import random
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from merged_reports import merged_environment
 from torch import Tensor
 
 from dit_sparse.bench.plain import exact_terms, plain_attention
@@ -169,6 +173,19 @@ def check(case: Case, backend: str) -> tuple[str, float]:
     return ("" if worst <= allowance else f"row sums: off by {float(worst):.1e}, allowed {allowance:.1e}"), error
 
 
+def merge(parts: Sequence[Path]) -> dict[str, Any]:
+    """One report of several, with all their cases counted."""
+    reports = [json.loads(part.read_text("utf-8")) for part in parts]
+    merged: dict[str, dict[str, Any]] = {}
+    for name, counts in (item for report in reports for item in report["backends"].items()):
+        into = merged.setdefault(name, {"passed": 0, "refused": 0, "undecided": 0, "failed": [], "worst_error": {}})
+        for key in ("passed", "refused", "undecided", "failed"):
+            into[key] += counts[key]
+        for dtype, error in counts["worst_error"].items():
+            into["worst_error"][dtype] = max(error, into["worst_error"].get(dtype, 0.0))
+    return {"environment": merged_environment(reports, parts, ()), "backends": merged}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=2000)
@@ -178,7 +195,13 @@ def main() -> None:
     parser.add_argument("--backends", nargs="+", default=["hopper", "triton"])
     parser.add_argument("--out", type=Path, help="write the result to this JSON file")
     parser.add_argument("--remainder", nargs="+", choices=REMAINDERS, default=["none"], help="of the plans, in turn")
+    parser.add_argument("--merge", nargs="+", type=Path, metavar="PART", help="make --out of these; checks nothing")
     options = parser.parse_args()
+    if options.merge:
+        if options.out is None:
+            parser.error("--merge needs --out, a JSON file")
+        options.out.write_text(json.dumps(merge(options.merge), indent=2) + "\n")
+        return
     if not torch.cuda.is_available():
         parser.error("this check needs a CUDA device; the tests run the kernels under Triton's interpreter without one")
     device = torch.device("cuda", torch.cuda.current_device())
