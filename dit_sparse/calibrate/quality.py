@@ -251,6 +251,7 @@ def for_psnr(
 
     Renders each prompt dense, and then at falling densities until one of them falls short. With a method that takes an
     error, the thresholds of the layers are first found for the error `BASE`, and then multiplied by rising `factors`.
+    Layers that would not be faster here are measured sparse all the same, whatever the schedule's `never_slower` says.
 
     Args:
         decibels: PSNR against the dense video, as `eval.fidelity` computes it.
@@ -276,7 +277,9 @@ def for_psnr(
 
     def frames(what: str, at: Schedule | None, prompt: str) -> np.ndarray:
         listener.began(what, prompt)
-        return stage.render(at, prompt, seed).frames.clip(0, 1)
+        # A layer that the cost model has run dense would be measured as one that errs by nothing.
+        sparse = None if at is None else replace(at, never_slower=False)
+        return stage.render(sparse, prompt, seed).frames.clip(0, 1)
 
     dense = [frames("dense", None, prompt) for prompt in prompts]
     best, measured = None, {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from dit_sparse import LeastError, Neighborhood, Paro, Pisa, Schedule, Site, sparse_attention, sparsify, unsparsify
 from dit_sparse.calibrate import for_error, for_psnr
 from dit_sparse.calibrate.quality import BASE, _threshold, planned_steps
+from dit_sparse.cost import TABLE_VARIABLE
 from dit_sparse.eval.fidelity import psnr
 from dit_sparse.methods.parameters import with_density, with_threshold
 from dit_sparse.pipelines import observe_values
@@ -24,6 +26,13 @@ BY_ERROR = Schedule(LeastError(tile=(1, 2, 2), rows=4), warmup=0)
 DENSITIES = (0.2, 0.35, 0.6)
 PROMPTS = ["a red ball"]
 ARGUMENTS = {**OF_CALIBRATION, "num_inference_steps": 3}
+
+
+@pytest.fixture
+def own_costs(monkeypatch) -> None:
+    """The package's own table, by which nothing is faster than dense attention in a tiny model."""
+    monkeypatch.delenv(TABLE_VARIABLE)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/nonexistent")
 
 
 def errors_of(pipe, schedule: Schedule, method_of: Callable[[Site], Method]) -> list[float]:
@@ -141,6 +150,18 @@ def test_the_density_is_the_least_that_every_prompt_reaches(pipe) -> None:
     found = for_psnr(pipe, PROMPTS, SCHEDULE, target, densities=DENSITIES, **ARGUMENTS)
     assert found.schedule.method.density == 0.35
     assert [found.measured[d][0] for d in DENSITIES] == pytest.approx(values, abs=0.01)
+
+
+def test_psnr_is_measured_sparse_where_the_cost_model_would_have_it_dense(pipe, own_costs) -> None:
+    quiet = {"densities": (0.2, 0.6), **ARGUMENTS}
+    want = for_psnr(pipe, PROMPTS, replace(SCHEDULE, never_slower=False), 1.0, **quiet)
+    target = sum(own[0] for own in want.measured.values()) / 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing runs dense
+        found = for_psnr(pipe, PROMPTS, SCHEDULE, target, **quiet)
+    assert SCHEDULE.never_slower
+    assert found.measured == want.measured
+    assert found.schedule == replace(SCHEDULE, method=with_density(SCHEDULE.method, 0.6))
 
 
 @pytest.mark.parametrize(
