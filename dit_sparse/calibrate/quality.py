@@ -27,7 +27,7 @@ from dit_sparse.pipelines import observe_values
 from dit_sparse.schedule import Schedule
 from dit_sparse.types import AttentionPlan, Method, PackedPlan, Previous, Site
 
-__all__ = ["DENSITIES", "FACTORS", "THRESHOLDS", "LayerErrors", "Reached", "for_error", "for_psnr"]
+__all__ = ["DENSITIES", "FACTORS", "THRESHOLDS", "LayerErrors", "Reached", "check_schedule", "for_error", "for_psnr"]
 
 DENSITIES = (0.04, 0.0625, 0.09, 0.125, 0.18, 0.25, 0.35, 0.5, 0.7)
 """What is tried with a method that goes by density, as means over a run."""
@@ -180,7 +180,7 @@ def for_error(
         seed, listener, arguments: as in `calibrate`.
 
     Raises:
-        ValueError: no prompt, a method with neither, an error outside (0, 1), or every layer would stay dense.
+        ValueError: no prompt, as `check_schedule`, an error outside (0, 1), or every layer would stay dense.
     """
     _check(prompts, schedule)
     if not 0 < error < 1:
@@ -259,7 +259,7 @@ def for_psnr(
         pipe, prompts, schedule, densities, thresholds, seed, listener, arguments: as in `for_error`.
 
     Raises:
-        ValueError: no prompt, a method with neither, no finite PSNR above 0, or what is tried first falls short.
+        ValueError: no prompt, as `check_schedule`, no finite PSNR above 0, or what is tried first falls short.
     """
     _check(prompts, schedule)
     if not (math.isfinite(decibels) and decibels > 0):
@@ -302,8 +302,22 @@ def _scaled(schedule: Schedule, factor: float) -> Schedule:
     return _with_thresholds(schedule, [min(0.99, factor * value) for value in schedule.layer_thresholds])
 
 
+def check_schedule(schedule: Schedule) -> None:
+    """Whether a density or thresholds can be found for `schedule`.
+
+    Raises:
+        ValueError: its method has neither, or it says itself what each step or layer has.
+    """
+    if not (takes_error(schedule.method) or accepts_density(schedule.method)):
+        raise ValueError(f"method must be one with a density or an error, got {schedule.method.name!r}; lea is one")
+    for name in ("ramp", "noise_densities", "layer_densities", "layer_thresholds"):
+        if getattr(schedule, name) is not None:
+            raise ValueError(
+                f"{name} must be none where a quality decides, got {getattr(schedule, name)}: leave it out"
+            )
+
+
 def _check(prompts: Sequence[str], schedule: Schedule) -> None:
     if isinstance(prompts, str) or not prompts:
         raise ValueError(f"prompts must be a list of at least one prompt, got {prompts!r}")
-    if not (takes_error(schedule.method) or accepts_density(schedule.method)):
-        raise ValueError(f"method must be one with a density or an error, got {schedule.method.name!r}; lea is one")
+    check_schedule(schedule)

@@ -174,6 +174,8 @@ def test_psnr_is_measured_sparse_where_the_cost_model_would_have_it_dense(pipe, 
         (for_error, 1e-9, BY_ERROR, "some layer reaches"),
         (for_error, 0.1, Schedule(Paro(plan_file="x"), warmup=0), "method must be one with a density or an error"),
         (for_psnr, 30.0, Schedule(Neighborhood(window=3), warmup=0), "method must be one with a density or an error"),
+        (for_psnr, 30.0, replace(SCHEDULE, ramp=(0.5, 0.2)), "ramp must be none where a quality decides"),
+        (for_error, 0.1, replace(SCHEDULE, layer_densities=(0.5,)), "layer_densities must be none"),
     ],
 )
 def test_names_what_does_not_fit(pipe, make, target, schedule, message) -> None:
