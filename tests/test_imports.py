@@ -47,7 +47,8 @@ MAY_IMPORT = {
     },
     "report": {"schedule", "generate", "bench", "compare"},
     "analyze": {
-        *("types", "block_mask", "masks", "methods", "schedule", "pipelines", "bench", "generate", "calibrate"),
+        *("types", "block_mask", "attention", "masks", "methods", "schedule", "pipelines", "bench", "generate"),
+        "calibrate",
     },
     "estimate": {"types", "methods", "schedule", "course", "presets", "cost"},
     "simulator": {"types", "masks", "methods"},
