@@ -27,7 +27,7 @@ from dit_sparse.schedule import Schedule
 from dit_sparse.types import Method
 
 
-def prepare(request: Request, method: Method) -> tuple[Any, dict[str, Any]]:
+def prepare(request: Request, method: Method | Schedule) -> tuple[Any, dict[str, Any]]:
     """The pipeline that `request` means and the arguments of its call, both checked, for `method`.
 
     Raises:
@@ -99,7 +99,9 @@ def quality_schedule(method: str, options: Mapping[str, str], own: Iterable[str]
     """
     _refuse_unused(options, ("density",), "with --error or --psnr, which find it")
     _refuse_unused(options, ("shared_from", "scratch"), "without a plan file")
-    schedule = build_schedule(method, None, {"warmup": "0", **options}, own)
+    # An option of plan files that the method lacks is no suggestion for itself.
+    others = [name for name in own if name not in options]
+    schedule = build_schedule(method, None, {"warmup": "0", **options}, others)
     check_schedule(schedule)
     return schedule
 
@@ -113,7 +115,9 @@ def plan_calibration(options: Mapping[str, str], seed: int, own: Iterable[str]) 
     known = [flag(name) for name in own]
     for name in map(flag, options):
         if name not in known:
-            raise ValueError(f"no such option for a plan file: {name}; {nearest(name, known)}")
+            raise ValueError(
+                f"no such option for a plan file: {name}, --error or --psnr may take it; {nearest(name, known)}"
+            )
     _refuse_unused(options, ("warmup",), "on a plan file, which every warm-up can use")
     metrics = {p.name: parse_parameter(Paro, p.name, options[p.name]) for p in parameters(Paro) if p.name in options}
     shared = {} if "shared_from" not in options else {"shared_from": float(options["shared_from"])}
@@ -141,7 +145,7 @@ def calibrate_quality(
         ValueError, OSError: as `prepare`, `for_error` and `for_psnr`.
     """
     with loading(console, request.model):
-        pipe, arguments = prepare(request, schedule.method)
+        pipe, arguments = prepare(request, schedule)
     steps = int(arguments["num_inference_steps"])
     with ProgressListener(console, steps * len(request.prompts) if psnr is None else None) as listener:
         calls = {"seed": request.seed, "listener": listener, **arguments}

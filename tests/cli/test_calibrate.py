@@ -98,7 +98,7 @@ def test_a_quality_is_found_with_the_parameters_and_the_schedule_that_are_given(
         ),
         (
             ["calibrate", "--prompt", "a", "--method", "pisa", "--error", "0.1", "--tile", "4x4x4"],
-            "no such option: --tile",
+            "no such option: --tile; method pisa takes",
         ),
         (["calibrate", "--prompt", "a", "--method", "lea", "--psnr", "32", "--ramp", "0.5,0.2"], "ramp must be none"),
         (
@@ -106,6 +106,10 @@ def test_a_quality_is_found_with_the_parameters_and_the_schedule_that_are_given(
             "remainder must be one of",
         ),
         (["calibrate", "--prompt", "a", "--method", "no", "--error", "0.1"], "no such method|unknown method"),
+        (
+            ["calibrate", "--prompt", "a", "--method", "lea", "--error", "0.1", "--dense-layers", "9"],
+            "dense_layers must be from",
+        ),
         (["calibrate", "--prompt", "a", "--remainder", "mean"], "no such option for a plan file: --remainder"),
         (["calibrate", "--prompt", "a", "--tiel", "4x4x4"], "did you mean '--tile'?"),
         (["calibrate", "--prompt", "a", "--warmup", "0.2"], "--warmup would have no effect on a plan file"),
