@@ -173,14 +173,14 @@ def for_error(
     Args:
         pipe: a supported pipeline, dense afterwards.
         prompts: one or two that are typical are enough.
-        schedule: a method that takes an error or a density, and when it applies.
+        schedule: a method that takes an error or a density, and when it applies; one that `check_schedule` lets pass.
         error: norm of the error over that of the dense output, over all heads, branches and planned steps of a layer.
         densities: what is tried with a method that takes no error.
         thresholds: what is tried with one that does; between two of them the threshold is interpolated.
         seed, listener, arguments: as in `calibrate`.
 
     Raises:
-        ValueError: no prompt, as `check_schedule`, an error outside (0, 1), or every layer would stay dense.
+        ValueError: no prompt, a method with neither, an error outside (0, 1), or every layer would stay dense.
     """
     _check(prompts, schedule)
     if not 0 < error < 1:
