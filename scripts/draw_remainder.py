@@ -211,6 +211,8 @@ def main() -> None:
     parser.add_argument("--videos", action="store_true", help="draw the videos too")
     parser.add_argument("--out", type=Path, required=True, help="folder of the pictures")
     options = parser.parse_args()
+    # Before the minutes that the pictures take.
+    options.out.mkdir(parents=True, exist_ok=True)
     pipe = load_pipeline(demo_model_path())
     pipe.set_progress_bar_config(disable=True)
     arguments = {**demo_defaults, "num_inference_steps": options.steps}

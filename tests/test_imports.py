@@ -49,7 +49,8 @@ MAY_IMPORT = {
     },
     "report": {"schedule", "generate", "bench", "compare", "partials"},
     "analyze": {
-        *("types", "block_mask", "masks", "methods", "schedule", "pipelines", "bench", "generate", "calibrate"),
+        *("types", "block_mask", "attention", "masks", "methods", "schedule", "pipelines", "bench", "generate"),
+        "calibrate",
     },
     "estimate": {"types", "methods", "schedule", "course", "presets", "cost"},
     "simulator": {"types", "masks", "methods"},

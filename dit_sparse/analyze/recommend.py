@@ -81,9 +81,9 @@ def recommend(
 ) -> Recommendation:
     """The candidate that is predicted to be fastest among those with a mean recall of `target`.
 
-    Where none has that, the one of highest recall among those that are faster than dense attention; where none is
-    faster, dense attention. Sampled layers that recall far less run dense, and plans are made anew at the sampled steps
-    where the plan before has become stale.
+    Where none has that, the one of least error, its remainder counted, among those faster than dense attention;
+    where none is faster, dense attention. Sampled layers that recall far less run dense, and plans are made anew at the
+    sampled steps where the plan before has become stale.
 
     Raises:
         ValueError: a target outside (0, 1].
@@ -95,13 +95,13 @@ def recommend(
         reason = "nothing is predicted to be faster than dense attention here"
         return Recommendation(Schedule(Dense()), "", False, [reason])
     enough = [row for row in faster if row.recall >= target]
-    best = min(enough, key=lambda row: row.time or 1.0) if enough else faster[0]
+    best = min(enough, key=lambda row: row.time or 1.0) if enough else min(faster, key=lambda row: row.error)
     reasons = [
         f"{best.label} recalls {best.recall:.3f} of the attention mass and is predicted to take {best.time:.2f} of "
         f"dense attention's time; {len(enough)} of {len(faster)} that are faster than dense reach {target:g}"
     ]
     if not enough:
-        reasons.append(f"none reaches {target:g}; this one recalls most, and a remainder sums up what it leaves")
+        reasons.append(f"none reaches {target:g}; this one errs least, by {best.error:.3f}, its remainder counted")
     method = next(candidate.method for candidate in candidates if candidate.label == best.label)
     own = by_label(rows)[best.label]
     dense_layers = _worse_layers(own, min(target, best.recall))

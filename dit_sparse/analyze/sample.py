@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dit_sparse.attention import sparse_attention
 from dit_sparse.block_mask import BlockMask
 from dit_sparse.masks import probe_rows
 from dit_sparse.methods import all_methods, parse_method
@@ -73,7 +74,8 @@ class Measured:
         model, layer, step: where.
         kept: density of the plan, a mean over the sampled heads.
         recall: share of the attention mass that the plan keeps, of each sampled head.
-        error: norm of the difference to dense attention's output over that output's norm, likewise; without remainder.
+        error: norm of the difference to dense attention's output over that output's norm, likewise; with the plan's
+            remainder and skipping.
         reused: recall of the plan that was made at the sampled step before, over that of this step's; `None` at the
             first.
         time: predicted, over dense attention's, planning counted; `None` where nobody has measured the kernel.
@@ -162,7 +164,7 @@ class Analysis:
         plan = candidate.method.plan(probe.q, probe.k, probe.v, own, Previous(lse=probe.lse, step=site.step))
         recall, error = probe.measure(plan)
         before = self._before.get(key)
-        reused = None if before is None else probe.measure(before.unpack())[0].mean() / recall.mean()
+        reused = None if before is None else probe.recall(before.unpack()).mean() / recall.mean()
         self._before[key] = plan.pack()
         self.rows.append(
             Measured(
@@ -194,13 +196,24 @@ class Probe:
         self._weights = (scores - lse[:, :, tokens, None]).exp()
         self._out = self._weights @ v.float()
 
+    def recall(self, plan: AttentionPlan) -> Tensor:
+        """`[B, H]` share of the attention mass of the query rows that `plan`'s mask keeps."""
+        return self._kept(plan).sum(-1).mean(-1)
+
     def measure(self, plan: AttentionPlan) -> tuple[Tensor, Tensor]:
-        """Recall and relative error of the output, each `[B, H]`, of the query rows under `plan`'s mask."""
-        kept = self._weights * token_rows(plan, self.q.shape[0], self.q.shape[1], self.tokens)
+        """Recall, and relative error of the query rows under `plan`, its remainder and skipping too, each `[B, H]`."""
+        kept = self._kept(plan)
         mass = kept.sum(-1, keepdim=True)
-        out = kept @ self.v.float() / mass.clamp_min(torch.finfo(mass.dtype).tiny)
+        if plan.remainder == "none" and not plan.skip_threshold:
+            out = kept @ self.v.float() / mass.clamp_min(torch.finfo(mass.dtype).tiny)
+        else:
+            # Both go by whole query blocks, so that the sampled rows are not enough.
+            out = sparse_attention(self.q, self.k, self.v, plan)[:, :, self.tokens].float()
         error = (out - self._out).norm(dim=(-1, -2)) / self._out.norm(dim=(-1, -2))
         return mass.mean((-1, -2)), error
+
+    def _kept(self, plan: AttentionPlan) -> Tensor:
+        return self._weights * token_rows(plan, self.q.shape[0], self.q.shape[1], self.tokens)
 
 
 def token_rows(plan: AttentionPlan, batch: int, heads: int, tokens: Tensor) -> Tensor:

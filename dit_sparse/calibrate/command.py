@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -12,12 +13,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from dit_sparse.calibrate.quality import Reached, for_error, for_psnr
+from dit_sparse.calibrate.quality import Reached, check_schedule, for_error, for_psnr
 from dit_sparse.calibrate.run import Calibration, Listener, calibrate
 from dit_sparse.generate import Request, models
+from dit_sparse.generate.config import build_schedule, flag
 from dit_sparse.generate.report import loading
 from dit_sparse.generate.run import check_folder
-from dit_sparse.methods import find_method
+from dit_sparse.methods import Paro, nearest
+from dit_sparse.methods.parameters import parameters, parse_parameter
 from dit_sparse.methods.plan_file import PlanFile
 from dit_sparse.partials import replacing
 from dit_sparse.pipelines import check
@@ -25,7 +28,7 @@ from dit_sparse.schedule import Schedule
 from dit_sparse.types import Method
 
 
-def prepare(request: Request, method: Method) -> tuple[Any, dict[str, Any]]:
+def prepare(request: Request, method: Method | Schedule) -> tuple[Any, dict[str, Any]]:
     """The pipeline that `request` means and the arguments of its call, both checked, for `method`.
 
     Raises:
@@ -85,23 +88,65 @@ def wants_quality(method: str, error: float | None, psnr: float | None) -> bool:
     return error is not None or psnr is not None
 
 
+def quality_schedule(method: str, options: Mapping[str, str], own: Iterable[str]) -> Schedule:
+    """The schedule of `method` whose density or thresholds are to be found; no step is dense unless `options` say so.
+
+    Args:
+        options: what was given of plan files and of the method's and the schedule's parameters, by name, as text.
+        own: names of the command's own options, for suggestions.
+
+    Raises:
+        ValueError: an unknown option or method, a bad value, or an option that would have no effect.
+    """
+    _refuse_unused(options, ("density",), "with --error or --psnr, which find it")
+    _refuse_unused(options, ("shared_from", "scratch"), "without a plan file")
+    # An option of plan files that the method lacks is no suggestion for itself.
+    others = [name for name in own if name not in options]
+    schedule = build_schedule(method, None, {"warmup": "0", **options}, others)
+    check_schedule(schedule)
+    return schedule
+
+
+def plan_calibration(options: Mapping[str, str], seed: int, own: Iterable[str]) -> Calibration:
+    """How a plan file is made with `options`, as `quality_schedule` takes them.
+
+    Raises:
+        ValueError: an unknown option, a bad value, or an option that would have no effect.
+    """
+    known = [flag(name) for name in own]
+    for name in map(flag, options):
+        if name not in known:
+            raise ValueError(
+                f"no such option for a plan file: {name}, --error or --psnr may take it; {nearest(name, known)}"
+            )
+    _refuse_unused(options, ("warmup",), "on a plan file, which every warm-up can use")
+    metrics = {p.name: parse_parameter(Paro, p.name, options[p.name]) for p in parameters(Paro) if p.name in options}
+    shared = {} if "shared_from" not in options else {"shared_from": float(options["shared_from"])}
+    threshold: Any = options.get("threshold", "head")
+    return Calibration(Paro(**{"density": 0.3, **metrics}), threshold, seed=seed, **shared)
+
+
+def _refuse_unused(given: Iterable[str], unused: Iterable[str], where: str) -> None:
+    found = [flag(name) for name in unused if name in given]
+    if found:
+        raise ValueError(f"{', '.join(found)} would have no effect {where}: leave it out")
+
+
 def calibrate_quality(
     request: Request,
     path: Path,
-    method: str,
+    schedule: Schedule,
     error: float | None,
     psnr: float | None,
-    warmup: float,
     console: Console,
 ) -> Table:
-    """Write the config of `method` that has the quality asked for to `path`; what was measured, as a table.
+    """Write the config of `schedule` that has the quality asked for to `path`; what was measured, as a table.
 
     Raises:
         ValueError, OSError: as `prepare`, `for_error` and `for_psnr`.
     """
-    schedule = Schedule(find_method(method)(), warmup=warmup)
     with loading(console, request.model):
-        pipe, arguments = prepare(request, schedule.method)
+        pipe, arguments = prepare(request, schedule)
     steps = int(arguments["num_inference_steps"])
     with ProgressListener(console, steps * len(request.prompts) if psnr is None else None) as listener:
         calls = {"seed": request.seed, "listener": listener, **arguments}
@@ -134,7 +179,7 @@ def quality_table(found: Reached) -> Table:
         else:
             cells = [f"{value:.2f}" for value in measured]
         if chosen is not None:
-            cells.append("dense" if number in found.schedule.dense_layers else f"{chosen[number]:.4f}")
+            cells.append("dense" if found.schedule.is_dense_layer(number, len(chosen)) else f"{chosen[number]:.4f}")
         table.add_row(str(number if by_layer else number + 1), *cells)
     return table
 

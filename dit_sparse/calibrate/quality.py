@@ -28,7 +28,7 @@ from dit_sparse.pipelines import observe_values
 from dit_sparse.schedule import Schedule
 from dit_sparse.types import AttentionPlan, Method, PackedPlan, Previous, Site
 
-__all__ = ["DENSITIES", "FACTORS", "THRESHOLDS", "LayerErrors", "Reached", "for_error", "for_psnr"]
+__all__ = ["DENSITIES", "FACTORS", "THRESHOLDS", "LayerErrors", "Reached", "check_schedule", "for_error", "for_psnr"]
 
 DENSITIES = (0.04, 0.0625, 0.09, 0.125, 0.18, 0.25, 0.35, 0.5, 0.7)
 """What is tried with a method that goes by density, as means over a run."""
@@ -173,7 +173,7 @@ def for_error(
     Args:
         pipe: a supported pipeline, dense afterwards.
         prompts: one or two that are typical are enough.
-        schedule: a method that takes an error or a density, and when it applies.
+        schedule: a method that takes an error or a density, and when it applies; one that `check_schedule` lets pass.
         error: norm of the error over that of the dense output, over all heads, branches and planned steps of a layer.
         densities: what is tried with a method that takes no error.
         thresholds: what is tried with one that does; between two of them the threshold is interpolated.
@@ -254,6 +254,7 @@ def for_psnr(
 
     Renders each prompt dense, and then at falling densities until one of them falls short. With a method that takes an
     error, the thresholds of the layers are first found for the error `BASE`, and then multiplied by rising `factors`.
+    Layers that would not be faster here are measured sparse all the same, whatever the schedule's `never_slower` says.
 
     Args:
         decibels: PSNR against the dense video, as `eval.fidelity` computes it.
@@ -261,7 +262,7 @@ def for_psnr(
         pipe, prompts, schedule, densities, thresholds, seed, listener, arguments: as in `for_error`.
 
     Raises:
-        ValueError: no prompt, a method with neither, no finite PSNR above 0, or what is tried first falls short.
+        ValueError: no prompt, as `check_schedule`, no finite PSNR above 0, or what is tried first falls short.
     """
     _check(prompts, schedule)
     if not (math.isfinite(decibels) and decibels > 0):
@@ -279,7 +280,9 @@ def for_psnr(
 
     def frames(what: str, at: Schedule | None, prompt: str) -> np.ndarray:
         listener.began(what, prompt)
-        return stage.render(at, prompt, seed).frames.clip(0, 1)
+        # A layer that the cost model has run dense would be measured as one that errs by nothing.
+        sparse = None if at is None else replace(at, never_slower=False)
+        return stage.render(sparse, prompt, seed).frames.clip(0, 1)
 
     dense = [frames("dense", None, prompt) for prompt in prompts]
     best, measured = None, {}
@@ -302,8 +305,22 @@ def _scaled(schedule: Schedule, factor: float) -> Schedule:
     return _with_thresholds(schedule, [min(0.99, factor * value) for value in schedule.layer_thresholds])
 
 
+def check_schedule(schedule: Schedule) -> None:
+    """Whether a density or thresholds can be found for `schedule`.
+
+    Raises:
+        ValueError: its method has neither, or it says itself what each step or layer has.
+    """
+    if not (takes_error(schedule.method) or accepts_density(schedule.method)):
+        raise ValueError(f"method must be one with a density or an error, got {schedule.method.name!r}; lea is one")
+    for name in ("ramp", "noise_densities", "layer_densities", "layer_thresholds"):
+        if getattr(schedule, name) is not None:
+            raise ValueError(
+                f"{name} must be none where a quality decides, got {getattr(schedule, name)}: leave it out"
+            )
+
+
 def _check(prompts: Sequence[str], schedule: Schedule) -> None:
     if isinstance(prompts, str) or not prompts:
         raise ValueError(f"prompts must be a list of at least one prompt, got {prompts!r}")
-    if not (takes_error(schedule.method) or accepts_density(schedule.method)):
-        raise ValueError(f"method must be one with a density or an error, got {schedule.method.name!r}; lea is one")
+    check_schedule(schedule)

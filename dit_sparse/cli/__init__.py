@@ -6,10 +6,11 @@ from dit_sparse.cli.app import app, main
 __all__ = ["app", "main"]
 
 # The method's own parameters are options too.
-app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(generate.generate)
+_WITH_OTHERS = {"allow_extra_args": True, "ignore_unknown_options": True}
+app.command(context_settings=_WITH_OTHERS)(generate.generate)
+app.command(context_settings=_WITH_OTHERS)(calibrate.calibrate)
 for command in (
     analyze.analyze,
-    calibrate.calibrate,
     calibrate.inspect,
     compare.compare,
     compare.fidelity,

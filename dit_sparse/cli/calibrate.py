@@ -13,6 +13,7 @@ from dit_sparse.cli.app import print_json, user_errors
 
 
 def calibrate(
+    context: typer.Context,
     prompts: Annotated[Path | None, opt.option("Text file, UTF-8, one prompt a line; one or two are enough.")] = None,
     prompt: opt.Prompt = None,
     model: opt.Model = None,
@@ -23,12 +24,16 @@ def calibrate(
         float | None, opt.option("Relative error of a layer's attention; each gets the threshold or density it needs.")
     ] = None,
     psnr: Annotated[float | None, opt.option("Least PSNR in dB of every prompt's video against dense.")] = None,
-    warmup: Annotated[float, opt.option("With --error or --psnr: share of the steps that run dense.")] = 0.0,
-    density: Annotated[float, opt.option("Share of query-key pairs computed.")] = 0.3,
+    warmup: Annotated[
+        float | None, opt.option("With --error or --psnr: share of the steps that run dense.", default="0")
+    ] = None,
+    density: Annotated[float | None, opt.option("Share of query-key pairs computed.", default="0.3")] = None,
     threshold: Annotated[
-        str, opt.option("head: each head gets the density; global: one threshold for all heads.")
-    ] = "head",
-    shared_from: Annotated[float, opt.option("Share of the run from which one mask serves all steps.")] = 0.5,
+        str | None, opt.option("head: each head gets the density; global: one threshold for all heads.", default="head")
+    ] = None,
+    shared_from: Annotated[
+        float | None, opt.option("Share of the run from which one mask serves all steps.", default="0.5")
+    ] = None,
     out: Annotated[
         Path | None,
         opt.option("The plan file, or the config.", opt.OUTPUT, default="plan.safetensors, or METHOD.json"),
@@ -41,7 +46,9 @@ def calibrate(
     guidance: opt.Guidance = None,
     seed: Annotated[int, opt.option("Seed of each prompt's noise.", opt.SAMPLING)] = 0,
     negative_prompt: opt.NegativePrompt = None,
-    block: Annotated[int, opt.option("Tokens a block, where no tile is given.", opt.METRICS)] = 64,
+    block: Annotated[
+        int | None, opt.option("Tokens a block, where no tile is given.", opt.METRICS, default="64")
+    ] = None,
     tile: Annotated[
         str | None, opt.option("Blocks are tiles, such as 4x4x4: sides along a head's axes.", opt.METRICS)
     ] = None,
@@ -65,22 +72,30 @@ def calibrate(
 
     With --error or --psnr it writes a config for `generate --config` instead: with lea a threshold for each layer, with
     other methods the least densities, with which the error is small enough or the video near enough to the dense one.
+    Parameters of the method and the schedule are options then, as for `generate`: `--tile 4x4x4`, `--remainder mean`.
     """
     console = Console(stderr=True)
     with user_errors():
-        from dit_sparse.calibrate import Calibration, command, summary
+        from dit_sparse.calibrate import command, summary
         from dit_sparse.calibrate.describe import describe
         from dit_sparse.generate import Request, report
-        from dit_sparse.methods import Paro
-        from dit_sparse.methods.parameters import parse_parameter
+        from dit_sparse.generate.config import split_arguments
 
+        own = [parameter.name or "" for parameter in context.command.params]
+        positional, others = split_arguments(context.args)
+        if positional:
+            raise ValueError(f"calibrate takes options alone, got {positional[0]!r}: give a file by --prompts")
         wants_quality = command.wants_quality(method, error, psnr)
         if out is None:
             out = Path(f"{method}.json" if wants_quality else "plan.safetensors")
-        given: dict[str, Any] = {"sigma": sigma, "epsilon": epsilon, "alpha": alpha, "sample_blocks": sample_blocks}
-        sides = None if tile is None else parse_parameter(Paro, "tile", tile)
-        paro = Paro(density, block, tile=sides, **{name: value for name, value in given.items() if value is not None})
-        calibration = Calibration(paro, threshold, shared_from, seed)  # type: ignore[arg-type]
+        options: dict[str, Any] = {"density": density, "threshold": threshold, "shared_from": shared_from}
+        options |= {"warmup": warmup, "scratch": scratch, "block": block, "tile": tile, "sigma": sigma}
+        options |= {"epsilon": epsilon, "alpha": alpha, "sample_blocks": sample_blocks, **others}
+        given = {name: str(value) for name, value in options.items() if value is not None}
+        if wants_quality:
+            schedule = command.quality_schedule(method, given, own)
+        else:
+            calibration = command.plan_calibration(given, seed, own)
         request = Request(
             prompts=tuple(opt.collect_prompts([] if prompts is None else [str(prompts)], prompt)),
             config={},
@@ -99,7 +114,7 @@ def calibrate(
         )
         with report.warnings_as_lines(console):
             if wants_quality:
-                table = command.calibrate_quality(request, out, method, error, psnr, warmup, console)
+                table = command.calibrate_quality(request, out, schedule, error, psnr, console)
                 report.output_console().print(table)
                 report.output_console().print(f"config: {out}", markup=False, highlight=False, soft_wrap=True)
                 return

@@ -24,7 +24,8 @@ class Rendering:
     Args:
         frames: `[T, H, W, 3]` float32 in [0, 1], or slightly beyond.
         seconds: wall time of the pipeline's call, decoding included.
-        statistics: densities, calls, dense calls by reason, backends and times; empty for plain diffusers.
+        statistics: densities, calls, dense calls by reason, receipts of every layer, backends and times; empty for
+            plain diffusers.
         trace: what `pipelines.Trace.to_dict` gives; `None` for plain diffusers, and where it was not asked for.
     """
 
@@ -71,6 +72,7 @@ class Stage:
 def _statistics(pipe: Any) -> dict[str, Any]:
     from dit_sparse.pipelines import statistics
 
-    found = statistics(pipe).to_dict()
+    run = statistics(pipe)
+    found = run.to_dict() | {"receipts": run.receipts()}
     del found["layers"]
     return found

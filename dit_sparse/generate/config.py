@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dit_sparse.schedule import Schedule
 
-__all__ = ["DEFAULT_METHOD", "build_schedule", "read_config", "split_arguments"]
+__all__ = ["DEFAULT_METHOD", "build_schedule", "flag", "read_config", "split_arguments"]
 
 DEFAULT_METHOD = "adaspa"
 _SCHEDULE_OPTIONS = (
@@ -131,12 +131,13 @@ def build_schedule(
 def _unknown_option(name: str, method: str, own: list[str], other_options: Iterable[str]) -> str:
     known = [*own, *_SCHEDULE_OPTIONS, *other_options]
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    guess = f"did you mean {_flag(close[0])}? " if close else ""
-    listing = ", ".join(map(_flag, (*own, *_SCHEDULE_OPTIONS)))
-    return f"no such option: {_flag(name)}; {guess}method {method} takes {listing}"
+    guess = f"did you mean {flag(close[0])}? " if close else ""
+    listing = ", ".join(map(flag, (*own, *_SCHEDULE_OPTIONS)))
+    return f"no such option: {flag(name)}; {guess}method {method} takes {listing}"
 
 
-def _flag(name: str) -> str:
+def flag(name: str) -> str:
+    """The option of a command line that sets the parameter `name`."""
     return "--" + name.replace("_", "-")
 
 

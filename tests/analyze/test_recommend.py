@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from dit_sparse import AdaSpa, Oracle, Schedule, SparseVideoGen
@@ -46,6 +48,13 @@ def test_none_recalls_enough() -> None:
     chosen = recommend(CANDIDATES, rows("adaspa 0.25", 0.8, 0.35) + rows("svg 0.5", 0.7, 0.2), 0.9, 10)
     assert (chosen.label, chosen.reached) == ("adaspa 0.25", False)
     assert any("none reaches 0.9" in reason for reason in chosen.reasons)
+
+
+def test_where_none_recalls_enough_the_one_that_errs_least_is_chosen() -> None:
+    precise = [replace(row, error=(0.02, 0.03)) for row in rows("svg 0.5", 0.6, 0.3)]
+    chosen = recommend(CANDIDATES, rows("adaspa 0.25", 0.8, 0.35) + precise, 0.9, 10)
+    assert (chosen.label, chosen.reached) == ("svg 0.5", False)
+    assert "errs least, by 0.025" in chosen.reasons[1]
 
 
 @pytest.mark.parametrize("time", [1.2, None])

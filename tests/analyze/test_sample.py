@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dit_sparse import AdaSpa, Neighborhood, Oracle, PbsAttention, Site, TokenGrid
+from dit_sparse import AdaSpa, Neighborhood, Oracle, PbsAttention, Site, TokenGrid, sparse_attention
 from dit_sparse.analyze import Analysis, Candidate, candidates
 from dit_sparse.analyze.sample import Probe, token_rows
 from dit_sparse.masks import probe_rows
@@ -51,6 +51,26 @@ def test_recall_and_error_are_those_of_attention_under_the_mask(method) -> None:
     sparse, dense = (F.scaled_dot_product_attention(q, k, v, attn_mask=m)[:, :, tokens] for m in (mask, None))
     want = (sparse - dense).norm(dim=(-1, -2)) / dense.norm(dim=(-1, -2))
     assert torch.allclose(error, want, atol=1e-5)
+
+
+@pytest.mark.parametrize("remainder", ["mean", "value", "mass"])
+def test_the_error_is_that_with_the_remainder(remainder) -> None:
+    grid = TokenGrid(2, 5, 6)
+    q, k, v, lse = call(grid)
+    tokens = probe_rows(grid, 16, q.device)
+    probe = Probe(q, k, v, lse, tokens)
+    fine, coarse = (AdaSpa(0.4, block=block).plan(q, k, v, Site(grid), Previous(lse=lse)) for block in (1, 8))
+    recall, without = probe.measure(fine)
+    assert float(without.min()) > 0.03
+    # Blocks of one token leave nothing out that a remainder does not put back.
+    again, error = probe.measure(fine.with_remainder(remainder))
+    assert torch.equal(again, recall)
+    assert float(error.max()) < 1e-5
+    plan = coarse.with_remainder(remainder)
+    _, error = probe.measure(plan)
+    dense = F.scaled_dot_product_attention(q, k, v)[:, :, tokens]
+    sparse = sparse_attention(q, k, v, plan, backend="reference")[:, :, tokens]
+    assert torch.allclose(error, (sparse - dense).norm(dim=(-1, -2)) / dense.norm(dim=(-1, -2)), atol=1e-5)
 
 
 def test_what_is_sampled() -> None:

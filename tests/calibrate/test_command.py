@@ -29,7 +29,7 @@ def test_a_config_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monk
 
     def calibrate() -> None:
         request = Request(("a ball",), {"method": "lea"}, tmp_path / "out")
-        command.calibrate_quality(request, path, "lea", None, 30.0, 0.2, Console(file=io.StringIO()))
+        command.calibrate_quality(request, path, schedule, None, 30.0, Console(file=io.StringIO()))
 
     calibrate()
     whole = path.read_text()

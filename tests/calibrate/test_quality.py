@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -24,6 +25,7 @@ from dit_sparse import (
 )
 from dit_sparse.calibrate import for_error, for_psnr
 from dit_sparse.calibrate.quality import BASE, _threshold
+from dit_sparse.cost import TABLE_VARIABLE
 from dit_sparse.eval.fidelity import psnr
 from dit_sparse.methods.parameters import with_density, with_threshold
 from dit_sparse.pipelines import observe_values
@@ -35,6 +37,13 @@ BY_ERROR = Schedule(LeastError(tile=(1, 2, 2), rows=4), warmup=0)
 DENSITIES = (0.2, 0.35, 0.6)
 PROMPTS = ["a red ball"]
 ARGUMENTS = {**OF_CALIBRATION, "num_inference_steps": 3}
+
+
+@pytest.fixture
+def own_costs(monkeypatch) -> None:
+    """The package's own table, by which nothing is faster than dense attention in a tiny model."""
+    monkeypatch.delenv(TABLE_VARIABLE)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/nonexistent")
 
 
 def errors_of(pipe, schedule: Schedule, method_of: Callable[[Site], Method]) -> list[float]:
@@ -93,11 +102,11 @@ def test_each_layer_gets_the_threshold_with_which_it_errs_as_much_as_is_wanted(p
     ("schedule", "want"),
     [
         (Schedule(AdaSpa(block=4), warmup=0), {1, 2}),  # the first gives the row sums
-        (Schedule(AdaSpa(block=4), warmup=0.25, ramp=(0.6, 0.5, 0.4)), {1, 2, 3}),
+        (Schedule(AdaSpa(block=4), warmup=0.25, refresh=(2, 3)), {1, 2, 3}),
         (Schedule(LeastError(tile=(1, 2, 2), rows=4), warmup=0, refresh=(3,)), {0, 1, 3}),  # its density falls at 1
         (Schedule(Neighborhood(density=0.5), warmup=0.25), {1}),
     ],
-    ids=["adaspa", "ramp", "lea", "neighborhood"],
+    ids=["adaspa", "refresh", "lea", "neighborhood"],
 )
 def test_errors_are_measured_where_a_run_plans(pipe, monkeypatch, schedule: Schedule, want: set[int]) -> None:
     schedule, kind, steps = replace(schedule, never_slower=False), type(schedule.method), set()
@@ -183,6 +192,18 @@ def test_the_density_is_the_least_that_every_prompt_reaches(pipe) -> None:
     assert [found.measured[d][0] for d in DENSITIES] == pytest.approx(values, abs=0.01)
 
 
+def test_psnr_is_measured_sparse_where_the_cost_model_would_have_it_dense(pipe, own_costs) -> None:
+    quiet = {"densities": (0.2, 0.6), **ARGUMENTS}
+    want = for_psnr(pipe, PROMPTS, replace(SCHEDULE, never_slower=False), 1.0, **quiet)
+    target = sum(own[0] for own in want.measured.values()) / 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing runs dense
+        found = for_psnr(pipe, PROMPTS, SCHEDULE, target, **quiet)
+    assert SCHEDULE.never_slower
+    assert found.measured == want.measured
+    assert found.schedule == replace(SCHEDULE, method=with_density(SCHEDULE.method, 0.6))
+
+
 @pytest.mark.parametrize(
     ("make", "target", "schedule", "message"),
     [
@@ -194,6 +215,8 @@ def test_the_density_is_the_least_that_every_prompt_reaches(pipe) -> None:
         (for_error, 0.1, replace(SCHEDULE, warmup=1.0), "schedule must leave a step sparse, got a warm-up of 1"),
         (for_error, 0.1, Schedule(Paro(plan_file="x"), warmup=0), "method must be one with a density or an error"),
         (for_psnr, 30.0, Schedule(Neighborhood(window=3), warmup=0), "method must be one with a density or an error"),
+        (for_psnr, 30.0, replace(SCHEDULE, ramp=(0.5, 0.2)), "ramp must be none where a quality decides"),
+        (for_error, 0.1, replace(SCHEDULE, layer_densities=(0.5,)), "layer_densities must be none"),
     ],
 )
 def test_names_what_does_not_fit(pipe, make, target, schedule, message) -> None:

@@ -67,6 +67,11 @@ def test_every_run_is_there_with_what_it_did(finished: Path) -> None:
     assert sparse["config"]["warmup"] == 0.3
     assert sparse["dense_calls"] == {"warm-up": 8}  # two of four steps, two layers, two branches
     assert 0.2 < sparse["sparse_density"] < sparse["achieved_density"] < 1
+    assert dense["receipts"] is None  # plain diffusers, which nobody counts
+    receipts = sparse["receipts"]["transformer"]
+    assert (receipts["layer"], receipts["calls"]) == ([0, 1], [8, 8])
+    assert receipts["dense"] == {"warm-up": [4, 4]}
+    assert sum(receipts["density"]) / 2 == pytest.approx(sparse["achieved_density"], abs=1e-4)
     assert found[LABELS[4], PROMPTS[0]]["config"]["method"] == "random-blocks"
     assert read_record(finished)["failed"] == []
 

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+from unittest.mock import Mock
+
+import draw_remainder
 import numpy as np
 import pytest
 import torch
@@ -52,3 +57,19 @@ def test_kept_blocks_have_no_error() -> None:
     colours = block_map(call, 0, plan).getcolors()
     assert colours is not None
     assert [count for count, _ in colours] == [SIDE * SIDE]
+
+
+def test_the_folder_is_there_before_the_model_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "new" / "pictures"
+
+    def load(path: Path) -> Mock:
+        assert folder.is_dir()
+        return Mock(device=torch.device("cpu"))
+
+    loading = Mock(side_effect=load)
+    monkeypatch.setattr(draw_remainder, "load_pipeline", loading)
+    monkeypatch.setattr(draw_remainder, "calls_at", lambda *_: {0: call_and_plan(0.5)[0]})
+    monkeypatch.setattr(sys, "argv", ["draw_remainder.py", "--out", str(folder), "--layer", "0", "--frame", "1"])
+    draw_remainder.main()
+    loading.assert_called_once()
+    assert (folder / "remainder.png").stat().st_size > 1000
