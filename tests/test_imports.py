@@ -33,6 +33,7 @@ MAY_IMPORT = {
     "pipelines": {"types", "kernels", "methods", "schedule", "course", "attention", "cost", "parallel"},
     "demo": set(),
     "cluster": set(),
+    "output_file": set(),
     "eval": {"types", "kernels", "reorder", "masks", "methods", "schedule", "pipelines"},
     "bench": {"types", "block_mask", "kernels", "reorder", "masks", "methods", "schedule", "attention", "cost"},
     "presets": {"methods", "schedule", "course"},
@@ -45,9 +46,10 @@ MAY_IMPORT = {
         *("types", "block_mask", "kernels", "masks", "reorder", "methods", "schedule", "attention", "pipelines"),
         *("eval", "generate", "compare"),
     },
-    "report": {"schedule", "generate", "bench", "compare"},
+    "report": {"schedule", "generate", "bench", "compare", "output_file"},
     "analyze": {
         *("types", "block_mask", "masks", "methods", "schedule", "pipelines", "bench", "generate", "calibrate"),
+        "output_file",
     },
     "estimate": {"types", "methods", "schedule", "course", "presets", "cost"},
     "simulator": {"types", "masks", "methods"},
@@ -71,6 +73,7 @@ MAY_IMPORT = {
         "eval",
         "pipelines",
         "lost_ranks",
+        "output_file",
         "vbench",
     },
 }

@@ -235,3 +235,29 @@ def test_a_page_that_cannot_be_written(folder, capsys) -> None:
     assert "cannot be written" in line
     assert exit_code("report", folder, "--out", "/proc/page.html") == 2
     capsys.readouterr()
+
+
+@pytest.mark.parametrize("out", [".", "run", "run/videos", "precious"])
+def test_a_page_never_replaces_a_folder(folder, tmp_path, monkeypatch, capsys, out) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("run/videos", "precious"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "kept").write_text("kept")
+    before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+    line = _refused(folder, capsys, "--out", out)
+    assert f"--out must be a file such as FOLDER/report.html, got the folder '{out}'" in line
+    assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
+    with pytest.raises(ValueError, match="got the folder"):
+        write_page(load(folder), Path(out))
+
+
+def test_a_page_never_replaces_another_file(folder, tmp_path, capsys) -> None:
+    line = manifest_line(folder)
+    (tmp_path / "notes.txt").write_text("kept")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for name in (folder / MANIFEST, folder / line["file"], folder / line["trace"], tmp_path / "notes.txt"):
+        assert "with the ending .html" in _refused(folder, capsys, "--out", name)
+    assert "a device or pipe" in _refused(folder, capsys, "--out", "/dev/null")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    for _ in range(2):  # a page replaces a page
+        assert exit_code("report", folder, "--out", tmp_path / "page.html") == 0
