@@ -10,6 +10,7 @@ from rich.console import Console
 
 from dit_sparse.cli import options as opt
 from dit_sparse.cli.app import print_json, user_errors
+from dit_sparse.output_file import check_file
 
 
 def calibrate(
@@ -77,6 +78,7 @@ def calibrate(
         wants_quality = command.wants_quality(method, error, psnr)
         if out is None:
             out = Path(f"{method}.json" if wants_quality else "plan.safetensors")
+        check_file("--out", out, example="plan.safetensors", kept={"the prompt file": prompts})
         given: dict[str, Any] = {"sigma": sigma, "epsilon": epsilon, "alpha": alpha, "sample_blocks": sample_blocks}
         sides = None if tile is None else parse_parameter(Paro, "tile", tile)
         paro = Paro(density, block, tile=sides, **{name: value for name, value in given.items() if value is not None})
@@ -111,7 +113,7 @@ def calibrate(
 
 def inspect(
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan file.")],
-    out: Annotated[Path | None, typer.Option(help="PNG file to draw orders and masks to.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File to draw orders and masks to, which ends in .png.")] = None,
     as_json: opt.Json = False,
 ) -> None:
     """Show what is in a plan file: orders, densities and masks of every layer and head."""
@@ -120,6 +122,8 @@ def inspect(
         from dit_sparse.generate.report import output_console
         from dit_sparse.methods.plan_file import PlanFile
 
+        if out is not None:
+            check_file("--out", out, example="plan.png", ending=".png", kept={"the plan file": plan})
         file = PlanFile.open(plan)
         description = describe(file)
         if out is not None:
