@@ -143,6 +143,28 @@ def test_a_spoilt_manifest(folder, capsys, spoil, message) -> None:
     assert message in _refused(folder, capsys)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"config": 5}, "must have an object as 'config', got 5"),
+        ({"config": None}, "must have an object as 'config', got None"),
+        ({"config": {}}, "has no 'method'"),
+        ({"config": {"method": "adaspa", "density": "x"}}, "must have a number as 'density', got 'x'"),
+        ({"seconds": "x"}, "must have a number as 'seconds', got 'x'"),
+        ({"psnr": [1]}, "must have a number as 'psnr', got [1]"),
+        ({"prompt": ["a"]}, "must have a text as 'prompt', got ['a']"),
+        ({"versions": [1]}, "must have an object as 'versions', got [1]"),
+        ({"dense_calls": {"warm-up": "x"}}, "must have a number as 'warm-up', got 'x'"),
+        ({"attention_density": ...}, "has no 'attention_density'"),
+        ({"convention": ...}, "has no 'convention'"),
+    ],
+)
+def test_a_manifest_edited_by_hand(folder, edit, capsys, changes, message) -> None:
+    edit(**changes)
+    line = _refused(folder, capsys)
+    assert f"{MANIFEST}, video 1, {message}" in line
+
+
 def test_a_last_line_cut_short_is_an_unfinished_video(folder) -> None:
     path = folder / MANIFEST
     text = path.read_text("utf-8")
@@ -215,12 +237,33 @@ def test_a_benchmark_of_another_version(tmp_path, capsys, changes, message) -> N
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"version": 7}, "has version 7"), ({"summary": ...}, "has no 'summary'"), ({"runs": []}, "has no run yet")],
+    [
+        ({"version": 7}, "has version 7"),
+        ({"summary": ...}, "has no 'summary'"),
+        ({"runs": []}, "has no run yet"),
+        ({"settings": 5}, "must have an object as 'settings', got 5"),
+        ({"summary": {}}, "must have a list as 'summary'"),
+    ],
 )
 def test_a_comparison_of_another_version(folder, capsys, changes, message) -> None:
     found = _compare_json(folder) | changes
     (folder / "compare.json").write_text(json.dumps({k: v for k, v in found.items() if v is not ...}))
     assert message in _refused(folder, capsys)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"config": 5}, "must have an object as 'config', got 5"),
+        ({"seconds": "x"}, "must have a number as 'seconds', got 'x'"),
+        ({"label": ["a"]}, "must have a text as 'label', got ['a']"),
+    ],
+)
+def test_a_comparison_edited_by_hand(folder, capsys, changes, message) -> None:
+    found = _compare_json(folder)
+    found["runs"][1] |= changes
+    (folder / "compare.json").write_text(json.dumps(found))
+    assert f"compare.json, run 2, {message}" in _refused(folder, capsys)
 
 
 def test_too_many_megabytes(folder, capsys) -> None:
