@@ -80,6 +80,7 @@ def analyze(
             device=device,
             offload=offload,
         )
+        reporting.warn_of_unknown_words(console, model, request.prompts)
         with reporting.warnings_as_lines(console):
             found = run(request, analysis, target, report, console)
         if out is not None:

@@ -99,6 +99,7 @@ def calibrate(
             device=device,
             offload=offload,
         )
+        report.warn_of_unknown_words(console, model, request.prompts)
         with report.warnings_as_lines(console):
             if wants_quality:
                 table = command.calibrate_quality(request, out, method, error, psnr, warmup, console)

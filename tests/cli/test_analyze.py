@@ -41,7 +41,7 @@ def test_json(model, capsys):
         (["--methods", "adaspe"], "did you mean 'adaspa'"),
         (["--densities", "0.5;0.2"], "--densities must be numbers with commas between them"),
         (["--densities", "0"], "density must be above 0"),
-        (["--at", "1"], "steps must be shares of the run"),
+        (["--at", "1"], "shares of the run (--at) must be at least 0 and below 1, got (1.0,)"),
         (["--layers", "0"], "layers must be at least 1"),
         (["--target", "1.5"], "--target must be above 0 and at most 1"),
         (["--out", "no/config.json"], "--out must be in a folder that exists"),
