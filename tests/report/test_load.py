@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -300,7 +301,8 @@ def test_a_page_never_replaces_another_file(folder, tmp_path, capsys) -> None:
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     for name in (folder / MANIFEST, folder / line["file"], folder / line["trace"], tmp_path / "notes.txt"):
         assert "with the ending .html" in _refused(folder, capsys, "--out", name)
-    assert "a device or pipe" in _refused(folder, capsys, "--out", "/dev/null")
+    os.mkfifo(tmp_path / "pipe")
+    assert "a device or pipe" in _refused(folder, capsys, "--out", tmp_path / "pipe")
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     for _ in range(2):  # a page replaces a page
         assert exit_code("report", folder, "--out", tmp_path / "page.html") == 0
