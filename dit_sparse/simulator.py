@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 from rich.console import Console
@@ -18,6 +19,8 @@ from dit_sparse.types import TokenGrid
 __all__ = ["parse_setting", "print_report", "simulate"]
 
 _AXES = ("frames", "height", "width")
+_LONGEST, _MOST = 1024, 1 << 24
+"""Tokens along an axis and in all: what counting settings takes grows with the square of the one and with the other."""
 
 
 def parse_setting(
@@ -42,6 +45,11 @@ def parse_setting(
     sizes = parse_parameter(Neighborhood, "window", _three_axes(grid))
     if not isinstance(sizes, tuple):
         raise ValueError(f"--grid must be two or three sizes such as 30x48x80, got {grid!r}")
+    if max(sizes) > _LONGEST or prod(sizes) > _MOST:
+        raise ValueError(
+            f"--grid must have at most {_LONGEST} tokens along an axis and {_MOST:,} in all, got {grid!r}: "
+            "720p video has 45x80 tokens a frame"
+        )
     return Neighborhood(exact=exact, **values), TokenGrid(sizes[0], sizes[1], sizes[2], text_len=text)
 
 

@@ -34,6 +34,7 @@ MAY_IMPORT = {
     "pipelines": {"types", "kernels", "methods", "schedule", "course", "attention", "cost", "parallel"},
     "demo": set(),
     "cluster": set(),
+    "output_file": set(),
     "eval": {"types", "kernels", "reorder", "masks", "methods", "schedule", "pipelines"},
     "bench": {"types", "block_mask", "kernels", "reorder", "masks", "methods", "schedule", "attention", "cost"},
     "presets": {"methods", "schedule", "course"},
@@ -47,10 +48,10 @@ MAY_IMPORT = {
         *("types", "block_mask", "kernels", "masks", "reorder", "methods", "schedule", "attention", "pipelines"),
         *("course", "eval", "generate", "compare", "partials"),
     },
-    "report": {"schedule", "generate", "bench", "compare", "partials"},
+    "report": {"schedule", "generate", "bench", "compare", "partials", "output_file"},
     "analyze": {
         *("types", "block_mask", "attention", "masks", "methods", "schedule", "pipelines", "bench", "generate"),
-        "calibrate",
+        *("calibrate", "output_file"),
     },
     "estimate": {"types", "methods", "schedule", "course", "presets", "cost"},
     "simulator": {"types", "masks", "methods"},
@@ -74,6 +75,7 @@ MAY_IMPORT = {
         "eval",
         "pipelines",
         "lost_ranks",
+        "output_file",
         "vbench",
     },
 }

@@ -20,6 +20,7 @@ from dit_sparse.generate import Request
 from dit_sparse.generate.report import loading
 from dit_sparse.methods import Dense
 from dit_sparse.methods.parameters import check_share
+from dit_sparse.output_file import check_file
 from dit_sparse.pipelines import observe_values
 
 
@@ -99,16 +100,17 @@ def run(request: Request, analysis: Analysis, target: float, path: Path | None, 
     return report
 
 
-def check_files(target: float, *paths: Path | None) -> None:
+def check_files(target: float, prompts: Path | None, out: Path | None, report: Path | None) -> None:
     """What can be said before the model is loaded.
 
     Raises:
-        ValueError: a target out of range, or a file whose folder is not there.
+        ValueError: a target out of range, a file that cannot be written, or one for two purposes.
     """
     check_share("--target", target)
-    for path in paths:
-        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-            raise ValueError(f"file must be in a folder that exists, got {str(path)!r}")
+    if out is not None:
+        check_file("--out", out, example="config.json", kept={"the prompt file": prompts, "--report": report})
+    if report is not None:
+        check_file("--report", report, example="report.json", kept={"the prompt file": prompts})
 
 
 def _steps(arguments: dict[str, Any]) -> int:

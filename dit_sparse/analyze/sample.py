@@ -122,7 +122,7 @@ class Analysis:
         rows: int = 64,
     ) -> None:
         if not shares or not all(0 <= share < 1 for share in shares):
-            raise ValueError(f"steps must be shares of the run, at least 0 and below 1, got {tuple(shares)}")
+            raise ValueError(f"shares of the run (--at) must be at least 0 and below 1, got {tuple(shares)}")
         for name, count in (("layers", layers), ("heads", heads), ("rows", rows)):
             if count < 1:
                 raise ValueError(f"{name} must be at least 1, got {count}")

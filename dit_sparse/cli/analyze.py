@@ -63,7 +63,7 @@ def analyze(
         names = None if methods is None else methods.split(",")
         compared = candidates(names, opt.numbers("--densities", densities))
         analysis = Analysis(compared, opt.numbers("--at", at), layers=layers, heads=heads, rows=rows)
-        check_files(target, out, report)
+        check_files(target, opt.prompt_file(arguments), out, report)
         request = Request(
             prompts=tuple(opt.collect_prompts(list(arguments or ()), prompt)),
             config={},
@@ -80,6 +80,7 @@ def analyze(
             device=device,
             offload=offload,
         )
+        reporting.warn_of_unknown_words(console, model, request.prompts)
         with reporting.warnings_as_lines(console):
             found = run(request, analysis, target, report, console)
         if out is not None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from typing import Annotated, Any, NoReturn
 
 import typer
 
+FAILED = 1
 BAD_INPUT = 2
 INTERRUPTED = 130
+_UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE, errno.EBADF)
 
 # Newer typers carry their own copy of click, so the class is reached by a way that both kinds share.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -39,16 +43,43 @@ def _root(
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run the command line and leave with its exit code: 0, 1 (a video failed), 2 (bad input) or 130 (Ctrl-C)."""
+    """Run the command line and leave with its exit code.
+
+    It is 0, 1 (a video failed, or output cannot be written), 2 (bad input) or 130 (Ctrl-C).
+    """
+    _open_closed_streams()
     try:
         code = app(args=arguments, prog_name="dit-sparse", standalone_mode=False)
+        sys.stdout.flush()
     except _UsageError as error:
         print_error(error.format_message())  # type: ignore[attr-defined]
         code = BAD_INPUT
     except (KeyboardInterrupt, typer.Abort):
         print_error("interrupted")
         code = INTERRUPTED
+    except OSError as error:
+        # Only errors of a stream have no file name; all that is said of files is said by the commands.
+        if error.errno not in _UNWRITABLE or error.filename is not None:
+            raise
+        print_error(f"output cannot be written: {error.strerror}")
+        _drop_output()
+        code = FAILED
     sys.exit(code or 0)
+
+
+def _open_closed_streams() -> None:
+    """Python has None for output that the shell closed (`>&-`), which nothing could be printed to."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 until the process ends
+
+
+def _drop_output() -> None:
+    """Send what waits in standard output nowhere: Python would try it again at its end, and fail again."""
+    with suppress(OSError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from dit_sparse.cli.app import user_errors
+from dit_sparse.output_file import check_file
 
 bench = typer.Typer(help="Benchmarks.", no_args_is_help=True)
 
@@ -35,6 +36,8 @@ def kernels(
 
         if not torch.cuda.is_available():
             raise ValueError("bench kernels needs an NVIDIA GPU, got none; scripts/bench_cpu.py times the CPU kernels")
+        if out is not None:
+            check_file("--out", out, example="kernels.json")
         report = run_sections(
             shapes=tuple(SHAPES) if shapes is None else shapes.split(","),
             blocks=[int(block) for block in blocks.split(",")],

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from dit_sparse.cli import options as opt
 from dit_sparse.cli.app import print_json, user_errors
+from dit_sparse.output_file import check_file
 
 
 def calibrate(
@@ -88,6 +89,7 @@ def calibrate(
         wants_quality = command.wants_quality(method, error, psnr)
         if out is None:
             out = Path(f"{method}.json" if wants_quality else "plan.safetensors")
+        check_file("--out", out, example="plan.safetensors", kept={"the prompt file": prompts})
         options: dict[str, Any] = {"density": density, "threshold": threshold, "shared_from": shared_from}
         options |= {"warmup": warmup, "scratch": scratch, "block": block, "tile": tile, "sigma": sigma}
         options |= {"epsilon": epsilon, "alpha": alpha, "sample_blocks": sample_blocks, **others}
@@ -112,6 +114,7 @@ def calibrate(
             device=device,
             offload=offload,
         )
+        report.warn_of_unknown_words(console, model, request.prompts)
         with report.warnings_as_lines(console):
             if wants_quality:
                 table = command.calibrate_quality(request, out, schedule, error, psnr, console)
@@ -126,7 +129,7 @@ def calibrate(
 
 def inspect(
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan file.")],
-    out: Annotated[Path | None, typer.Option(help="PNG file to draw orders and masks to.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File to draw orders and masks to, which ends in .png.")] = None,
     as_json: opt.Json = False,
 ) -> None:
     """Show what is in a plan file: orders, densities and masks of every layer and head."""
@@ -135,6 +138,8 @@ def inspect(
         from dit_sparse.generate.report import output_console
         from dit_sparse.methods.plan_file import PlanFile
 
+        if out is not None:
+            check_file("--out", out, example="plan.png", ending=".png", kept={"the plan file": plan})
         file = PlanFile.open(plan)
         description = describe(file)
         if out is not None:

@@ -165,6 +165,7 @@ def _compare(
     from dit_sparse.compare.report import ConsoleListener
     from dit_sparse.generate import report
 
+    report.warn_of_unknown_words(console, request.model, request.prompts)
     with report.warnings_as_lines(console):
         try:
             with user_errors(), report.loading(console, request.model):

@@ -15,7 +15,7 @@ from dit_sparse.cli import options as opt
 from dit_sparse.cli.app import INTERRUPTED, print_error, user_errors
 
 if TYPE_CHECKING:
-    from dit_sparse.generate import Job, Request
+    from dit_sparse.generate import Request
     from dit_sparse.generate.render import Executor
 
 
@@ -188,7 +188,7 @@ def _generate(
         with report.warnings_as_lines(console), ExitStack() as stack:
             with user_errors(), report.loading(console, request.model):
                 job = prepare(request, executor or _executor(request, ray, ray_workers, stack))
-            _warn_of_unknown_words(job, console)
+            report.warn_of_unknown_words(console, job.settings.model, [clip.prompt for clip in job.todo])
             with report.ConsoleListener(console) as listener:
                 outcome = run(job, listener)
     except OSError as error:
@@ -210,18 +210,6 @@ def _executor(request: Request, ray: str | None, workers: int | None, stack: Exi
     from dit_sparse.generate.on_ray import RayExecutor
 
     return stack.enter_context(RayExecutor(request, ray, workers))
-
-
-def _warn_of_unknown_words(job: Job, console: Console) -> None:
-    from dit_sparse.demo import unknown_words
-    from dit_sparse.generate.models import DEMO
-
-    if job.settings.model != DEMO:
-        return
-    unknown = dict.fromkeys(word for clip in job.todo for word in unknown_words(clip.prompt))
-    if unknown:
-        text = f"warning: the demo model ignores words that it does not know: {', '.join(unknown)}"
-        console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -61,6 +62,11 @@ def numbers(flag: str, text: str) -> tuple[float, ...]:
         return tuple(float(part) for part in text.split(","))
     except ValueError:
         raise ValueError(f"{flag} must be numbers with commas between them, such as 0.5,0.25, got {text!r}") from None
+
+
+def prompt_file(positional: list[str] | None) -> Path | None:
+    """The file that prompts are read from; `None` where they come from elsewhere."""
+    return Path(positional[0]) if positional and positional[0] != "-" else None
 
 
 def collect_prompts(positional: list[str], prompts: list[str] | None) -> list[str]:

@@ -14,7 +14,7 @@ from dit_sparse.cli.app import user_errors
 
 def report(
     run: Annotated[Path, typer.Argument(help="The --out folder of generate or compare, or a JSON file of bench.")],
-    out: Annotated[Path | None, opt.option("The page.", default="report.html in the folder")] = None,
+    out: Annotated[Path | None, opt.option("The page, an .html file.", default="report.html in the folder")] = None,
     link: Annotated[
         bool, opt.option("Refer to the videos where they lie instead of embedding them.", flag="--link")
     ] = False,
@@ -24,8 +24,8 @@ def report(
     with user_errors():
         from dit_sparse.report import load, write_page
 
-        found = load(run)
         page = out or (run if run.is_dir() else run.parent) / "report.html"
+        found = load(run)
         size = write_page(found, page, link=link, max_size=max_size)
     for note in found.notes:
         sys.stderr.write(f"note: {note}\n")

@@ -128,8 +128,8 @@ def make_cases(
 ) -> list[Case]:
     """Every one of `methods` at every one of `densities`.
 
-    A config with a density of its own is one case, at that density; without `densities` every method is one case, as it
-    is by default.
+    A config with a density of its own is one case, at that density, and so is one that takes none, such as a window;
+    without `densities` every method is one case, as it is by default.
 
     Args:
         methods: names, and configs as `Schedule.from_config` reads them, with a "label" if they like.
@@ -137,8 +137,8 @@ def make_cases(
         schedule: options of the schedule, such as a warm-up, for those that do not say theirs.
 
     Raises:
-        ValueError: no method, an unknown one, one that takes no density, a density outside (0, 1], a config that is not
-            allowed, or two cases alike.
+        ValueError: no method, an unknown one, a name whose method takes no density, a density outside (0, 1], a config
+            that is not allowed, or two cases alike.
     """
     if not methods:
         raise ValueError("no methods: give --methods with names from `dit-sparse methods`, --also or --config")
@@ -147,7 +147,7 @@ def make_cases(
     cases = []
     for method in methods:
         given = {"method": method} if isinstance(method, str) else dict(method)
-        cases += _cases_of(given, densities, schedule or {})
+        cases += _cases_of(given, densities, schedule or {}, as_set=not isinstance(method, str))
     refuse_alike("label", cases, [case.label for case in cases])
     refuse_alike("config", cases, [json.dumps(case.config, sort_keys=True) for case in cases])
     return cases
@@ -176,15 +176,19 @@ def density_label(method: Any) -> str:
     return f"{method.name} {method.density:g}" if takes_density(method) else method.name
 
 
-def _cases_of(given: dict[str, Any], densities: Sequence[float] | None, schedule: Mapping[str, Any]) -> list[Case]:
+def _cases_of(
+    given: dict[str, Any], densities: Sequence[float] | None, schedule: Mapping[str, Any], *, as_set: bool
+) -> list[Case]:
+    """The cases of one method; `as_set` takes it once where it has no density to vary."""
     label = given.pop("label", None)
     if label is not None and (not isinstance(label, str) or not label.strip()):
         raise ValueError(f'"label" must be a text, got {label!r}')
     base = Schedule.from_config({**_FAIR, **schedule, **given})
     extra = "".join(f" {key}={_short(value)}" for key, value in given.items() if key not in _LABELLED)
-    if densities is None or given.get("density") is not None:
+    varies = accepts_density(base.method)
+    if densities is None or given.get("density") is not None or (as_set and not varies):
         at = [base]
-    elif not accepts_density(base.method):
+    elif not varies:
         raise ValueError(
             f"method {base.method.name!r} as it is set takes no density, so it cannot be compared at "
             f"{', '.join(f'{density:g}' for density in densities)}: leave it out, or leave the densities out"

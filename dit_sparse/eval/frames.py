@@ -128,7 +128,7 @@ class _Lossy(Exception):
 
 _HOW = (
     f"give a folder of PNG files or an RGB video of a lossless codec ({', '.join(LOSSLESS_CODECS[:4])}, ...), "
-    "or allow lossy files"
+    "or --allow-lossy (in Python allow_lossy=True)"
 )
 
 

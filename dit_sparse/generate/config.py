@@ -107,6 +107,11 @@ def build_schedule(
     config = {} if preset is None else preset.to_config()
     if config_path is not None:
         config = read_config(config_path)
+        if "methods" in config:
+            raise ValueError(
+                f"config file {config_path} is one for `dit-sparse compare`: this command takes a single method, "
+                f'such as {{"method": "{DEFAULT_METHOD}"}}'
+            )
     if method is not None and config.get("method", method) != method:
         # The version is that of the other method's parameters.
         config.pop("version", None)
@@ -129,6 +134,9 @@ def build_schedule(
 
 
 def _unknown_option(name: str, method: str, own: list[str], other_options: Iterable[str]) -> str:
+    if name in other_options:
+        listing = ", ".join(map(_flag, own)) or "no parameter"
+        return f"method {method} takes no {flag(name)} (it has {listing})"
     known = [*own, *_SCHEDULE_OPTIONS, *other_options]
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     guess = f"did you mean {flag(close[0])}? " if close else ""

@@ -63,6 +63,7 @@ def load_model(request: Request) -> Any:
 
     demo = request.model is None or model_name(request.model) == DEMO
     folder = demo_model_path() if demo else str(request.model)
+    _refuse_preset_name(str(folder))
     device = resolve_device(request.device)
     dtype = getattr(torch, resolve_dtype(request.dtype, device))
     pipe = load_pipeline(folder, dtype=dtype, device=device, offload=request.offload)
@@ -71,6 +72,16 @@ def load_model(request: Request) -> Any:
         degrees = Degrees.of(request.parallel)
         parallelize(pipe, ulysses=degrees.ulysses, ring=degrees.ring, timeout=degrees.timeout)
     return pipe
+
+
+def _refuse_preset_name(model: str) -> None:
+    from dit_sparse.presets import PRESETS
+
+    preset = PRESETS.get(model.lower())
+    if preset is not None and not Path(model).exists():
+        raise ValueError(
+            f"--model {model!r} is the name of a preset: give its checkpoint, {' or '.join(preset.models)}"
+        )
 
 
 def resolve_device(name: str) -> str:

@@ -16,8 +16,10 @@ def read_prompts(source: str | Path) -> list[str]:
     """Prompts of the file `source`, in order; `-` is standard input.
 
     Raises:
-        ValueError: no such file, not UTF-8 text (with the line), or no prompt in it.
+        ValueError: no such file, a closed standard input, not UTF-8 text (with the line), or no prompt in it.
     """
+    if str(source) == "-" and sys.stdin is None:
+        raise ValueError("standard input is closed: give a text file, or --prompt TEXT")
     if str(source) == "-":
         return parse_prompts(sys.stdin.buffer.read(), "standard input")
     path = Path(source)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import statistics
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,8 +15,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from dit_sparse.demo import unknown_words
 from dit_sparse.generate.listener import Listener
-from dit_sparse.generate.models import DEMO
+from dit_sparse.generate.models import DEMO, model_name
 from dit_sparse.generate.request import Clip
 from dit_sparse.generate.run import Job, Outcome
 
@@ -30,6 +31,7 @@ __all__ = [
     "output_console",
     "preset_line",
     "result_table",
+    "warn_of_unknown_words",
     "warnings_as_lines",
 ]
 
@@ -166,6 +168,16 @@ def warnings_as_lines(console: Console) -> Iterator[None]:
         warnings.simplefilter("always", UserWarning)
         warnings.showwarning = show
         yield
+
+
+def warn_of_unknown_words(console: Console, model: str | None, prompts: Iterable[str]) -> None:
+    """Name on `console` the words of `prompts` that the demo model does not know, where `model` means that."""
+    if model_name(model) != DEMO:
+        return
+    unknown = dict.fromkeys(word for prompt in prompts for word in unknown_words(prompt))
+    if unknown:
+        text = f"warning: the demo model ignores words that it does not know: {', '.join(unknown)}"
+        console.print(text, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 def _cells(line: dict[str, Any]) -> list[str]:

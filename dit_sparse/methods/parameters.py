@@ -33,10 +33,11 @@ def parameters(cls: type[Any]) -> list[Parameter]:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A sentence that names the nearest of `known`, and all of them."""
+    """A sentence that names the nearest of `known`, in whatever case `name` is written, and all of them."""
     known = sorted(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    guess = f"did you mean {close[0]!r}? " if close else ""
+    spelt = {one.lower(): one for one in known}
+    close = difflib.get_close_matches(name.lower(), spelt, n=1, cutoff=0.5)
+    guess = f"did you mean {spelt[close[0]]!r}? " if close else ""
     return f"{guess}known: {', '.join(known)}"
 
 
@@ -317,5 +318,15 @@ def _words(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return f"one of {', '.join(map(str, get_args(kind)))}"
     if get_origin(kind) is tuple:
-        return f"{len(get_args(kind))} numbers such as 4x8x8"
+        return _tuple_words(get_args(kind))
     return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}.get(kind, str(kind))
+
+
+def _tuple_words(kinds: tuple[Any, ...]) -> str:
+    if kinds[-1] is Ellipsis:
+        example = {int: "whole numbers, such as 0,1", float: "numbers, such as 0.2,0.5"}
+        return f"{example.get(kinds[0], 'values')}, with commas between"
+    if kinds[0] is bool:
+        return f"{len(kinds)} of true and false such as true,false,false"
+    joined = "x".join(("4", "8", "8")[: len(kinds)]) if kinds[0] is int else ",".join(("0.5", "0.25")[: len(kinds)])
+    return f"{len(kinds)} numbers such as {joined}"

@@ -8,7 +8,7 @@ from typing import Any
 
 from dit_sparse.compare.record import RECORD, read_record
 from dit_sparse.report.content import Fact, Group, Report, Run, Table
-from dit_sparse.report.read import inside, number, require
+from dit_sparse.report.read import inside, number, require, require_config, require_kinds
 from dit_sparse.report.reproduce import generate_command
 
 __all__ = ["load_compared"]
@@ -27,6 +27,15 @@ _RUN_KEYS = (
     "ssim",
 )
 
+_KINDS = {
+    **dict.fromkeys(("label", "kind", "prompt"), "a text"),
+    **dict.fromkeys(("seed", "seconds", "speedup", "achieved_density", "psnr", "ssim"), "a number"),
+}
+_PARTS = {
+    **dict.fromkeys(("settings", "environment", "conventions"), "an object"),
+    **dict.fromkeys(("runs", "failed", "summary"), "a list"),
+}
+
 
 def load_compared(folder: Path) -> Report:
     """The runs of a folder of `compare`, grouped by prompt and seed, and their medians.
@@ -38,8 +47,9 @@ def load_compared(folder: Path) -> Report:
     path = folder / RECORD
     found = read_record(folder)
     require(found, ("failed", "summary"), str(path))
-    for run in found["runs"]:
-        require(run, _RUN_KEYS, f"{path}, a run,")
+    require_kinds(found, _PARTS, str(path))
+    for number_, run in enumerate(found["runs"], 1):
+        _check(run, f"{path}, run {number_},")
     notes = [f"failed: {f['label']}, seed {f['seed']}: {f['error']}" for f in found["failed"]]
     groups: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for run in found["runs"]:
@@ -59,6 +69,14 @@ def load_compared(folder: Path) -> Report:
         points=_points(found["summary"]),
         notes=notes,
     )
+
+
+def _check(run: dict[str, Any], what: str) -> None:
+    require(run, _RUN_KEYS, what)
+    require_kinds(run, _KINDS, what)
+    if run["config"] is not None:
+        require_kinds(run, {"config": "an object"}, what)
+        require_config(run["config"], what)
 
 
 def _headline(found: dict[str, Any]) -> list[Fact]:

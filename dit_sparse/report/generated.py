@@ -8,7 +8,7 @@ from typing import Any
 
 from dit_sparse.generate.manifest import MANIFEST, Manifest
 from dit_sparse.report.content import Fact, Group, Report, Run, Table
-from dit_sparse.report.read import inside, median, number, require
+from dit_sparse.report.read import inside, median, number, require, require_config, require_kinds
 from dit_sparse.report.reproduce import generate_command
 
 __all__ = ["describe", "load_generated"]
@@ -18,7 +18,19 @@ Line = dict[str, Any]
 _SAME = ("prompt", "seed", "model", "height", "width", "frames", "steps", "guidance", "negative_prompt", "dtype")
 """What videos that stand side by side share."""
 
-_KEYS = (*_SAME, "method", "config", "device", "fps", "format", "seconds", "calls", "dense_calls", "versions")
+_KEYS = (
+    *(*_SAME, "method", "config", "device", "fps", "format", "versions"),
+    *("seconds", "attention_density", "calls", "dense_calls"),
+)
+_COMPARED_KEYS = ("dense_seconds", "psnr", "ssim", "identical", "convention")
+
+_KINDS = {
+    **dict.fromkeys(("prompt", "model", "negative_prompt", "dtype", "method", "device", "format"), "a text"),
+    **dict.fromkeys(("seed", "height", "width", "frames", "steps", "guidance", "fps"), "a number"),
+    **dict.fromkeys(("seconds", "calls", "attention_density", "attention_seconds", "plan_seconds"), "a number"),
+    **dict.fromkeys(("dense_seconds", "speedup", "psnr", "ssim"), "a number"),
+    **dict.fromkeys(("config", "dense_calls", "versions"), "an object"),
+}
 
 
 def load_generated(folder: Path) -> Report:
@@ -60,7 +72,7 @@ def describe(config: dict[str, Any]) -> str:
 def _finished(folder: Path) -> tuple[list[Line], list[str]]:
     lines, notes = [], []
     for number_, line in enumerate(Manifest(folder).lines, 1):
-        require(line, _KEYS, f"{folder / MANIFEST}, video {number_},")
+        _check(line, f"{folder / MANIFEST}, video {number_},")
         if inside(folder, line["file"]).exists():
             lines.append(line)
         else:
@@ -68,6 +80,15 @@ def _finished(folder: Path) -> tuple[list[Line], list[str]]:
     if not lines:
         raise ValueError(f"{folder} has no finished video; " + (notes[0] if notes else f"its {MANIFEST} is empty"))
     return lines, notes
+
+
+def _check(line: Line, what: str) -> None:
+    require(line, _KEYS, what)
+    require_kinds(line, _KINDS, what)
+    require_config(line["config"], what)
+    require_kinds(line["dense_calls"], dict.fromkeys(line["dense_calls"], "a number"), what)
+    if "speedup" in line:
+        require(line, _COMPARED_KEYS, what)
 
 
 def _group(folder: Path, lines: Sequence[Line], notes: list[str]) -> Group:

@@ -8,7 +8,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["inside", "median", "number", "read_object", "require"]
+__all__ = ["inside", "median", "number", "read_object", "require", "require_config", "require_kinds"]
+
+_KINDS: dict[str, Any] = {
+    "a number": (int, float, type(None)),
+    "a text": (str, type(None)),
+    "an object": dict,
+    "a list": list,
+}
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -33,6 +40,25 @@ def require(value: Mapping[str, Any], keys: Sequence[str], what: str) -> None:
     missing = [key for key in keys if key not in value]
     if missing:
         raise ValueError(f"{what} has no {missing[0]!r}: another version of dit-sparse wrote it; run it again")
+
+
+def require_kinds(value: Mapping[str, Any], kinds: Mapping[str, str], what: str) -> None:
+    """Raise ValueError where `value` has something of another kind than `kinds` names for it.
+
+    Args:
+        kinds: "a number" or "a text", both of which `None` is too, "an object" or "a list".
+        what: whose they are.
+    """
+    for key in kinds.keys() & value.keys():
+        one, kind = value[key], kinds[key]
+        if isinstance(one, bool) or not isinstance(one, _KINDS[kind]):
+            raise ValueError(f"{what} must have {kind} as {key!r}, got {one!r:.80}: mend it, or run it again")
+
+
+def require_config(config: Mapping[str, Any], what: str) -> None:
+    """Raise ValueError where `config` is none of a method; `what` says whose it is."""
+    require(config, ("method",), what)
+    require_kinds(config, {"method": "a text", "density": "a number"}, what)
 
 
 def inside(folder: Path, name: object) -> Path:

@@ -8,6 +8,7 @@ import html
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -17,7 +18,8 @@ from string import Template
 from typing import Any
 from urllib.parse import quote
 
-from dit_sparse.partials import partial_path, place
+from dit_sparse.output_file import check_file
+from dit_sparse.partials import partial_path, remove
 from dit_sparse.report.content import Group, Report, Run
 from dit_sparse.report.media import Media, prepare
 from dit_sparse.report.read import read_object, require
@@ -42,9 +44,11 @@ def write_page(report: Report, path: Path, *, link: bool = False, max_size: floa
         The bytes written.
 
     Raises:
-        ValueError: a video or trace that cannot be read, videos of different sizes side by side, or too many megabytes.
+        ValueError: a `path` that is a folder or has another ending than .html, so that no file of a run is replaced; a
+            video or trace that cannot be read, videos of different sizes side by side, or too many megabytes.
         OSError: a file cannot be read or written.
     """
+    check_file("--out", path, example="FOLDER/report.html", ending=".html", makes_folder=True)
     embedded = _Embedded(path.absolute().parent, link, max_size)
     content = asdict(report) | {
         "groups": [embedded.group(group) for group in report.groups],
@@ -56,9 +60,13 @@ def write_page(report: Report, path: Path, *, link: bool = False, max_size: floa
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_text(text, "utf-8")
+        os.replace(partial, path)
     except OSError as error:
         raise ValueError(f"--out {str(path)!r} cannot be written: {error.strerror or error}") from None
-    place(partial, path)
+    finally:
+        # Below a file there is nothing to remove.
+        with suppress(NotADirectoryError):
+            remove(partial)
     return path.stat().st_size
 
 

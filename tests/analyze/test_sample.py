@@ -134,8 +134,8 @@ def test_candidates() -> None:
         (lambda: candidates(["adaspa:blok=3"], (0.5,)), "did you mean 'block'"),
         (lambda: candidates(["adaspa"], (1.5,)), "density must be above 0"),
         (lambda: candidates([], (0.5,)), "something to compare"),
-        (lambda: Analysis([], (1.0,)), "steps must be shares"),
-        (lambda: Analysis([], ()), "steps must be shares"),
+        (lambda: Analysis([], (1.0,)), "shares of the run"),
+        (lambda: Analysis([], ()), "shares of the run"),
         (lambda: Analysis([], heads=0), "heads must be at least 1, got 0"),
     ],
 )

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.command import SMALL, assert_refused, exit_code
+from tests.cli.command import SMALL, assert_refused, exit_code, prompts_file
 
 COMMAND = ["analyze", "--prompt", "a red ball", "--methods", "adaspa:block=8,neighborhood:tile=1x2x2", "--layers", "2"]
 
@@ -41,11 +41,12 @@ def test_json(model, capsys):
         (["--methods", "adaspe"], "did you mean 'adaspa'"),
         (["--densities", "0.5;0.2"], "--densities must be numbers with commas between them"),
         (["--densities", "0"], "density must be above 0"),
-        (["--at", "1"], "steps must be shares of the run"),
+        (["--at", "1"], "shares of the run (--at) must be at least 0 and below 1, got (1.0,)"),
         (["--layers", "0"], "layers must be at least 1"),
         (["--target", "1.5"], "--target must be above 0 and at most 1"),
-        (["--out", "no/config.json"], "file must be in a folder that exists"),
-        (["--report", "."], "file must be in a folder that exists"),
+        (["--out", "no/config.json"], "--out must be in a folder that exists"),
+        (["--report", "."], "--report must be a file such as report.json, got the folder '.'"),
+        (["--out", "a.json", "--report", "./a.json"], "--out must not be --report"),
         (["--steps", "0"], "--steps must be at least 1"),
         (["--height", "33"], "height must be a multiple of"),
         (["prompts.txt"], "not both"),
@@ -54,3 +55,10 @@ def test_json(model, capsys):
 def test_refuses_in_one_line(model, tmp_path, capsys, options, message):
     Path("prompts.txt").write_text("a ball\n")
     assert_refused(tmp_path, capsys, [*COMMAND, "--model", model, *SMALL, *options], message)
+
+
+def test_never_replaces_its_prompts(tmp_path, capsys):
+    prompts = prompts_file("a red ball")
+    for option in ("--out", "--report"):
+        assert_refused(tmp_path, capsys, ["analyze", prompts, option, prompts], f"{option} must not be the prompt file")
+    assert Path(prompts).read_text() == "a red ball"

@@ -119,8 +119,13 @@ def test_a_quality_is_found_with_the_parameters_and_the_schedule_that_are_given(
         (["calibrate", "--prompt", "a", "--tile", "4x4"], "tile must be 3 numbers such as 4x8x8 or none, got '4x4'"),
         (["calibrate", "--prompt", "a", "--tile", "4x0x4"], "tile must be a whole number of tokens, at least 1"),
         (["calibrate", "--prompt", "a", "--height", "33"], "height must be a multiple of"),
-        (["calibrate", "--prompt", "a", "--out", "no/plan"], "must exist"),
+        (["calibrate", "--prompt", "a", "--out", "no/plan"], "--out must be in a folder that exists"),
+        (["calibrate", "--prompt", "a", "--out", "."], "--out must be a file such as plan.safetensors, got the folder"),
+        (["calibrate", "--prompt", "a", "--method", "lea", "--error", "0.5", "--out", "."], "got the folder '.'"),
         (["inspect", "nowhere"], "must be an existing file"),
+        (["inspect", "nowhere", "--out", "a.jpg"], "--out must be a file such as plan.png, with the ending .png"),
+        (["inspect", "nowhere.png", "--out", "nowhere.png"], "--out must not be the plan file"),
+        (["inspect", "nowhere", "--out", "."], "got the folder '.'"),
     ],
 )
 def test_calibrate_and_inspect_refuse_in_one_line(model, capsys, arguments, message):
@@ -130,3 +135,20 @@ def test_calibrate_and_inspect_refuse_in_one_line(model, capsys, arguments, mess
     assert any(part in error for part in message.split("|"))
     assert error.count("\n") == 1
     assert list(Path().iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["calibrate", "--prompts", "kept.png", "--out", "kept.png"],
+        ["inspect", "kept.png", "--out", "kept.png"],
+        ["inspect", "kept.png", "--out", "link.png"],
+    ],
+)
+def test_what_is_read_is_never_replaced(capsys, monkeypatch, command):
+    monkeypatch.setattr("dit_sparse.generate.models.load_model", lambda request: pytest.fail("loads a model first"))
+    Path("kept.png").write_text("a red ball")
+    Path("link.png").symlink_to("kept.png")
+    assert exit_code(*command) == 2
+    assert "--out must not be the p" in capsys.readouterr().err
+    assert Path("kept.png").read_text() == "a red ball"

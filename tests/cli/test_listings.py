@@ -95,8 +95,38 @@ def test_neighborhood_lists_settings_near_a_density(capsys):
         (("--grid", "4x8x8", "--window", "9x8x8"), "must be at most the grid's 4"),
         (("--grid", "4x8x8", "--stride", "much"), "--stride must be"),
         (("--grid", "4x8x8", "--density", "2"), "density must be above 0 and at most 1"),
+        (
+            ("--grid", "999999x999999x999999", "--density", ".5"),
+            "--grid must have at most 1024 tokens along an axis and 16",
+        ),
+        (("--grid", "1024x1024x1024", "--density", ".5"), "16,777,216 in all, got '1024x1024x1024'"),
     ],
 )
 def test_neighborhood_refuses_what_does_not_fit(arguments, message, capsys):
     assert exit_code("neighborhood", *arguments) == 2
     assert message in capsys.readouterr().err
+
+
+_RUN = "from dit_sparse.cli import main; main()"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="has no full device")
+def test_output_on_a_full_disk_is_one_line():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", _RUN, "--version"], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "error: output cannot be written: No space left on device\n"
+
+
+def test_closed_streams():
+    def run(redirection, *command):
+        shell = ["sh", "-c", f'exec "$@" {redirection}', "sh", sys.executable, "-c", _RUN, *command]
+        return subprocess.run(shell, capture_output=True, text=True)
+
+    done = run("<&-", "generate", "-")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "error: standard input is closed: give a text file, or --prompt TEXT\n",
+    )
+    done = run(">&-", "--version")
+    assert (done.returncode, done.stderr) == (0, "")

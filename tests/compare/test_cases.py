@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import functools
+import re
+from pathlib import Path
 
 import pytest
 
 from dit_sparse import AdaSpa, Neighborhood, RadialAttention, Schedule
 from dit_sparse.compare import floor_cases, make_cases
-from dit_sparse.compare.cases import parse_densities
+from dit_sparse.compare.cases import parse_densities, read_plan
+from dit_sparse.demo import demo_defaults, demo_model_path
 from dit_sparse.eval.floors import RandomBlocks
 from dit_sparse.methods import METHODS
 from dit_sparse.methods.parameters import accepts_density
+from dit_sparse.pipelines import check, load_pipeline
 
 fair = functools.partial(Schedule, never_slower=False)
 """What is compared runs sparse also where that is not faster."""
@@ -98,3 +102,21 @@ def test_densities_are_read_from_text() -> None:
 def test_the_cost_model_is_heeded_only_where_that_is_asked_for() -> None:
     (case,) = make_cases([{"method": "adaspa", "never_slower": True}], [0.5])
     assert case.schedule == Schedule(AdaSpa(density=0.5), never_slower=True)
+
+
+def test_the_documented_config_runs_on_the_demo_model(tmp_path: Path) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "compare.md").read_text("utf-8")
+    (text,) = re.findall(r"^```json\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    (tmp_path / "methods.json").write_text(text)
+    plan = read_plan(tmp_path / "methods.json")
+    cases = make_cases(plan.methods, plan.densities, plan.schedule)
+    labels = ["adaspa 0.5", "adaspa 0.25", "svg 0.5", "svg 0.25", "neighborhood 6x24x24"]
+    assert [case.label for case in cases] == labels
+    pipe = load_pipeline(demo_model_path())
+    for case in cases:
+        check(pipe, case.schedule, demo_defaults["height"], demo_defaults["width"], demo_defaults["num_frames"])
+
+
+def test_a_config_that_takes_no_density_is_one_case() -> None:
+    (case,) = make_cases([{"method": "neighborhood", "window": [6, 8, 8]}], [0.5, 0.25])
+    assert (case.label, case.density) == ("neighborhood window=6x8x8", None)

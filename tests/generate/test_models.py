@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dit_sparse.generate import Request
-from dit_sparse.generate.models import call_arguments, pipeline_defaults
+from dit_sparse.generate.models import call_arguments, load_model, pipeline_defaults
 
 
 class TextToImage:
@@ -27,3 +27,11 @@ def test_values_go_by_the_pipelines_own_names() -> None:
 def test_a_pipeline_that_needs_an_image_is_refused_before_the_run() -> None:
     with pytest.raises(ValueError, match="ImageToVideo needs an image"):
         pipeline_defaults(Request(("a ball",), {}, Path("out")), ImageToVideo())
+
+
+@pytest.mark.parametrize("name", ["wan2.1-1.3b", "Wan2.1-1.3B"])
+def test_the_name_of_a_preset_is_answered_by_its_checkpoint(name: str) -> None:
+    with pytest.raises(
+        ValueError, match=r"is the name of a preset: give its checkpoint, Wan-AI/Wan2\.1-T2V-1\.3B-Diffusers"
+    ):
+        load_model(Request(("a ball",), {}, Path("out"), model=name))

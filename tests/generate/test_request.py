@@ -150,6 +150,7 @@ def test_method_option_overrides_the_config_file(tmp_path):
     [
         ({"densty": "0.3"}, "no such option: --densty; did you mean --density"),
         ({"hieght": "96"}, "did you mean --height"),
+        ({"height": "96"}, r"^method adaspa takes no --height \(it has --density, --block"),
         ({"density": "0"}, "density must be above 0"),
         ({"density": "nan"}, "density"),
         ({"density": "much"}, "density must be a number"),
@@ -159,6 +160,20 @@ def test_method_option_overrides_the_config_file(tmp_path):
 def test_refuses_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         build_schedule("adaspa", None, options, ["height"])
+
+
+@pytest.mark.parametrize(("method", "has"), [("lvsa", "--share"), ("dense", "no parameter")])
+def test_a_density_for_a_method_without_one(method, has):
+    with pytest.raises(ValueError, match=rf"^method {method} takes no --density \(it has {has}"):
+        build_schedule(method, None, {"density": "0.5"}, ["density"])
+
+
+def test_a_config_of_compare(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text('{"methods": ["adaspa"]}')
+    for method in (None, "adaspa"):
+        with pytest.raises(ValueError, match=r"config\.json is one for `dit-sparse compare`"):
+            build_schedule(method, path, {})
 
 
 def test_unknown_method_names_the_nearest():

@@ -18,6 +18,7 @@ from dit_sparse.methods import (
     parse_parameter,
 )
 from dit_sparse.methods.parameters import accepts_density, check_share
+from dit_sparse.schedule import Schedule
 
 
 @pytest.mark.parametrize(
@@ -44,6 +45,16 @@ def test_text_becomes_a_value(cls: type, name: str, text: str, value: object) ->
         (AdaSpa, "head_adaptive", "maybe", "--head-adaptive must be true or false"),
         (AdaSpa, "dnsity", "0.5", "did you mean 'density'"),
         (Neighborhood, "window", "4xtwo", "--window must be"),
+        (Neighborhood, "causal", "yes", "--causal must be true or false or 3 of true and false such as true,false"),
+        (Schedule, "dense_layers", "a", "--dense-layers must be whole numbers, such as 0,1, with commas between"),
+        (
+            Schedule,
+            "dense_layers",
+            "",
+            "--dense-layers must be whole numbers, such as 0,1, with commas between, got ''",
+        ),
+        (Schedule, "refresh", "0.5,a", "--refresh must be numbers, such as 0.2,0.5, with commas between or none, got"),
+        (Schedule, "noise_densities", "0.5", "--noise-densities must be 2 numbers such as 0.5,0.25 or none, got '0.5'"),
     ],
 )
 def test_bad_text_is_named(cls: type, name: str, text: str, message: str) -> None:
@@ -77,9 +88,10 @@ def test_shares_out_of_range(value: object) -> None:
         check_share("density", value)  # type: ignore[arg-type]
 
 
-def test_an_unknown_method_names_the_nearest() -> None:
-    with pytest.raises(ValueError, match="unknown method 'para'; did you mean 'paro'"):
-        find_method("para")
+@pytest.mark.parametrize("name", ["para", "PARO", "Pero"])
+def test_an_unknown_method_names_the_nearest(name: str) -> None:
+    with pytest.raises(ValueError, match=f"unknown method '{name}'; did you mean 'paro'"):
+        find_method(name)
 
 
 def test_every_parameter_has_a_help_text() -> None:

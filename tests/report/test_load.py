@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -143,6 +144,28 @@ def test_a_spoilt_manifest(folder, capsys, spoil, message) -> None:
     assert message in _refused(folder, capsys)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"config": 5}, "must have an object as 'config', got 5"),
+        ({"config": None}, "must have an object as 'config', got None"),
+        ({"config": {}}, "has no 'method'"),
+        ({"config": {"method": "adaspa", "density": "x"}}, "must have a number as 'density', got 'x'"),
+        ({"seconds": "x"}, "must have a number as 'seconds', got 'x'"),
+        ({"psnr": [1]}, "must have a number as 'psnr', got [1]"),
+        ({"prompt": ["a"]}, "must have a text as 'prompt', got ['a']"),
+        ({"versions": [1]}, "must have an object as 'versions', got [1]"),
+        ({"dense_calls": {"warm-up": "x"}}, "must have a number as 'warm-up', got 'x'"),
+        ({"attention_density": ...}, "has no 'attention_density'"),
+        ({"convention": ...}, "has no 'convention'"),
+    ],
+)
+def test_a_manifest_edited_by_hand(folder, edit, capsys, changes, message) -> None:
+    edit(**changes)
+    line = _refused(folder, capsys)
+    assert f"{MANIFEST}, video 1, {message}" in line
+
+
 def test_a_last_line_cut_short_is_an_unfinished_video(folder) -> None:
     path = folder / MANIFEST
     text = path.read_text("utf-8")
@@ -215,12 +238,33 @@ def test_a_benchmark_of_another_version(tmp_path, capsys, changes, message) -> N
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"version": 7}, "has version 7"), ({"summary": ...}, "has no 'summary'"), ({"runs": []}, "has no run yet")],
+    [
+        ({"version": 7}, "has version 7"),
+        ({"summary": ...}, "has no 'summary'"),
+        ({"runs": []}, "has no run yet"),
+        ({"settings": 5}, "must have an object as 'settings', got 5"),
+        ({"summary": {}}, "must have a list as 'summary'"),
+    ],
 )
 def test_a_comparison_of_another_version(folder, capsys, changes, message) -> None:
     found = _compare_json(folder) | changes
     (folder / "compare.json").write_text(json.dumps({k: v for k, v in found.items() if v is not ...}))
     assert message in _refused(folder, capsys)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"config": 5}, "must have an object as 'config', got 5"),
+        ({"seconds": "x"}, "must have a number as 'seconds', got 'x'"),
+        ({"label": ["a"]}, "must have a text as 'label', got ['a']"),
+    ],
+)
+def test_a_comparison_edited_by_hand(folder, capsys, changes, message) -> None:
+    found = _compare_json(folder)
+    found["runs"][1] |= changes
+    (folder / "compare.json").write_text(json.dumps(found))
+    assert f"compare.json, run 2, {message}" in _refused(folder, capsys)
 
 
 def test_too_many_megabytes(folder, capsys) -> None:
@@ -235,3 +279,30 @@ def test_a_page_that_cannot_be_written(folder, capsys) -> None:
     assert "cannot be written" in line
     assert exit_code("report", folder, "--out", "/proc/page.html") == 2
     capsys.readouterr()
+
+
+@pytest.mark.parametrize("out", [".", "run", "run/videos", "precious"])
+def test_a_page_never_replaces_a_folder(folder, tmp_path, monkeypatch, capsys, out) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("run/videos", "precious"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "kept").write_text("kept")
+    before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
+    line = _refused(folder, capsys, "--out", out)
+    assert f"--out must be a file such as FOLDER/report.html, got the folder '{out}'" in line
+    assert {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")} == before
+    with pytest.raises(ValueError, match="got the folder"):
+        write_page(load(folder), Path(out))
+
+
+def test_a_page_never_replaces_another_file(folder, tmp_path, capsys) -> None:
+    line = manifest_line(folder)
+    (tmp_path / "notes.txt").write_text("kept")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for name in (folder / MANIFEST, folder / line["file"], folder / line["trace"], tmp_path / "notes.txt"):
+        assert "with the ending .html" in _refused(folder, capsys, "--out", name)
+    os.mkfifo(tmp_path / "pipe")
+    assert "a device or pipe" in _refused(folder, capsys, "--out", tmp_path / "pipe")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    for _ in range(2):  # a page replaces a page
+        assert exit_code("report", folder, "--out", tmp_path / "page.html") == 0
