@@ -142,12 +142,14 @@ def session_of(pipe: Any) -> Session | None:
 
 
 def statistics(pipe: Any) -> RunStatistics:
-    """What the latest run of a sparsified pipeline did.
+    """What the latest run of a sparsified pipeline did, or the one under way so far; on a GPU it waits for that.
 
     Raises:
         ValueError: the pipeline is not sparsified.
     """
-    return _session(pipe).statistics
+    found = _session(pipe).statistics
+    found.settle()  # a run that was interrupted has not
+    return found
 
 
 def token_grid(pipe: Any, height: int, width: int, frames: int) -> TokenGrid:

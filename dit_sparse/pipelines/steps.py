@@ -15,6 +15,7 @@ class StepCounter:
 
     Attributes:
         run: number of runs begun so far.
+        on_step: is called after each step.
         step, num_steps: the step under way, and how many there are.
     """
 
@@ -24,6 +25,7 @@ class StepCounter:
         self.num_steps = 0
         self._sigmas: list[float] = []
         self._watched: list[Any] = []
+        self.on_step: Callable[[], None] | None = None
 
     @property
     def inside_run(self) -> bool:
@@ -82,6 +84,8 @@ class StepCounter:
 
     def _end(self, scheduler: Any) -> None:
         self.step += 1
+        if self.on_step is not None:
+            self.on_step()
 
 
 def _sigmas_of(scheduler: Any) -> list[float]:

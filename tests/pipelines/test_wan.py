@@ -72,8 +72,9 @@ def test_dense_runs_equal_upstreams(pipe, render, schedule) -> None:
 )
 def test_density_one_is_dense_up_to_rounding(pipe, render, method) -> None:
     want = render(pipe)
-    got = render(sparsify(pipe, Schedule(method, warmup=0)))
-    assert statistics(pipe).sparse_density == 1
+    got = render(sparsify(pipe, Schedule(method, warmup=0), strict=False))
+    assert statistics(pipe).density == 1
+    assert set(statistics(pipe).backends) <= {"gather", "dense"}, "dense attention computed what was to be compared"
     assert (got - want).abs().max() <= 1e-4 * want.abs().max()
 
 
