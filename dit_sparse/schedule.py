@@ -75,8 +75,8 @@ class Schedule:
     `noise_densities`.
 
     Raises:
-        ValueError: a number outside its range, an unknown remainder, or an option that the method cannot follow: a
-            density for one that has none to change, a threshold for one that goes by density, a `drift` or
+        ValueError: no method, a number outside its range, an unknown remainder, or an option that the method cannot
+            follow: a density for one that has none to change, a threshold for one that goes by density, a `drift` or
             `noise_densities` for one whose plan does not depend on the call, or a remainder where blocks are skipped.
     """
 
@@ -121,6 +121,7 @@ class Schedule:
     def __post_init__(self) -> None:
         if not _is_share(self.warmup):
             raise ValueError(f"warmup must be from 0 to 1, got {self.warmup!r}")
+        _check_method(self.method)
         if self.remainder not in ("method", *REMAINDERS):
             raise ValueError(f"remainder must be one of method, {', '.join(REMAINDERS)}, got {self.remainder!r}")
         for at in self.refresh or ():
@@ -371,6 +372,22 @@ class Schedule:
         parameters = {key: read_parameter(method_class, key, config[key]) for key in of_method & config.keys()}
         options = {key: read_parameter(cls, key, config[key]) for key in own & config.keys()}
         return cls(method_class(**parameters), **options)
+
+
+def _check_method(method: Any) -> None:
+    """Raise ValueError unless `method` is a method, which a class, a name, a config and a schedule are not."""
+    if isinstance(method, Method) and not isinstance(method, type):
+        return
+    got = repr(method)
+    if isinstance(method, type):
+        got = f"the class {method.__name__}: call it"
+    elif isinstance(method, str):
+        got = f"the text {method!r}: methods.parse_method reads it"
+    elif isinstance(method, dict):
+        got = f"the dict {method!r:.80}: Schedule.from_config reads a config"
+    elif isinstance(method, Schedule):
+        got = f"a schedule of {method.method.name!r}: take it as it is"
+    raise ValueError(f"method must be a method such as AdaSpa(density=0.25), got {got}")
 
 
 def _is_number(value: float) -> bool:

@@ -61,6 +61,15 @@ def test_a_dense_call_equals_upstreams_bit_for_bit(pipe, dtype: torch.dtype, fus
     assert torch.equal(attn(hidden, None, None, None), WanAttnProcessor()(attn, hidden))
 
 
+def test_what_is_no_method_or_backend_is_refused_before_the_run(pipe) -> None:
+    with pytest.raises(ValueError, match=r"method must be a method such as .*, got the class AdaSpa: call it"):
+        sparsify(pipe, AdaSpa)
+    with pytest.raises(ValueError, match=r"backend must be 'auto' or one of .*, got None"):
+        sparsify(pipe, AdaSpa(), backend=None)
+    with pytest.raises(ValueError, match="pipeline must be sparsified, got a dense WanPipeline"):
+        statistics(pipe)
+
+
 @pytest.mark.parametrize("schedule", [Dense(), Schedule(Dense(), warmup=0), Schedule(AdaSpa(), warmup=1)], ids=str)
 def test_dense_runs_equal_upstreams(pipe, render, schedule) -> None:
     want = render(pipe)
