@@ -17,6 +17,7 @@ from dit_sparse.parallel import ContextParallel
 from dit_sparse.pipelines.drift import DriftMeter
 from dit_sparse.pipelines.engine import Engine, OneDevice
 from dit_sparse.pipelines.facts import facts_of_forward, facts_of_run
+from dit_sparse.pipelines.installed import dense_transformers
 from dit_sparse.pipelines.judge import Judge
 from dit_sparse.pipelines.layout import Group, Layout
 from dit_sparse.pipelines.statistics import CHANGED, EVERY_BLOCK, CallRecord, RunStatistics, Stopwatch
@@ -176,8 +177,13 @@ class Session:
         """Called when the scheduler has made a step.
 
         Raises:
-            NotSparseError: the run ends with it, and a layer that was to be sparse never was.
+            NotSparseError: the schedule is strict, and the step was made by a transformer that was put in the place of
+                a sparse one, or the run ends with it and a layer that was to be sparse never was.
         """
+        # Another pipeline may drive the scheduler, and a cache may leave a forward out.
+        if self._last_forward != (self.steps.run, self.steps.step - 1):
+            for model in (model for pipe in self._pipelines for model in dense_transformers(pipe)):
+                self._warn(f"{model} was replaced in a sparse pipeline, so its attention is dense; sparsify it again")
         if not self.steps.inside_run and self.steps.run == self._last_forward[0]:
             check_layers(self.schedule, self.statistics.settle())
 
@@ -202,15 +208,18 @@ class Session:
         Raises:
             NotSparseError: the schedule is strict.
         """
-        text = (
+        self._warn(
             f"{model} is run by a pipeline whose scheduler is not followed, so its attention is dense; "
             "sparsify that pipeline"
         )
+
+    def _warn(self, text: str) -> None:
+        """Say `text` once, or as a `NotSparseError` where the schedule is strict."""
         if demands(self.schedule):
             raise NotSparseError(f"{text}, {ALLOW}")
         if not self._warned:
             self._warned = True
-            warnings.warn(text, stacklevel=2)
+            warnings.warn(text, stacklevel=3)
 
     def _begin_run(self) -> None:
         self._run = self.steps.run

@@ -24,7 +24,7 @@ from dit_sparse import (
     unsparsify,
 )
 from dit_sparse.attention import sparse_attention
-from dit_sparse.pipelines import check, session_of, token_grid
+from dit_sparse.pipelines import NotSparseError, check, session_of, token_grid
 from dit_sparse.pipelines import session as session_module
 from dit_sparse.pipelines.adapter import uses_default_backend
 from dit_sparse.pipelines.layout import Layout
@@ -352,6 +352,10 @@ def test_two_transformers_share_one_step_counter(render) -> None:
     firsts = [min(r.step for r in records if r.model == m) for m in ("transformer", "transformer_2")]
     assert firsts[0] == 0
     assert 0 < firsts[1] < 6
+    pipe.transformer_2 = tiny_wan(fine=True, seed=1).transformer
+    with pytest.raises(NotSparseError, match="transformer_2 was replaced in a sparse pipeline"):
+        render(pipe, steps=6)
+    assert {record.model for record in statistics(pipe).records} == {"transformer"}
 
 
 def test_a_refused_second_transformer_leaves_the_first_dense() -> None:
