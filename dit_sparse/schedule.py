@@ -15,6 +15,7 @@ from dit_sparse.methods.parameters import (
     check_densities,
     check_flag,
     check_list,
+    check_method,
     check_skip_factor,
     check_thresholds,
     density_at,
@@ -86,8 +87,8 @@ class Schedule:
     `noise_densities`.
 
     Raises:
-        ValueError: a number outside its range, an unknown remainder, or an option that the method cannot follow: a
-            density for one that has none to change, a threshold for one that goes by density, a `drift` for
+        ValueError: no method, a number outside its range, an unknown remainder, or an option that the method cannot
+            follow: a density for one that has none to change, a threshold for one that goes by density, a `drift` for
             one whose plan is not of queries and keys, or a remainder where blocks are skipped.
     """
 
@@ -141,6 +142,7 @@ class Schedule:
         check_flag("never_slower", self.never_slower)
         if not (_is_number(self.warmup) and 0 <= self.warmup <= 1):
             raise ValueError(f"warmup must be from 0 to 1, got {self.warmup!r}")
+        check_method(self.method)
         if self.remainder not in ("method", *REMAINDERS):
             raise ValueError(f"remainder must be one of method, {', '.join(REMAINDERS)}, got {self.remainder!r}")
         for at in self.refresh or ():

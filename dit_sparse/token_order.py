@@ -112,6 +112,12 @@ class TokenOrder:
             )
         return BlockGeometry.of(bounds[None])
 
+    def count_blocks(self, start: int, stop: int) -> int:
+        """Blocks with tokens from position `start` to `stop`, where they are most; reads them back from the device."""
+        bounds = self.offsets.flatten(0, 1).cpu()
+        first, end = bounds[:, :-1], bounds[:, 1:]
+        return int(((first < stop) & (end > start) & (end > first)).sum(-1).max())
+
     def permute(self, x: Tensor) -> Tensor:
         """`x` `[B, H, N, ...]` with its tokens moved into this order."""
         return x if self.is_identity else _gather_tokens(x, self.index)

@@ -18,7 +18,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from dit_sparse import Schedule, sparsify
 from dit_sparse.methods import find_method
 from dit_sparse.pipelines import sparse_pipelines
-from dit_sparse.pipelines.families import transformers_of
+from dit_sparse.pipelines.installed import transformers_of
 
 # Special tokens by the numbers that the tests' text encoders have for them.
 _SPECIAL_TOKENS = {

@@ -47,6 +47,28 @@ def test_warmup_steps(share: float, steps: int, expected: int) -> None:
     assert Schedule(AdaSpa(), warmup=share).warmup_steps(steps) == expected
 
 
+@pytest.mark.parametrize(
+    ("given", "got"),
+    [
+        (AdaSpa, "the class AdaSpa: call it"),
+        ("adaspa", "the text 'adaspa': methods.parse_method reads it"),
+        ({"method": "adaspa"}, "the dict .*: Schedule.from_config reads a config"),
+        (Schedule(AdaSpa()), "a schedule of 'adaspa': take it as it is"),
+        (None, "None"),
+    ],
+    ids=["class", "text", "dict", "schedule", "None"],
+)
+def test_what_is_no_method_is_refused(given, got: str) -> None:
+    with pytest.raises(ValueError, match=rf"method must be a method such as AdaSpa\(density=0.25\), got {got}"):
+        Schedule(given)
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_every_method_is_one(method) -> None:
+    made = method()
+    assert Schedule.of(made).method is made
+
+
 def test_adaspa_searches_at_the_papers_steps() -> None:
     schedule = Schedule(AdaSpa())
     previous = None

@@ -102,6 +102,12 @@ class TestTokenOrder:
         assert {order.index.device.type, order.inverse.device.type, order.offsets.device.type} == {"meta"}
         assert order.is_identity
 
+    def test_blocks_of_a_part_are_counted_without_the_empty_ones(self):
+        offsets = torch.tensor([[[0, 4, 4, 6, 8], [0, 1, 2, 6, 8]]])
+        order = TokenOrder.from_index(torch.arange(8).expand(1, 2, 8), offsets)
+        for part, want in {(0, 4): 3, (4, 6): 1, (6, 8): 1, (5, 7): 2, (0, 8): 4}.items():
+            assert order.count_blocks(*part) == want
+
     def test_shapes_and_dtypes_that_do_not_fit_are_refused(self):
         index, offsets = torch.arange(6).reshape(1, 1, 6), torch.tensor([[[0, 6]]], dtype=torch.int32)
         with pytest.raises(ValueError, match=r"index must be int64 \[B\|1, H\|1, N\], got torch.int64 \(6,\)"):

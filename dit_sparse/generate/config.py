@@ -135,7 +135,7 @@ def build_schedule(
 
 def _unknown_option(name: str, method: str, own: list[str], other_options: Iterable[str]) -> str:
     if name in other_options:
-        listing = ", ".join(map(_flag, own)) or "no parameter"
+        listing = ", ".join(map(flag, own)) or "no parameter"
         return f"method {method} takes no {flag(name)} (it has {listing})"
     known = [*own, *_SCHEDULE_OPTIONS, *other_options]
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)

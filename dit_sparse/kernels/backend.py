@@ -107,9 +107,9 @@ def get_backend(name: str) -> Backend:
     Raises:
         ValueError: there is none; the message names the nearest.
     """
-    if name in BACKENDS:
+    if isinstance(name, str) and name in BACKENDS:
         return BACKENDS[name]
-    near = difflib.get_close_matches(name, ("auto", *BACKENDS), n=1)
+    near = difflib.get_close_matches(str(name), ("auto", *BACKENDS), n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ValueError(f"backend must be 'auto' or one of {', '.join(BACKENDS)}, got {name!r}{hint}")
 

@@ -60,6 +60,22 @@ def read_parameter(cls: type[Any], name: str, value: Any) -> Any:
     return _convert(name, _type_of(cls, name), value)
 
 
+def check_method(method: Any) -> None:
+    """Raise ValueError unless `method` is a method, which a class, a name, a config and a schedule are not."""
+    if isinstance(method, Method) and not isinstance(method, type):
+        return
+    got = repr(method)
+    if isinstance(method, type):
+        got = f"the class {method.__name__}: call it"
+    elif isinstance(method, str):
+        got = f"the text {method!r}: methods.parse_method reads it"
+    elif isinstance(method, dict):
+        got = f"the dict {method!r:.80}: Schedule.from_config reads a config"
+    elif isinstance(getattr(method, "method", None), Method):
+        got = f"a schedule of {method.method.name!r}: take it as it is"
+    raise ValueError(f"method must be a method such as AdaSpa(density=0.25), got {got}")
+
+
 def takes_density(method: Method) -> bool:
     """Whether the `density` of `method` has an effect; a method says itself where another parameter overrides it.
 

@@ -16,7 +16,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from dit_sparse.parallel import ContextParallel, Mesh, SequenceSplit
 from dit_sparse.parallel.ring import check_remainder
 from dit_sparse.pipelines.adapter import FamilyAdapter, SparseProcessor, context_config
-from dit_sparse.pipelines.families import adapter_for, transformers_of
+from dit_sparse.pipelines.families import adapter_for
+from dit_sparse.pipelines.installed import transformers_of
 from dit_sparse.pipelines.layout import Layout
 from dit_sparse.schedule import Schedule
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from diffusers.utils.torch_utils import unwrap_module
-
 from dit_sparse.pipelines.adapter import FamilyAdapter
 from dit_sparse.pipelines.cogvideox import CogVideoXAdapter
 from dit_sparse.pipelines.flux import FluxAdapter
 from dit_sparse.pipelines.hunyuan_video import HunyuanVideoAdapter
+from dit_sparse.pipelines.installed import transformers_of
 from dit_sparse.pipelines.ltx_video import LTXVideoAdapter
 from dit_sparse.pipelines.wan import WanAdapter
 
@@ -22,12 +20,6 @@ _ADAPTERS: tuple[FamilyAdapter, ...] = (
     LTXVideoAdapter(),
 )
 FAMILIES = {adapter.transformer_class: adapter for adapter in _ADAPTERS}
-
-
-def transformers_of(pipe: Any) -> dict[str, torch.nn.Module]:
-    """The transformers of `pipe` by component name, taken out of `torch.compile`."""
-    names = ("transformer", "transformer_2")
-    return {name: unwrap_module(module) for name in names if (module := getattr(pipe, name, None)) is not None}
 
 
 def adapter_for(pipe: Any) -> FamilyAdapter:

@@ -36,6 +36,11 @@ class Follower:
         """One that has yet to see a run, of those copies of the pipelines that `memo` of `copy.deepcopy` has."""
         return Follower(memo[id(pipe)] for pipe in self._pipelines if id(pipe) in memo)
 
+    @property
+    def pipelines(self) -> list[Any]:
+        """Those that are followed and still there."""
+        return list(self._pipelines)
+
     def watch(self, pipe: Any) -> None:
         """Follow the steps of `pipe`'s scheduler, also after it is replaced."""
         self._pipelines.add(pipe)
@@ -75,7 +80,7 @@ class Follower:
         return 2 if branch == _BOTH and batch == 2 * self._samples else 1
 
     def _follow_schedulers(self) -> None:
-        pipelines = list(self._pipelines)
+        pipelines = self.pipelines
         if all(self.steps.watches(pipe.scheduler) for pipe in pipelines):
             return
         for pipe in pipelines:

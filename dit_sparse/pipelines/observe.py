@@ -12,7 +12,8 @@ from torch import Tensor
 from dit_sparse.kernels import dense_attention
 from dit_sparse.methods import Dense
 from dit_sparse.pipelines.adapter import context_config
-from dit_sparse.pipelines.families import adapter_for, transformers_of
+from dit_sparse.pipelines.families import adapter_for
+from dit_sparse.pipelines.installed import transformers_of
 from dit_sparse.pipelines.session import DenseAttention, Session
 from dit_sparse.pipelines.sparsify import install, unsparsify
 from dit_sparse.pipelines.upstream import changes, message

@@ -18,10 +18,18 @@ from dit_sparse.pipelines.drift import DriftMeter
 from dit_sparse.pipelines.engine import Engine, OneDevice
 from dit_sparse.pipelines.facts import facts_of_forward, facts_of_run
 from dit_sparse.pipelines.follower import Follower
+from dit_sparse.pipelines.installed import dense_transformers
 from dit_sparse.pipelines.judge import Judge
 from dit_sparse.pipelines.layout import Group, Layout
-from dit_sparse.pipelines.statistics import CHANGED, CallRecord, RunStatistics, Stopwatch
-from dit_sparse.pipelines.strict import ALLOW, NotSparseError, check_blocks, check_inside_run, demands
+from dit_sparse.pipelines.statistics import CHANGED, EVERY_BLOCK, CallRecord, RunStatistics, Stopwatch
+from dit_sparse.pipelines.strict import (
+    ALLOW,
+    NotSparseError,
+    check_inside_run,
+    check_layers,
+    check_plan,
+    demands,
+)
 from dit_sparse.schedule import Decision, Schedule
 from dit_sparse.types import AttentionPlan, PackedPlan, Previous, Site, TokenGrid, TokenOrder
 
@@ -76,9 +84,12 @@ class Session:
     def _start(self, follower: Follower) -> None:
         self._follower = follower
         self.steps = follower.steps
+        self.steps.on_step = self._end_step
         self.statistics = RunStatistics()
         self.previous: dict[tuple[Any, ...], Previous] = {}
         self._drifts: dict[tuple[Any, ...], DriftMeter] = {}
+        self._all_asked: set[tuple[Any, ...]] = set()
+        self._last_forward = (0, 0)
         self._judge = Judge(self.schedule, self.backend)
         self._warned = False
         self._has_order = True
@@ -127,6 +138,7 @@ class Session:
             self._begin_run()
         if branch is not None and not self.steps.inside_run:
             self._warn_of_stranger(model)
+        self._last_forward = (self.steps.run, self.steps.step)
         # Samples with prompts of several lengths have no order in common; no branch of such a run moves its tokens,
         # because PAB hands what one branch attended to the other.
         self._has_order &= len(layout.groups) == 1
@@ -159,6 +171,21 @@ class Session:
         if self._follower.has_begun():
             self._begin_run()
         self.statistics.records.append(CallRecord(layer, self.steps.step, "", model, None, CHANGED, "dense", watch))
+        self._last_forward = (self.steps.run, self.steps.step)
+
+    def _end_step(self) -> None:
+        """Called when the scheduler has made a step.
+
+        Raises:
+            NotSparseError: the schedule is strict, and the step was made by a transformer that was put in the place of
+                a sparse one, or the run ends with it and a layer that was to be sparse never was.
+        """
+        # Another pipeline may drive the scheduler, and a cache may leave a forward out.
+        if self._last_forward != (self.steps.run, self.steps.step - 1):
+            for model in (model for pipe in self._follower.pipelines for model in dense_transformers(pipe)):
+                self._warn(f"{model} was replaced in a sparse pipeline, so its attention is dense; sparsify it again")
+        if not self.steps.inside_run and self.steps.run == self._last_forward[0]:
+            check_layers(self.schedule, self.statistics.settle())
 
     def _warn_of_stranger(self, model: str) -> None:
         """Only pipelines name branches, so this one drives a scheduler that is not watched; said once.
@@ -166,15 +193,18 @@ class Session:
         Raises:
             NotSparseError: the schedule is strict.
         """
-        text = (
+        self._warn(
             f"{model} is run by a pipeline whose scheduler is not followed, so its attention is dense; "
             "sparsify that pipeline"
         )
+
+    def _warn(self, text: str) -> None:
+        """Say `text` once, or as a `NotSparseError` where the schedule is strict."""
         if demands(self.schedule):
             raise NotSparseError(f"{text}, {ALLOW}")
         if not self._warned:
             self._warned = True
-            warnings.warn(text, stacklevel=2)
+            warnings.warn(text, stacklevel=3)
 
     def _begin_run(self) -> None:
         self.statistics = RunStatistics()
@@ -184,6 +214,7 @@ class Session:
         if self.schedule.method.scope != "grid" or len(self.previous) > _REMEMBERED_GRIDS:
             self.previous.clear()
             self._drifts.clear()
+            self._all_asked.clear()
             self._judge.forget()
 
     def sequence_len(self, here: int) -> int:
@@ -311,6 +342,8 @@ class Session:
             refused = self._judge.after(plan, site, key, q) if self._judges else None
             if refused is not None:
                 return self._dense(refused, key, q, k, v, dense, site.layer, planning=planning)
+            asked = check_plan(self.schedule, method, site, plan)
+            (self._all_asked.add if asked else self._all_asked.discard)(key)
             if self.on_plan is not None:
                 self.on_plan(site, plan)
             at_rest = plan if self.schedule.method.scope == "grid" else _at_rest(plan)  # one plan may lie about
@@ -351,9 +384,6 @@ class Session:
         v: Tensor,
     ) -> Tensor:
         full = plan.is_dense
-        # Of a new plan; anything finer would have to be read back from the device.
-        if planning is not None and (full or plan.block_mask.num_k_blocks == 1):
-            check_blocks(self.schedule, self.schedule.method_for(site), site, site.grid.num_tokens)
         if site.in_order:
             self._check_order(plan)
         watch = Stopwatch(q.device)
@@ -369,11 +399,12 @@ class Session:
                 model=site.model,
                 # A pair that is skipped has its product of query and key, the half of its work.
                 density=kept if kept is None or left_out is None else kept - left_out / 2,
-                reason="every block kept" if full else "",
+                reason=EVERY_BLOCK if full else "",
                 backend=backend,
                 attention=watch,
                 planning=planning,
                 skipped=left_out,
+                all_asked=key in self._all_asked,
             )
         )
         return out

@@ -20,8 +20,9 @@ from dit_sparse.methods.plan_header import ModelPlans, PlanHeader, one_line
 from dit_sparse.pipelines.adapter import FamilyAdapter
 from dit_sparse.pipelines.context_parallel import check_spread
 from dit_sparse.pipelines.conv3d import OneDnn
-from dit_sparse.pipelines.families import adapter_for, transformers_of
+from dit_sparse.pipelines.families import adapter_for
 from dit_sparse.pipelines.hooks import CallRecorder, SiteHook, reset_caches
+from dit_sparse.pipelines.installed import INSTALLED, transformers_of
 from dit_sparse.pipelines.session import Session
 from dit_sparse.pipelines.statistics import RunStatistics
 from dit_sparse.pipelines.strict import ALLOW, NotSparseError, demands
@@ -30,7 +31,6 @@ from dit_sparse.schedule import Schedule
 from dit_sparse.types import Method, TokenGrid
 
 Pipeline = TypeVar("Pipeline")
-_INSTALLED = "_dit_sparse"
 
 
 class _Installed:
@@ -92,7 +92,7 @@ def install(pipe: Pipeline, session: Session) -> Pipeline:
     for model, transformer in transformers_of(pipe).items():
         if changed:
             recorder = CallRecorder(adapter.attention_modules(transformer), model, session)
-            setattr(transformer, _INSTALLED, _Installed(session, recorder))
+            setattr(transformer, INSTALLED, _Installed(session, recorder))
             continue
         try:
             originals = adapter.install(transformer, model, session)
@@ -103,28 +103,33 @@ def install(pipe: Pipeline, session: Session) -> Pipeline:
         adapter.fuse(transformer)
         hook = SiteHook(transformer, model, session, adapter, originals)
         reset_caches(transformer)
-        setattr(transformer, _INSTALLED, _Installed(session, hook, decoding))
+        setattr(transformer, INSTALLED, _Installed(session, hook, decoding))
     # The encoder stays torch's, as it works before it is known whether a run is sparse.
     decoder = getattr(getattr(pipe, "vae", None), "decoder", None)
     if not changed and isinstance(decoder, torch.nn.Module):
         decoding.install(decoder)
     session.watch(pipe)
+    setattr(pipe, INSTALLED, session)
     return pipe
 
 
 def unsparsify(pipe: Pipeline) -> Pipeline:
     """Undo `sparsify`: the pipeline computes bit for bit what it did before. Does nothing on a dense pipeline."""
     for transformer in transformers_of(pipe).values():
-        installed = getattr(transformer, _INSTALLED, None)
+        installed = getattr(transformer, INSTALLED, None)
         if installed is None:
             continue
         adapter_for(pipe).unfuse(transformer)
         installed.hook.remove(transformer)
         reset_caches(transformer)
         installed.session.steps.release()
-        delattr(transformer, _INSTALLED)
+        delattr(transformer, INSTALLED)
         if installed.decoding is not None:
             installed.decoding.remove()
+    # Its transformer may have been replaced, and then says nothing of the session.
+    session = vars(pipe).pop(INSTALLED, None)
+    if session is not None:
+        session.steps.release()
     return pipe
 
 
@@ -135,19 +140,21 @@ def _ran_sparse(session: Session) -> bool:
 def session_of(pipe: Any) -> Session | None:
     """The session of a sparsified pipeline, or `None`."""
     for transformer in transformers_of(pipe).values():
-        installed = getattr(transformer, _INSTALLED, None)
+        installed = getattr(transformer, INSTALLED, None)
         if installed is not None:
             return installed.session
     return None
 
 
 def statistics(pipe: Any) -> RunStatistics:
-    """What the latest run of a sparsified pipeline did.
+    """What the latest run of a sparsified pipeline did, or the one under way so far; on a GPU it waits for that.
 
     Raises:
         ValueError: the pipeline is not sparsified.
     """
-    return _session(pipe).statistics
+    found = _session(pipe).statistics
+    found.settle()  # a run that was interrupted has not
+    return found
 
 
 def token_grid(pipe: Any, height: int, width: int, frames: int) -> TokenGrid:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,9 @@ _LISTS = ("layer", "calls", "density", "predicted", "skipped")
 
 CHANGED = "changed by diffusers"
 """The reason of the dense calls of a family whose upstream code has changed."""
+
+EVERY_BLOCK = "every block kept"
+"""The reason of the calls whose plan leaves nothing out."""
 
 
 class Stopwatch:
@@ -62,6 +65,7 @@ class CallRecord:
         predicted: time that sparse attention would have taken over dense attention's, where that is why it was dense.
         skipped: `[B, H]` float64 share of all query-key pairs that were skipped: kept by the plan and without a product
             with values. `None` where the plan skips nothing.
+        all_asked: whether the method was asked for every block, so that a density of 1 is what was wanted.
     """
 
     layer: int
@@ -75,6 +79,7 @@ class CallRecord:
     planning: Stopwatch | None = None
     predicted: float | None = None
     skipped: Tensor | None = None
+    all_asked: bool = False
 
 
 @dataclass
@@ -82,6 +87,25 @@ class RunStatistics:
     """The self-attention calls of one run of a pipeline, and their sums."""
 
     records: list[CallRecord] = field(default_factory=list)
+
+    def settle(self) -> list[tuple[str, int]]:
+        """Count calls whose plan turned out to keep every block, unasked, as dense ones.
+
+        It reads densities back from the device, so it has its place after a run and not in it.
+
+        Returns:
+            Model and layer of those of which all calls that were to be sparse are such.
+        """
+        open_calls = [(i, r.density) for i, r in enumerate(self.records) if r.density is not None and not r.all_asked]
+        least = _least([density for _, density in open_calls])
+        for (i, _), density in zip(open_calls, least, strict=True):
+            if density == 1:
+                self.records[i] = replace(self.records[i], density=None, reason=EVERY_BLOCK)
+        sparse: dict[tuple[str, int], bool] = {}
+        for r in self.records:
+            if not r.all_asked and (r.density is not None or r.reason == EVERY_BLOCK):
+                sparse[r.model, r.layer] = sparse.get((r.model, r.layer), False) or r.density is not None
+        return sorted(place for place, ran_sparse in sparse.items() if not ran_sparse)
 
     @property
     def calls(self) -> int:
@@ -198,6 +222,17 @@ def _layer_summary(model: str, layer: int, records: list[CallRecord]) -> dict[st
         "attention_seconds": part.attention_seconds,
         "plan_seconds": part.plan_seconds,
     }
+
+
+def _least(densities: list[Tensor]) -> list[float]:
+    """The least of each; every device is read once."""
+    found = [0.0] * len(densities)
+    for device in {density.device for density in densities}:
+        places = [i for i, density in enumerate(densities) if density.device == device]
+        values = torch.cat([densities[i].flatten() for i in places]).cpu()
+        for i, own in zip(places, values.split([densities[i].numel() for i in places]), strict=True):
+            found[i] = float(own.min())
+    return found
 
 
 def _mean(values: list[float]) -> float | None:

@@ -17,6 +17,7 @@ class StepCounter:
 
     Attributes:
         run: number of runs begun so far.
+        on_step: is called after each step.
         step, num_steps: the step under way, and how many there are. A run that leaves the scheduler's first ones out,
             as image-to-image does with a `strength` below 1, counts from its own first.
     """
@@ -29,6 +30,7 @@ class StepCounter:
         self._sigmas: list[float] = []
         self._scheduler: Any = None
         self._watched: list[Any] = []
+        self.on_step: Callable[[], None] | None = None
 
     @property
     def inside_run(self) -> bool:
@@ -108,6 +110,8 @@ class StepCounter:
 
     def _end(self, scheduler: Any) -> None:
         self.step += 1
+        if self.on_step is not None:
+            self.on_step()
 
 
 def _place(scheduler: Any, timestep: float) -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from dit_sparse.methods.parameters import density_at
 from dit_sparse.schedule import Schedule
-from dit_sparse.types import Method, Site
+from dit_sparse.types import AttentionPlan, Method, Site
 
 ALLOW = "or allow it with strict=False (`--no-strict`)"
 
@@ -31,15 +33,53 @@ def check_inside_run(schedule: Schedule, layer: int, num_layers: int) -> None:
         )
 
 
-def check_blocks(schedule: Schedule, method: Method, site: Site, tokens: int) -> None:
-    """Called for a plan that keeps every block.
+def check_plan(schedule: Schedule, method: Method, site: Site, plan: AttentionPlan) -> bool:
+    """Called for a new plan of `method`.
+
+    Returns:
+        Whether it may keep every block without surprise, by the word of `method`.
 
     Raises:
-        NotSparseError: `schedule` demands less, because `method` has a density below 1.
+        NotSparseError: it may not, `schedule` is strict, and it is known on the host to keep every block; what would
+            have to be read back from the device is left to `check_layers`.
     """
     density = density_at(method, site)
-    if demands(schedule) and density is not None and density < 1:
+    if plan.is_dense if density is None else density >= 1:
+        return True
+    # Without a density a method may leave its only block to the remainder.
+    sure = density is not None or plan.remainder == "none"
+    if demands(schedule) and (plan.is_dense or (sure and _has_one_video_block(plan, site))):
+        at = "" if density is None else f" at density {density:g}"
         raise NotSparseError(
-            f"layer {site.layer} would run dense: {method.name!r} at density {density:g} keeps every block of {tokens} "
+            f"layer {site.layer} would run dense: {method.name!r}{at} keeps every block of {site.grid.num_tokens} "
             f"tokens; make the blocks smaller or the video larger, {ALLOW}"
         )
+    return False
+
+
+def _has_one_video_block(plan: AttentionPlan, site: Site) -> bool:
+    """Whether all video keys are in one block, which no predicate cuts and no kernel skips: text is kept anyhow."""
+    if plan.skip_threshold or plan.block_mask.partial_counts is not None:
+        return False
+    order, start, length = plan.kv_order, site.grid.video_start, site.grid.video_len
+    # The largest block is known on the host, so nothing waits where videos have blocks enough.
+    return order.geometry.largest >= length and order.count_blocks(start, start + length) == 1
+
+
+def check_layers(schedule: Schedule, dense: Sequence[tuple[str, int]]) -> None:
+    """Called when a run has ended.
+
+    Args:
+        dense: model and layer of those of which every plan that was to keep less has kept every block.
+
+    Raises:
+        NotSparseError: there are any, and `schedule` demands that there be none.
+    """
+    if not dense or not demands(schedule):
+        return
+    model, layer = dense[0]
+    others = f" (and {len(dense) - 1} more)" if len(dense) > 1 else ""
+    raise NotSparseError(
+        f"layer {layer} of {model}{others} ran dense: {schedule.method.name!r} kept every block in each of its calls; "
+        f"let it keep less, make the blocks smaller or the video larger, {ALLOW}"
+    )

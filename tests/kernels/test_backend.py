@@ -29,6 +29,9 @@ def test_an_unknown_name_gets_the_nearest() -> None:
         select("gathr", q, k, v, plan)
     with pytest.raises(ValueError, match="backend must be 'auto' or one of reference, sdpa"):
         select("zzz", q, k, v, plan)
+    for name in (None, 3, ["gather"]):
+        with pytest.raises(ValueError, match=r"backend must be 'auto' or one of .*, got "):
+            select(name, q, k, v, plan)
 
 
 def test_a_refusal_is_an_error_that_says_why() -> None:

@@ -26,6 +26,7 @@ from tests.pipelines.composed import ALL_DENSE, HALF, is_close
 from tests.pipelines.families import FAMILIES, KINDS, METHODS, Family
 from tests.pipelines.tiny_families import widened
 
+REPLACED = "transformer was replaced in a sparse pipeline, so its attention is dense; sparsify it again"
 STRANGER = "by a pipeline whose scheduler is not followed, so its attention is dense; sparsify that pipeline"
 
 
@@ -186,6 +187,30 @@ def test_a_copy_of_the_transformer_alone_wants_sparsify_in_its_new_pipeline(fami
     with pytest.raises(NotSparseError, match=STRANGER):
         family.run(other)
     assert torch.equal(family.run(sparsify(other, HALF)), want)
+
+
+def test_a_transformer_that_was_replaced_wants_sparsify_again(family) -> None:
+    pipe = sparse(family)
+    want, dense = family.run(pipe), family.run(family.make())
+    pipe.transformer = family.make().transformer
+    with pytest.raises(NotSparseError, match=REPLACED):
+        family.run(pipe)
+    assert torch.equal(family.run(sparsify(pipe, HALF)), want)
+    pipe.transformer = family.make().transformer
+    assert torch.equal(family.run(unsparsify(pipe)), dense), "the session outlived unsparsify"
+    sparsify(pipe, HALF, strict=False)
+    pipe.transformer = family.make().transformer
+    with pytest.warns(UserWarning, match=REPLACED):
+        assert torch.equal(family.run(pipe), dense)
+
+
+def test_another_pipeline_may_drive_the_scheduler_of_a_sparse_one(family) -> None:
+    """Its steps go by without a forward of the sparse transformer, which nobody has replaced."""
+    pipe, other = sparse(family), family.make()
+    want, dense = family.run(pipe), family.run(family.make())
+    other.scheduler = pipe.scheduler
+    assert torch.equal(family.run(other), dense)
+    assert torch.equal(family.run(pipe), want)
 
 
 def test_a_sparse_transformer_is_not_pickled(family) -> None:

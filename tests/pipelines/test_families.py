@@ -147,7 +147,8 @@ def test_sparse_equals_dense_attention_under_the_plans_own_mask(pipe, family, me
 
     monkeypatch.setattr("dit_sparse.attention.sparse_attention", oracle)
     monkeypatch.setattr("dit_sparse.attention.skipping_attention", counting)
-    want = family.run(sparsify(pipe, method), prompts, **family.guided)
+    # The oracle counts no pair as skipped, which makes a plan of every block a dense one.
+    want = family.run(sparsify(pipe, method, strict=False), prompts, **family.guided)
     assert (got - want).abs().max() <= 1e-4 * want.abs().max()
     assert (got - dense).abs().max() > 1e-3 * want.abs().max(), "sparsity changed nothing"
 

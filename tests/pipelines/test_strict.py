@@ -7,7 +7,19 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dit_sparse import AdaSpa, Dense, LeastError, Schedule, sparsify, statistics
+from dit_sparse import (
+    AdaSpa,
+    Dense,
+    LeastError,
+    Lvsa,
+    Neighborhood,
+    Schedule,
+    SkipSoftmax,
+    SolAttention,
+    XAttention,
+    sparsify,
+    statistics,
+)
 from dit_sparse.pipelines import NotSparseError, session_of
 
 HALF = AdaSpa(density=0.5, block=16)
@@ -55,6 +67,68 @@ def test_a_density_that_varies_may_reach_one(pipe, render, monkeypatch) -> None:
     sparsify(pipe, replace(method, never_slower=False))
     with pytest.raises(NotSparseError, match=r"'lea' at density 0.7 keeps every block"):
         render(pipe)
+
+
+@pytest.mark.parametrize("method", [AdaSpa(density=0.5, block=1000), XAttention(block=1000)], ids=lambda m: m.name)
+def test_blocks_of_text_are_not_counted(family, method) -> None:
+    """All of the video in one block is every block kept, whatever the text is cut into and whatever decides."""
+    pipe = sparsify(family.make(), Schedule(method, warmup=0, never_slower=False))
+    with pytest.raises(NotSparseError, match=rf"layer 0 would run dense: '{method.name}'.* keeps every block"):
+        family.run(pipe, steps=2)
+    assert not statistics(pipe).was_ever_sparse, "at the first such call"
+    family.run(sparsify(pipe, Schedule(method, warmup=0, never_slower=False), strict=False), steps=2)
+    run = statistics(pipe)
+    assert run.dense_calls.keys() <= {"every block kept", "search"}
+    assert sum(run.dense_calls.values()) == run.calls
+
+
+ALL_KEPT = {
+    "share": Lvsa(share=1.0, block=16),
+    "threshold": SolAttention(tau=-99, block=16),
+    "error": LeastError(error=1e-6, tile=(1, 4, 4), rows=4),
+    "nothing skipped": SkipSoftmax(scale_factor=1e-9, block=16),
+    "window": Neighborhood(window=(3, 8, 12), tile=(1, 4, 4)),
+}
+
+
+@pytest.mark.parametrize("method", ALL_KEPT.values(), ids=ALL_KEPT)
+def test_a_layer_that_kept_every_block_all_run_is_an_error_at_its_end(pipe, render, method) -> None:
+    schedule = Schedule(method, dense_layers=(1,), never_slower=False)
+    sparsify(pipe, schedule)
+    with pytest.raises(NotSparseError, match=rf"layer 0 of transformer ran dense: '{method.name}' kept every block"):
+        render(pipe)
+    assert statistics(pipe).dense_calls == {"every block kept": 8, "warm-up": 2, "layer": 10}
+    assert torch.equal(render(sparsify(pipe, schedule, strict=False)), render(sparsify(pipe, schedule, strict=False)))
+    assert statistics(pipe).dense_calls == {"every block kept": 8, "warm-up": 2, "layer": 10}
+    assert statistics(pipe).density == 1
+
+
+def test_a_call_that_kept_every_block_is_counted_and_no_error(pipe, render, monkeypatch) -> None:
+    """What a threshold keeps depends on the data; the layer was sparse all the same."""
+    plan, steps = SolAttention.plan, []
+
+    def once_all(self, q, k, v, site, previous):
+        steps.append(site.step)
+        return plan(replace(self, tau=-99.0) if site.step == 1 else self, q, k, v, site, previous)
+
+    monkeypatch.setattr(SolAttention, "plan", once_all)
+    schedule = Schedule(SolAttention(tau=0.0, block=16), refresh=(2,), never_slower=False)
+    render(sparsify(pipe, schedule))
+    run = statistics(pipe)
+    assert set(steps) == {1, 2}
+    assert run.dense_calls == {"warm-up": 4, "every block kept": 4}
+    assert run.sparse_density < 1
+    assert run.receipts()["transformer"]["dense"]["every block kept"] == [2, 2]
+
+
+def test_a_run_that_is_broken_off_is_counted_too(pipe, render) -> None:
+    def stop(pipe, step, timestep, tensors):
+        pipe._interrupt = step == 2
+        return tensors
+
+    sparsify(pipe, Schedule(ALL_KEPT["share"], never_slower=False))
+    render(pipe, callback_on_step_end=stop)
+    assert statistics(pipe).dense_calls == {"warm-up": 4, "every block kept": 8}
 
 
 def test_where_strictness_is_said(pipe) -> None:
