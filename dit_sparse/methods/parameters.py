@@ -62,7 +62,8 @@ def read_parameter(cls: type[Any], name: str, value: Any) -> Any:
 
 def check_method(method: Any) -> None:
     """Raise ValueError unless `method` is a method, which a class, a name, a config and a schedule are not."""
-    if isinstance(method, Method) and not isinstance(method, type):
+    # Not `isinstance`, which reads properties, and so plan files.
+    if all(hasattr(type(method), name) for name in ("name", "scope", "plan")):
         return
     got = repr(method)
     if isinstance(method, type):
@@ -71,7 +72,7 @@ def check_method(method: Any) -> None:
         got = f"the text {method!r}: methods.parse_method reads it"
     elif isinstance(method, dict):
         got = f"the dict {method!r:.80}: Schedule.from_config reads a config"
-    elif isinstance(getattr(method, "method", None), Method):
+    elif hasattr(method, "method"):
         got = f"a schedule of {method.method.name!r}: take it as it is"
     raise ValueError(f"method must be a method such as AdaSpa(density=0.25), got {got}")
 
