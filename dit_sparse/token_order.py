@@ -77,10 +77,19 @@ class TokenOrder:
 
     @classmethod
     def from_index(cls, index: Tensor, offsets: Tensor, *, is_identity: bool = False) -> TokenOrder:
-        """Order from `index` (`[N]` or `[B|1, H|1, N]`) and block `offsets` (`[M+1]` or `[B|1, H|1, M+1]`)."""
+        """Order from `index` (`[N]` or `[B|1, H|1, N]`) and block `offsets` (`[M+1]` or `[B|1, H|1, M+1]`).
+
+        Raises:
+            ValueError: an `index` on the CPU that is no permutation; on a GPU that would have to be waited for.
+        """
         index = index.to(torch.int64).reshape(index.shape if index.ndim == 3 else (1, 1, -1))
         offsets = offsets.to(torch.int32).reshape(offsets.shape if offsets.ndim == 3 else (1, 1, -1))
         positions = torch.arange(index.shape[-1], device=index.device).expand_as(index)
+        if index.device.type == "cpu" and not is_identity and not torch.equal(index.sort(-1).values, positions):
+            raise ValueError(
+                f"index must hold each token from 0 to {index.shape[-1] - 1} once, got {index[0, 0, :8].tolist()}"
+                f"{'...' if index.shape[-1] > 8 else ''}"
+            )
         inverse = torch.empty_like(index).scatter_(-1, index, positions)
         return cls(index, inverse, offsets, is_identity)
 

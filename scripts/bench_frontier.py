@@ -67,7 +67,8 @@ def schedule_of(setting: Mapping[str, Any]) -> Schedule | str:
         if config.get(name):
             return f"its {name} is for the demo model"
     try:
-        return replace(Schedule.from_config(config), never_slower=False)
+        # Random weights may have a layer keep everything.
+        return replace(Schedule.from_config(config), never_slower=False, strict=False)
     except ValueError as error:
         return str(error)
 

@@ -251,3 +251,9 @@ class TestAttentionPlan:
         plan = AttentionPlan.from_kept(order, torch.ones(1, 1, 4, 4, dtype=torch.bool)).to("meta")
         assert plan.q_order is plan.kv_order
         assert plan.block_mask.kv_counts.device.type == "meta"
+
+
+@pytest.mark.parametrize("index", [[0, 0, 1, 2], [0, 1, 2, 4], [-1, 0, 1, 2]], ids=str)
+def test_an_index_that_is_no_permutation_is_refused(index: list[int]) -> None:
+    with pytest.raises(ValueError, match="index must hold each token from 0 to 3 once, got"):
+        TokenOrder.from_index(torch.tensor(index), torch.tensor([0, 2, 4]))
