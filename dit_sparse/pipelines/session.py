@@ -404,7 +404,8 @@ class Session:
                 attention=watch,
                 planning=planning,
                 skipped=left_out,
-                all_asked=key in self._all_asked,
+                # The heads of one rank may keep everything where those of others do not.
+                all_asked=key in self._all_asked or site.heads is not None,
             )
         )
         return out
