@@ -178,14 +178,15 @@ class Session:
 
         Raises:
             NotSparseError: the schedule is strict, and the step was made by a transformer that was put in the place of
-                a sparse one, or the run ends with it and a layer that was to be sparse never was.
+                a sparse one, or the run ends with it and nothing of it was sparse.
         """
         # Another pipeline may drive the scheduler, and a cache may leave a forward out.
         if self._last_forward != (self.steps.run, self.steps.step - 1):
             for model in (model for pipe in self._follower.pipelines for model in dense_transformers(pipe)):
                 self._warn(f"{model} was replaced in a sparse pipeline, so its attention is dense; sparsify it again")
         if not self.steps.inside_run and self.steps.run == self._last_forward[0]:
-            check_layers(self.schedule, self.statistics.settle())
+            dense = self.statistics.settle()
+            check_layers(self.schedule, dense, any(r.density is not None for r in self.statistics.records))
 
     def _warn_of_stranger(self, model: str) -> None:
         """Only pipelines name branches, so this one drives a scheduler that is not watched; said once.

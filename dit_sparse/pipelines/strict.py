@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 from dit_sparse.methods.parameters import density_at
@@ -66,20 +67,25 @@ def _has_one_video_block(plan: AttentionPlan, site: Site) -> bool:
     return order.geometry.largest >= length and order.count_blocks(start, start + length) == 1
 
 
-def check_layers(schedule: Schedule, dense: Sequence[tuple[str, int]]) -> None:
+def check_layers(schedule: Schedule, dense: Sequence[tuple[str, int]], any_sparse: bool) -> None:
     """Called when a run has ended.
 
     Args:
         dense: model and layer of those of which every plan that was to keep less has kept every block.
+        any_sparse: whether the run had a sparse call at all.
 
     Raises:
-        NotSparseError: there are any, and `schedule` demands that there be none.
+        NotSparseError: it had none, and `schedule` demands that it be sparse.
+
+    Warns:
+        UserWarning: the data had single layers keep everything, for which no finished video is thrown away.
     """
     if not dense or not demands(schedule):
         return
     model, layer = dense[0]
     others = f" (and {len(dense) - 1} more)" if len(dense) > 1 else ""
-    raise NotSparseError(
-        f"layer {layer} of {model}{others} ran dense: {schedule.method.name!r} kept every block in each of its calls; "
-        f"let it keep less, make the blocks smaller or the video larger, {ALLOW}"
-    )
+    text = f"layer {layer} of {model}{others} ran dense: {schedule.method.name!r} kept every block in each of its calls"
+    if any_sparse:
+        warnings.warn(text, stacklevel=2)
+        return
+    raise NotSparseError(f"{text}; let it keep less, make the blocks smaller or the video larger, {ALLOW}")

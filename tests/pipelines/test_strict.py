@@ -92,7 +92,7 @@ ALL_KEPT = {
 
 
 @pytest.mark.parametrize("method", ALL_KEPT.values(), ids=ALL_KEPT)
-def test_a_layer_that_kept_every_block_all_run_is_an_error_at_its_end(pipe, render, method) -> None:
+def test_a_run_that_kept_every_block_is_an_error_at_its_end(pipe, render, method) -> None:
     schedule = Schedule(method, dense_layers=(1,), never_slower=False)
     sparsify(pipe, schedule)
     with pytest.raises(NotSparseError, match=rf"layer 0 of transformer ran dense: '{method.name}' kept every block"):
@@ -101,6 +101,15 @@ def test_a_layer_that_kept_every_block_all_run_is_an_error_at_its_end(pipe, rend
     assert torch.equal(render(sparsify(pipe, schedule, strict=False)), render(sparsify(pipe, schedule, strict=False)))
     assert statistics(pipe).dense_calls == {"every block kept": 8, "warm-up": 2, "layer": 10}
     assert statistics(pipe).density == 1
+
+
+def test_a_single_layer_that_kept_every_block_is_a_warning(pipe, render) -> None:
+    schedule = Schedule(SolAttention(block=16), warmup=0, layer_thresholds=(-99.0, 1.0))
+    sparsify(pipe, schedule)
+    with pytest.warns(UserWarning, match="layer 0 of transformer ran dense: 'solattn' kept every block in each"):
+        render(pipe)
+    assert statistics(pipe).dense_calls["every block kept"] > 0
+    assert statistics(pipe).sparse_density < 1
 
 
 def test_a_call_that_kept_every_block_is_counted_and_no_error(pipe, render, monkeypatch) -> None:
