@@ -20,6 +20,7 @@ from dit_sparse.methods.parameters import (
     check_thresholds,
     density_at,
     freeze_lists,
+    is_number,
     skip_threshold,
     threshold_at,
     threshold_name,
@@ -140,13 +141,13 @@ class Schedule:
                 raise ValueError(f"dense_layers must be whole numbers, negative ones from the end, got {layer!r}")
         check_flag("strict", self.strict)
         check_flag("never_slower", self.never_slower)
-        if not (_is_number(self.warmup) and 0 <= self.warmup <= 1):
+        if not (is_number(self.warmup) and 0 <= self.warmup <= 1):
             raise ValueError(f"warmup must be from 0 to 1, got {self.warmup!r}")
         check_method(self.method)
         if self.remainder not in ("method", *REMAINDERS):
             raise ValueError(f"remainder must be one of method, {', '.join(REMAINDERS)}, got {self.remainder!r}")
         for at in self.refresh or ():
-            if not (_is_number(at) and (0 <= at < 1 or (at >= 1 and at == int(at)))):
+            if not (is_number(at) and (0 <= at < 1 or (at >= 1 and at == int(at)))):
                 raise ValueError(f"refresh must be shares below 1, or whole steps from 1 on, got {at!r}")
         self._check_densities()
         if self.skip_factor is not None:
@@ -156,9 +157,9 @@ class Schedule:
                 f"remainder must be 'none' where blocks are skipped, got {self.planned_remainder!r} for "
                 f"{self.method.name!r}: a skipped block leaves nothing; set remainder to none, or the factor to 0"
             )
-        if self.drift is not None and (not _is_number(self.drift) or self.drift < 0):
+        if self.drift is not None and (not is_number(self.drift) or self.drift < 0):
             raise ValueError(f"drift must be a number from 0 on, got {self.drift!r}: 0.1 is a tenth")
-        if not _is_number(self.noise_slope) or self.noise_slope <= 0:
+        if not is_number(self.noise_slope) or self.noise_slope <= 0:
             raise ValueError(f"noise_slope must be a number above 0, got {self.noise_slope!r}")
         if self.drift is not None and self.method.scope not in ("call", "sample"):
             raise ValueError(
@@ -397,7 +398,3 @@ class Schedule:
         parameters = {key: read_parameter(method_class, key, config[key]) for key in of_method & config.keys()}
         options = {key: read_parameter(cls, key, config[key]) for key in own & config.keys()}
         return cls(method_class(**parameters), **options)
-
-
-def _is_number(value: float) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

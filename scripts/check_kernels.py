@@ -28,7 +28,7 @@ from merged_reports import merged_environment
 from torch import Tensor
 
 from dit_sparse.bench.plain import exact_terms, plain_attention
-from dit_sparse.bench.report import environment
+from dit_sparse.bench.report import environment, write_report
 from dit_sparse.kernels import BACKENDS, refusal
 from dit_sparse.kernels.remainder import RemainderTerms
 from dit_sparse.types import REMAINDERS, AttentionPlan, BlockMask, Remainder, TokenOrder
@@ -200,7 +200,7 @@ def main() -> None:
     if options.merge:
         if options.out is None:
             parser.error("--merge needs --out, a JSON file")
-        options.out.write_text(json.dumps(merge(options.merge), indent=2) + "\n")
+        write_report(merge(options.merge), options.out)
         return
     if not torch.cuda.is_available():
         parser.error("this check needs a CUDA device; the tests run the kernels under Triton's interpreter without one")
@@ -232,7 +232,7 @@ def main() -> None:
         numbers = ", ".join(f"{counts[name]} {name}" for name in ("passed", "refused", "undecided"))
         print(f"{backend}: {numbers}, {len(counts['failed'])} failed; ", counts["worst_error"], flush=True)
     if options.out is not None:
-        options.out.write_text(json.dumps({"environment": environment(device), "backends": report}, indent=2) + "\n")
+        write_report({"environment": environment(device), "backends": report}, options.out)
     sys.exit(any(counts["failed"] for counts in report.values()))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,6 +18,7 @@ from rich.table import Table
 from dit_sparse.bench.sections import Row, kernel_rows, least_error_rows, movement_rows, neighborhood_rows, search_rows
 from dit_sparse.bench.shapes import SHAPES
 from dit_sparse.kernels import BACKENDS
+from dit_sparse.partials import replacing
 from dit_sparse.types import REMAINDERS, Remainder
 
 SECTIONS = ("kernels", "neighborhood", "search", "movement")
@@ -153,9 +153,8 @@ def commit() -> str | None:
 
 def write_report(report: dict[str, Any], path: Path) -> None:
     """Write the report as JSON, under a temporary name first."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(report, indent=1) + "\n", "utf-8")
 
 
 def print_table(report: dict[str, Any], console: Console) -> None:

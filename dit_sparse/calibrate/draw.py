@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from dit_sparse.calibrate.describe import describe, kept_blocks, order_name
 from dit_sparse.methods.plan_file import PlanFile
+from dit_sparse.partials import replacing
 from dit_sparse.reorder import AXIS_ORDERS
 
 MARGIN, LINE, MASK = 16, 20, 160
@@ -60,12 +60,8 @@ def save_picture(picture: Image.Image, path: str | os.PathLike[str]) -> None:
     """Write `picture` with a margin as a PNG, through a temporary name."""
     framed = Image.new("RGB", (picture.width + 2 * MARGIN, picture.height + 2 * MARGIN), _PAPER)
     framed.paste(picture, (MARGIN, MARGIN))
-    temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
-    try:
-        framed.save(temporary, format="PNG", optimize=True)
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    with replacing(path) as partial:
+        framed.save(partial, format="PNG", optimize=True)
 
 
 def labelled(picture: Image.Image, text: str) -> Image.Image:

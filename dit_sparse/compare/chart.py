@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -12,6 +11,8 @@ from pathlib import Path
 from xml.sax.saxutils import escape
 
 from PIL import Image, ImageDraw, ImageFont
+
+from dit_sparse.partials import replacing
 
 __all__ = ["INK", "MARKERS", "Axes", "Drawing", "text_width", "ticks"]
 
@@ -94,12 +95,8 @@ class Drawing:
             else:
                 _draw_line(pen, shape)
         small = image.resize((self.width, self.height), Image.Resampling.LANCZOS)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        try:
-            small.save(temporary, format="PNG", optimize=True)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(path) as partial:
+            small.save(partial, format="PNG", optimize=True)
 
     def save_svg(self, path: Path) -> None:
         """Write an SVG, through a temporary name."""
@@ -107,12 +104,8 @@ class Drawing:
         head += f'viewBox="0 0 {self.width} {self.height}" role="img" font-family="Helvetica, Arial, sans-serif">'
         lines = [head, f"<title>{escape(self.title)}</title>", f'<rect width="100%" height="100%" fill="{PAPER}"/>']
         lines += [_svg_text(shape) if isinstance(shape, _Text) else _svg_line(shape) for shape in self.shapes]
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        try:
-            temporary.write_text("\n".join([*lines, "</svg>"]) + "\n", "utf-8")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(path) as partial:
+            partial.write_text("\n".join([*lines, "</svg>"]) + "\n", "utf-8")
 
 
 _CORNERS = {

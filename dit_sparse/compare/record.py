@@ -6,7 +6,6 @@ import csv
 import hashlib
 import io
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 from dit_sparse.bench.report import write_report
 from dit_sparse.compare.cases import Case
 from dit_sparse.compare.summary import summarize
+from dit_sparse.partials import replacing
 
 __all__ = ["CSV", "RECORD", "VERSION", "Record", "read_record"]
 
@@ -169,6 +169,5 @@ def _write_csv(runs: list[dict[str, Any]], path: Path) -> None:
     for run in runs:
         # JSON has no infinity; CSV's readers know "inf".
         writer.writerow(run | {"psnr": "inf" if run["psnr"] is None else run["psnr"]})
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text.getvalue(), "utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as partial:
+        partial.write_text(text.getvalue(), "utf-8")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dit_sparse.course import plan_steps
 from dit_sparse.kernels import sampled_block_mass
 from dit_sparse.methods import AdaSpa
 from dit_sparse.schedule import Schedule
@@ -44,7 +45,7 @@ class SearchAgreement:
         key = self.schedule.key(site)
         if site.step == first - 1:
             self._cached[key] = Previous(None, lse.clone(), site.step)
-        elif site.step == first or (site.step > first and site.step in self.schedule.refresh_steps(site.num_steps)):
+        elif site.step in plan_steps(self.schedule, site.num_steps):
             self._found.setdefault((site.step, site.layer), []).append(self._compare(site, q, k, lse, key))
 
     def _compare(self, site: Site, q: Tensor, k: Tensor, lse: Tensor, key: tuple[Any, ...]) -> Tensor:

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from dit_sparse.generate.config import flag
+
 __all__ = ["FORMATS", "MAX_SEED", "Clip", "Request", "Settings", "clips", "slug"]
 
 FORMATS = ("mp4", "gif", "png")
@@ -75,7 +77,7 @@ class Request:
         for name in ("height", "width", "frames", "steps", "num_samples", "fps"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ValueError(f"{_option(name)} must be at least 1, got {value}")
+                raise ValueError(f"{flag(name)} must be at least 1, got {value}")
         if self.fps is not None and self.fps > _MAX_FPS:
             raise ValueError(f"--fps must be at most {_MAX_FPS}, got {self.fps}")
         if self.guidance is not None and not (math.isfinite(self.guidance) and self.guidance >= 0):
@@ -200,7 +202,3 @@ def slug(text: str, length: int = 60) -> str:
         cut = whole[: length + 1]
         whole = cut[: cut.rfind("-")] if "-" in cut else cut[:length]
     return whole or "prompt"
-
-
-def _option(name: str) -> str:
-    return "--" + name.replace("_", "-")

@@ -183,9 +183,14 @@ def without_density(method: Method) -> Method | None:
     return replace(method, density=None)  # type: ignore[type-var]
 
 
+def is_number(value: Any) -> bool:
+    """Whether `value` is a finite number, which a bool is not."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def check_share(name: str, value: float) -> None:
     """Raise ValueError unless `value` is a number in (0, 1]."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not 0 < value <= 1:
+    if not is_number(value) or not 0 < value <= 1:
         raise ValueError(f"{name} must be above 0 and at most 1, got {value!r}")
 
 

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dit_sparse.methods.plan_header import VERSION, ModelPlans, PlanHeader
+from dit_sparse.partials import replacing
 from dit_sparse.reorder import AXIS_ORDERS, Block, axis_order
 from dit_sparse.types import TokenGrid, TokenOrder
 
@@ -174,12 +175,8 @@ def write_plans(
             checks.append((*others, *map(_crc, parts["blocks"])))
         models[model] = replace(plans, checks=tuple(checks))
     text = replace(header, models=models).to_json()
-    temporary = f"{os.fspath(path)}.{os.getpid()}.tmp"
-    try:
-        save_file(tensors, temporary, metadata={"format": FORMAT, "header": text, "crc32": _text_crc(text)})
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    with replacing(path) as partial:
+        save_file(tensors, partial, metadata={"format": FORMAT, "header": text, "crc32": _text_crc(text)})
 
 
 def axes_of(order: TokenOrder, grid: TokenGrid, block: Block) -> list[str]:

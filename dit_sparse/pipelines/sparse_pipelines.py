@@ -19,6 +19,7 @@ from diffusers import (
 )
 
 from dit_sparse.methods import AdaSpa
+from dit_sparse.partials import replacing
 from dit_sparse.pipelines.sparsify import session_of, sparsify
 from dit_sparse.schedule import Schedule
 from dit_sparse.types import Method
@@ -135,6 +136,5 @@ def read_sidecar(folder: str | os.PathLike[str]) -> Schedule | None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write `value` to `path` through a temporary name."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", "utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", "utf-8")
