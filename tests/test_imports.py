@@ -106,6 +106,7 @@ LATE = {
     "permute_kernel.py",
     "remainder_error_kernels.py",
     "remainder_kernels.py",
+    "routed_kernel.py",
     "score_kernels.py",
     "skip_kernel.py",
     "triton_kernels.py",

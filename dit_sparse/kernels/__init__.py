@@ -28,7 +28,9 @@ from dit_sparse.kernels.permute import permute, restore
 from dit_sparse.kernels.pooled import pooled_blocks
 from dit_sparse.kernels.reference import ReferenceBackend
 from dit_sparse.kernels.remainder_error import remainder_errors
+from dit_sparse.kernels.routing import Route, deviations, routed_plan
 from dit_sparse.kernels.triton_backend import TritonBackend
+from dit_sparse.kernels.triton_routing import routed_attention, routing_refusal
 
 __all__ = [
     "BACKENDS",
@@ -36,6 +38,7 @@ __all__ = [
     "BackendUnavailableError",
     "CountingBackend",
     "Probes",
+    "Route",
     "add_gated",
     "antidiagonal_scores",
     "attend_rows",
@@ -43,6 +46,7 @@ __all__ = [
     "check_remainder",
     "check_skips",
     "dense_attention",
+    "deviations",
     "gelu_tanh_",
     "get_backend",
     "keep_best",
@@ -55,6 +59,9 @@ __all__ = [
     "register",
     "remainder_errors",
     "restore",
+    "routed_attention",
+    "routed_plan",
+    "routing_refusal",
     "sample_rows",
     "sampled_block_mass",
     "scattered_places",

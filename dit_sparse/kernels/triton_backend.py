@@ -13,16 +13,16 @@ from dit_sparse.kernels import triton_skip
 from dit_sparse.kernels.block_sparse import Call, block_sparse, register_launcher
 from dit_sparse.kernels.remainder import RemainderTerms
 from dit_sparse.kernels.triton_launch import broadcast_strides, interpreted, padded, triton_unavailable
-from dit_sparse.types import REMAINDERS, AttentionPlan
+from dit_sparse.types import REMAINDERS, AttentionPlan, BlockGeometry
 
-__all__ = ["TritonBackend"]
+__all__ = ["TritonBackend", "TritonLaunch", "launch_of", "refused_tensors"]
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _LARGEST_DIM = 256
 
 
 @dataclass(frozen=True)
-class _Launch:
+class TritonLaunch:
     """How the kernel is compiled: the tile of queries and of keys, warps and pipeline stages."""
 
     block_m: int
@@ -41,13 +41,7 @@ class TritonBackend:
         return triton_unavailable(device)
 
     def refuses(self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> str | None:
-        if q.dtype not in _DTYPES:
-            return f"dtype must be float32, float16 or bfloat16, got {q.dtype}"
-        if max(q.shape[-1], v.shape[-1]) > _LARGEST_DIM:
-            return f"head_dim must be at most {_LARGEST_DIM}, got {max(q.shape[-1], v.shape[-1])}"
-        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-            return "it has no backward; use torch.no_grad() or 'reference'"
-        return triton_skip.refusal(q, v, plan) if plan.skip_threshold else None
+        return refused_tensors(q, k, v) or (triton_skip.refusal(q, v, plan) if plan.skip_threshold else None)
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan, *, scale: float, return_lse: bool
@@ -60,6 +54,17 @@ class TritonBackend:
         return block_sparse(self.name, q, k, v, plan, scale, return_lse)
 
 
+def refused_tensors(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """Why the kernels cannot take these tensors, whatever the plan; `None` where they can."""
+    if q.dtype not in _DTYPES:
+        return f"dtype must be float32, float16 or bfloat16, got {q.dtype}"
+    if max(q.shape[-1], v.shape[-1]) > _LARGEST_DIM:
+        return f"head_dim must be at most {_LARGEST_DIM}, got {max(q.shape[-1], v.shape[-1])}"
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return "it has no backward; use torch.no_grad() or 'reference'"
+    return None
+
+
 def _launch(call: Call) -> None:
     if call.skipped is not None:
         triton_skip.launch(call)
@@ -69,7 +74,7 @@ def _launch(call: Call) -> None:
     from dit_sparse.kernels.triton_kernels import forward_kernel
 
     q, v, bits = call.q, call.v, call.bits
-    launch = _configuration(call)
+    launch = launch_of(q, v, call.q_blocks, call.k_blocks, bits is not None)
     q_tiles = triton.cdiv(call.q_blocks.largest, launch.block_m)
     k_tiles = triton.cdiv(call.k_blocks.largest, launch.block_n)
     packed = call.counts[..., None, None, None] if bits is None else bits
@@ -109,19 +114,21 @@ def _no_means(call: Call) -> RemainderTerms:
 register_launcher(TritonBackend.name, _launch)
 
 
-def _configuration(call: Call) -> _Launch:
-    """Tiles, warps and stages for a call on its device."""
+def launch_of(
+    q: Tensor, v: Tensor, q_blocks: BlockGeometry, k_blocks: BlockGeometry, partial: bool = False
+) -> TritonLaunch:
+    """Tiles, warps and stages for a call on its device; `partial`: whether blocks are kept in part."""
     if interpreted():
-        return _Launch(min(64, padded(call.q_blocks.largest)), min(32, padded(call.k_blocks.largest)), 4, 1)
-    device = torch.cuda.get_device_properties(call.q.device)
-    sizes = call.q_blocks.largest, call.k_blocks.largest, call.q.shape[-1], call.v.shape[-1]
+        return TritonLaunch(min(64, padded(q_blocks.largest)), min(32, padded(k_blocks.largest)), 4, 1)
+    device = torch.cuda.get_device_properties(q.device)
+    sizes = q_blocks.largest, k_blocks.largest, q.shape[-1], v.shape[-1]
     shared_memory: int = getattr(device, "shared_memory_per_block_optin", device.shared_memory_per_block)
-    return configuration(*sizes, call.q.element_size(), device.major, shared_memory, call.bits is not None)
+    return configuration(*sizes, q.element_size(), device.major, shared_memory, partial)
 
 
 def configuration(
     q_block: int, k_block: int, dim: int, v_dim: int, itemsize: int, major: int, shared_memory: int, partial: bool
-) -> _Launch:
+) -> TritonLaunch:
     """The largest tiles that fit with two stages or more; those for 64 and 128 channels were measured on an H200.
 
     Args:
@@ -144,8 +151,8 @@ def configuration(
     stages = (4, 3, 2) if wide <= 64 else (3, 2) if major >= 9 else (2,)
     for tile_n, num_stages in [*itertools.product(tiles, stages), *((n, 1) for n in tiles)]:
         if _shared_memory(block_m, tile_n, num_stages, dim, v_dim, itemsize, partial) <= shared_memory:
-            return _Launch(block_m, tile_n, 8 if block_m == 128 else 4, num_stages)
-    return _Launch(32, 16, 4, 1)
+            return TritonLaunch(block_m, tile_n, 8 if block_m == 128 else 4, num_stages)
+    return TritonLaunch(32, 16, 4, 1)
 
 
 def _shared_memory(block_m: int, block_n: int, stages: int, dim: int, v_dim: int, itemsize: int, partial: bool) -> int:

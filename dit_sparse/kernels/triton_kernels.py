@@ -74,17 +74,52 @@ def attend_tile(
 
 
 @triton.jit
-def attend_means(
-    q, m, total, tail, acc, keys, values, bias, base, start, num_blocks, k_stride, v_stride, scale,
+def attend_kept(
+    q, m, total, acc, k, v, indices, count, k_offsets, run_start, run_end, k_size, k_stride, v_stride, scale,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
-    UPCAST: tl.constexpr,
+    K_TILES: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """As `attend_tile`, for the means of blocks from `start` on; `tail` is their part of the sum, rescaled with it."""
-    blocks = start + tl.arange(0, BLOCK_N)
-    means = load_tile(keys, blocks, num_blocks, k_stride, D, BLOCK_D, True)
-    own = tl.load(bias + blocks, mask=blocks < num_blocks, other=-float("inf")).to(tl.float32) + base
-    own *= 1.4426950408889634
-    scores = multiply(q, tl.trans(means), UPCAST) * scale + own[None, :]
+    """Running maximum, sum and output after the `count` key blocks of `indices`, which ascend and are kept whole."""
+    # As they ascend, the blocks that need no mask stand together.
+    last = tl.maximum(count - 1, 0)
+    plain_start = 0
+    while (plain_start < count) & (tl.load(indices + tl.minimum(plain_start, last)) < run_start):
+        plain_start += 1
+    plain_end = count
+    while (plain_end > plain_start) & (tl.load(indices + tl.maximum(plain_end - 1, 0)) >= run_end):
+        plain_end -= 1
+    origin = tl.load(k_offsets + run_start) - run_start * k_size
+    first = origin + tl.load(indices + tl.minimum(plain_start, last)) * k_size
+    for i in tl.range(0, (plain_end - plain_start) * K_TILES):
+        # Where the next tile lies is read a step ahead: copies that wait for another load are not pipelined.
+        entry = tl.minimum(plain_start + (i + 1) // K_TILES, last)
+        following = origin + tl.load(indices + entry) * k_size + ((i + 1) % K_TILES) * BLOCK_N
+        m, total, acc = attend_tile(
+            q, m, total, acc, k, v, first, 0, k_stride, v_stride, scale, None,
+            D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, False, False, UPCAST,
+        )  # fmt: skip
+        first = following
+    masked = (plain_start + count - plain_end) * K_TILES
+    for i in tl.range(0, masked):
+        # Those before the run, then those after it.
+        entry = i // K_TILES
+        bound = k_offsets + tl.load(indices + tl.where(entry < plain_start, entry, entry - plain_start + plain_end))
+        m, total, acc = attend_tile(
+            q, m, total, acc, k, v, tl.load(bound) + (i % K_TILES) * BLOCK_N, tl.load(bound + 1), k_stride, v_stride,
+            scale, None, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, True, False, UPCAST,
+        )  # fmt: skip
+    return m, total, acc
+
+
+@triton.jit
+def add_means(
+    scores, m, total, tail, acc, values, blocks, num_blocks, v_stride,
+    DV: tl.constexpr, BLOCK_DV: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Running maximum, sum and output after a tile of block means, whose `scores` have their bias and are in base 2.
+
+    `tail` is the means' part of the sum, rescaled with it.
+    """
     peak = tl.maximum(m, tl.max(scores, 1))
     # A row that has seen no key yet: -inf less -inf would be NaN.
     shift = tl.where(peak == -float("inf"), 0.0, peak)
@@ -94,6 +129,21 @@ def attend_means(
     acc = acc * keep[:, None] + multiply(weights.to(found.dtype), found, UPCAST)
     share = tl.sum(weights, 1)
     return peak, total * keep + share, tail * keep + share, acc
+
+
+@triton.jit
+def attend_means(
+    q, m, total, tail, acc, keys, values, bias, base, start, num_blocks, k_stride, v_stride, scale,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
+    UPCAST: tl.constexpr,
+):  # fmt: skip
+    """As `attend_tile`, for the means of blocks from `start` on."""
+    blocks = start + tl.arange(0, BLOCK_N)
+    means = load_tile(keys, blocks, num_blocks, k_stride, D, BLOCK_D, True)
+    own = tl.load(bias + blocks, mask=blocks < num_blocks, other=-float("inf")).to(tl.float32) + base
+    own *= 1.4426950408889634
+    scores = multiply(q, tl.trans(means), UPCAST) * scale + own[None, :]
+    return add_means(scores, m, total, tail, acc, values, blocks, num_blocks, v_stride, DV, BLOCK_DV, UPCAST)
 
 
 @triton.jit
@@ -166,34 +216,10 @@ def forward_kernel(
 
     count = tl.load(counts + b * c_sb + h * c_sh + block)
     indices += b * i_sb + h * i_sh + block * i_sm
-    # Indices ascend, so the blocks that need no mask stand together.
-    plain_start = 0
-    while (plain_start < count) & (tl.load(indices + tl.minimum(plain_start, tl.maximum(count - 1, 0))) < run_start):
-        plain_start += 1
-    plain_end = count
-    while (plain_end > plain_start) & (tl.load(indices + tl.maximum(plain_end - 1, 0)) >= run_end):
-        plain_end -= 1
-    origin = tl.load(k_offsets + run_start) - run_start * k_size
-    last = tl.maximum(count - 1, 0)
-    first = origin + tl.load(indices + tl.minimum(plain_start, last)) * k_size
-    for i in tl.range(0, (plain_end - plain_start) * K_TILES):
-        # Where the next tile lies is read a step ahead: copies that wait for another load are not pipelined.
-        entry = tl.minimum(plain_start + (i + 1) // K_TILES, last)
-        following = origin + tl.load(indices + entry) * k_size + ((i + 1) % K_TILES) * BLOCK_N
-        m, total, acc = attend_tile(
-            queries, m, total, acc, k, v, first, 0, k_sn, v_sn, scale, None,
-            D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, False, False, UPCAST,
-        )  # fmt: skip
-        first = following
-    masked = (plain_start + count - plain_end) * K_TILES
-    for i in tl.range(0, masked):
-        # Those before the run, then those after it.
-        entry = i // K_TILES
-        bound = k_offsets + tl.load(indices + tl.where(entry < plain_start, entry, entry - plain_start + plain_end))
-        m, total, acc = attend_tile(
-            queries, m, total, acc, k, v, tl.load(bound) + (i % K_TILES) * BLOCK_N, tl.load(bound + 1), k_sn, v_sn,
-            scale, None, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, True, False, UPCAST,
-        )  # fmt: skip
+    m, total, acc = attend_kept(
+        queries, m, total, acc, k, v, indices, count, k_offsets, run_start, run_end, k_size, k_sn, v_sn, scale,
+        D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, K_TILES, UPCAST,
+    )  # fmt: skip
     if PARTIAL:
         partial = tl.load(partial_counts + b * pc_sb + h * pc_sh + block)
         partial_indices += b * pi_sb + h * pi_sh + block * pi_sm

@@ -6,13 +6,14 @@ Source: Sol-Attn, arXiv 2607.24027.
 from __future__ import annotations
 
 import math
+import weakref
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from dit_sparse.kernels import pooled_blocks
+from dit_sparse.kernels import Route, deviations, routed_plan
 from dit_sparse.masks import heaviest_blocks, keep_text, text_blocks
 from dit_sparse.methods.any_grid import AnyGrid
 from dit_sparse.methods.description import Description
@@ -71,28 +72,39 @@ class SolAttention(AnyGrid):
         """The order along the curve."""
         return morton_once(grid, self.block, device)
 
+    def route(self, grid: TokenGrid, device: torch.device) -> Route | None:
+        """What a kernel that finds the blocks itself goes by; `None` with a density, which compares the rows too."""
+        if self.density is not None:
+            return None
+        order = self.shared_order(grid, device)
+        return Route(order, *_forced(order, grid), self.tau)
+
     def plan(self, q: Tensor, k: Tensor, v: Tensor, site: Site, previous: Previous | None) -> AttentionPlan:
         """Plan from the block means of `q, k` `[B, H, N, D]`, which stand along the curve where `site.in_order`."""
-        grid, order = site.grid, self.shared_order(site.grid, q.device)
+        order = self.shared_order(site.grid, q.device)
         if not site.in_order:
             q, k = order.permute(q), order.permute(k)
-        q_means, k_means = (pooled_blocks(x, order.offsets).float() for x in (q, k))
-        apart = _deviations(q_means @ k_means.transpose(-1, -2), text_blocks(grid, order.offsets)[0, 0])
-        number = torch.arange(order.num_blocks, device=q.device)
-        near = (number[:, None] - number).abs() <= 1
-        if self.density is None:
-            kept = keep_text((apart > self.tau) | near, grid, order.offsets, order.offsets)
-        else:
-            # Exponentials rank as the deviations do, and none is negative.
-            weights = apart.clamp(max=80.0).exp().masked_fill(near, math.inf)
-            kept = heaviest_blocks(weights, self.density, order.offsets, grid)
+        route = self.route(site.grid, q.device)
+        if route is not None:
+            return routed_plan(q, k, route, self.own_remainder)
+        assert self.density is not None
+        forced, counted = _forced(order, site.grid)
+        # Exponentials rank as the deviations do, and none is negative.
+        weights = deviations(q, k, order, counted).clamp(max=80.0).exp().masked_fill(forced, math.inf)
+        kept = heaviest_blocks(weights, self.density, order.offsets, site.grid)
         return AttentionPlan.from_kept(order, kept, remainder=self.own_remainder)
 
 
-def _deviations(scores: Tensor, is_text: Tensor) -> Tensor:
-    """`scores` `[B, H, M, M]` less the mean of their row over the video, in its standard deviations."""
-    counted = (~is_text).to(scores.dtype)
-    count = counted.sum()
-    apart = scores - (scores * counted).sum(-1, keepdim=True) / count
-    deviation = ((apart.square() * counted).sum(-1, keepdim=True) / count).sqrt()
-    return apart / deviation.clamp_min(torch.finfo(scores.dtype).tiny)
+_known: weakref.WeakKeyDictionary[TokenOrder, dict[TokenGrid, tuple[Tensor, Tensor]]] = weakref.WeakKeyDictionary()
+
+
+def _forced(order: TokenOrder, grid: TokenGrid) -> tuple[Tensor, Tensor]:
+    """`[1, 1, M, M]` bool, a block's neighbours, itself and text, and `[1, 1, M]` bool, the video's; made once."""
+    known = _known.setdefault(order, {})
+    if grid not in known:
+        with torch.inference_mode(False):
+            number = torch.arange(order.num_blocks, device=order.index.device)
+            near = (number[:, None] - number).abs() <= 1
+            forced = keep_text(near[None, None], grid, order.offsets, order.offsets)
+            known[grid] = forced, ~text_blocks(grid, order.offsets)
+    return known[grid]

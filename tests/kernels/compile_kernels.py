@@ -21,6 +21,7 @@ from dit_sparse.kernels import (
     output_error_kernel,
     remainder_error_kernels,
     remainder_kernels,
+    routed_kernel,
     skip_kernel,
     triton_kernels,
 )
@@ -67,6 +68,16 @@ def skipping(job: dict):
         BLOCK_N=job["block_n"], PARTIAL=job["partial"], RETURN_LSE=True, UPCAST=False,
     )  # fmt: skip
     return triton_source(skip_kernel.skip_kernel, constants, job), options_of(job)
+
+
+def routing(job: dict):
+    constants = dict(
+        D=job["dim"], DV=job["dim"], BLOCK_D=job["padded"], BLOCK_DV=job["padded"], BLOCK_M=job["block_m"],
+        BLOCK_N=job["block_n"], K_TILES=1, TILE=64, MEANS=True, UPCAST=False,
+    )  # fmt: skip
+    special = dict.fromkeys(("square_k", "square_q", "needed"), "*fp32")
+    special |= {"forced": "*u8", "pairs": "*i32", "limit": "fp32"}
+    return triton_source(routed_kernel.routed_kernel, constants, job, special), options_of(job)
 
 
 def moments(job: dict):
@@ -190,6 +201,7 @@ def racing(program: str) -> bool:
 def report(job: dict) -> dict:
     kinds = {"triton": portable, "moments": moments, "errors": errors, "changes": changes, "hopper": hopper}
     kinds |= {"weights": weights, "shares": shares, "choice": choice, "search": search, "skip": skipping}
+    kinds |= {"routing": routing}
     source, options = kinds[job["kernel"]](job)
     log = io.StringIO()
     with contextlib.redirect_stdout(log):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -98,6 +99,15 @@ def test_the_kernel_that_skips_fits(compile_kernels) -> None:
         jobs.append(
             dict(kernel="skip", target=target, dtype=dtype, dim=dim, padded=padded(dim), partial=partial, **own)
         )
+    assert_fit(jobs, compile_kernels(jobs))
+
+
+def test_the_kernel_that_routes_fits(compile_kernels) -> None:
+    jobs = []
+    for target, block, dtype in ((80, 64, "bf16"), (90, 128, "bf16"), (120, 64, "fp16")):
+        launch = configuration(block, block, 128, 128, 2, target // 10, LIMITS[target], False)
+        own = dict(zip(("block_m", "block_n", "warps", "stages"), dataclasses.astuple(launch), strict=True))
+        jobs.append(dict(kernel="routing", target=target, dtype=dtype, dim=128, padded=128, **own))
     assert_fit(jobs, compile_kernels(jobs))
 
 
