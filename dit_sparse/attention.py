@@ -7,8 +7,8 @@ from typing import Literal, cast, overload
 import torch
 from torch import Tensor
 
-from dit_sparse.kernels import Backend, CountingBackend, permute, restore, select
-from dit_sparse.types import AttentionPlan
+from dit_sparse.kernels import Backend, CountingBackend, Route, permute, restore, routed_attention, select
+from dit_sparse.types import AttentionPlan, Remainder
 
 
 @overload
@@ -116,6 +116,17 @@ def attend(
         return sparse_attention(q, k, v, plan, backend=chosen, in_order=in_order), chosen.name, None
     out, skipped = skipping_attention(q, k, v, plan, backend=chosen, in_order=in_order)
     return out, chosen.name, skipped.sum(-1)
+
+
+def attend_routed(
+    q: Tensor, k: Tensor, v: Tensor, route: Route, remainder: Remainder, in_order: bool
+) -> tuple[Tensor, AttentionPlan]:
+    """`routed_attention` of `q, k, v` `[B, H, N, D]`, which stand in the order of `route` or in the sequence's own."""
+    if in_order:
+        return routed_attention(q, k, v, route, remainder)
+    q, k, v = permute(route.order, q, k, v)
+    out, plan = routed_attention(q, k, v, route, remainder)
+    return restore(route.order, out)[0], plan
 
 
 def _attend(

@@ -157,6 +157,11 @@ class Schedule:
                 f"remainder must be 'none' where blocks are skipped, got {self.planned_remainder!r} for "
                 f"{self.method.name!r}: a skipped block leaves nothing; set remainder to none, or the factor to 0"
             )
+        if self.skips and self.routes:
+            raise ValueError(
+                f"skip_factor must be 0 where blocks are routed in the kernel, got {self.skip_factor:g} and in_kernel; "
+                "leave one of them out"
+            )
         if self.drift is not None and (not is_number(self.drift) or self.drift < 0):
             raise ValueError(f"drift must be a number from 0 on, got {self.drift!r}: 0.1 is a tenth")
         if not is_number(self.noise_slope) or self.noise_slope <= 0:
@@ -300,6 +305,11 @@ class Schedule:
         thresholds = self.layer_thresholds or ()
         methods = [with_threshold(self.method, value) for value in thresholds] or [self.method]
         return any(getattr(method, "own_skip_factor", 0) for method in methods)
+
+    @property
+    def routes(self) -> bool:
+        """Whether a kernel finds the method's blocks as it attends, so that nothing is planned before."""
+        return getattr(self.method, "in_kernel", False)
 
     def finish(self, plan: AttentionPlan) -> AttentionPlan:
         """What a method planned, with the remainder and the skipping that this schedule asks for."""

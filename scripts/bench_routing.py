@@ -1,4 +1,4 @@
-"""Time Sol-Attn with its blocks planned first, by a map of scores, against the kernel that finds them as it attends.
+"""Time and memory of Sol-Attn with its blocks planned first, by a map of scores, or found in the kernel as it attends.
 
     python scripts/bench_routing.py --out routing.json          # on a GPU
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -30,7 +30,10 @@ BACKENDS = ("hopper", "triton")
 
 @dataclass(frozen=True)
 class Row:
-    """One way to compute; `ms` counts its planning, `plan_ms` is the planning alone where there is one."""
+    """One way to compute; `ms` counts its planning, `plan_ms` is the planning alone where there is one.
+
+    `mib` is the most memory that a call took, its output counted.
+    """
 
     shape: str
     block: int
@@ -39,6 +42,7 @@ class Row:
     ms: float
     over_dense: float
     relative_error: float
+    mib: float
     plan_ms: float | None = None
 
 
@@ -56,7 +60,7 @@ def inputs(name: str, block: int, device: torch.device) -> list[Tensor]:
 
 def tau_for(q: Tensor, k: Tensor, route: Route, density: float) -> float:
     """The limit above which `density` of all blocks are, by a sample of them."""
-    apart = deviations(q, k, route.order, route.counted).flatten()
+    apart = deviations(q, k, route).flatten()
     sample = apart[torch.randint(0, len(apart), (1 << 22,), device=q.device)].sort().values
     return float(sample[-round(density * len(sample))])
 
@@ -64,10 +68,10 @@ def tau_for(q: Tensor, k: Tensor, route: Route, density: float) -> float:
 def measure(name: str, block: int, densities: Sequence[float], device: torch.device, rounds: int) -> list[Row]:
     grid = TokenGrid(1, 1, SHAPES[name].tokens)  # along a line a Morton curve leaves the tokens where they are
     q, k, v = inputs(name, block, device)
-    route = SolAttention(block=block).route(grid, device)
+    route = SolAttention(block=block, in_kernel=True).route(grid, device)
     assert route is not None
     taus = [tau_for(q, k, route, density) for density in densities]
-    return [row for tau in taus for row in _measure(name, block, [q, k, v], route._replace(tau=tau), rounds)]
+    return [row for tau in taus for row in _measure(name, block, [q, k, v], replace(route, tau=tau), rounds)]
 
 
 def _measure(name: str, block: int, tensors: list[Tensor], route: Route, rounds: int) -> list[Row]:
@@ -90,23 +94,32 @@ def _measure(name: str, block: int, tensors: list[Tensor], route: Route, rounds:
         "hopper": lambda _: planned("hopper"),
         "triton": lambda _: planned("triton"),
     }
+    taken = {way: _memory(call) for way, call in calls.items()}
     times = in_turns(calls, rounds)
     return [
         Row(
-            name, block, kept[way], way, times[way], times[way] / times["dense"], error,
+            name, block, kept[way], way, times[way], times[way] / times["dense"], error, taken[way],
             times["plan"] if way in BACKENDS else None,
         )
         for way, error in errors.items()
     ]  # fmt: skip
 
 
+def _memory(call: Call) -> float:
+    """MiB that a call takes at most."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call(0)
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
 def table(rows: Sequence[Row]) -> Table:
     out = Table()
-    for column in ("shape", "block", "density", "way", "ms", "of which the plan", "x dense", "relative error"):
+    for column in ("shape", "block", "density", "way", "ms", "of which the plan", "x dense", "MiB", "relative error"):
         out.add_column(column, justify="left" if column in ("shape", "way") else "right")
     for row in rows:
         planned = "" if row.plan_ms is None else f"{row.plan_ms:.2f}"
-        numbers = f"{row.ms:.2f}", planned, f"{row.over_dense:.3f}", f"{row.relative_error:.1e}"
+        numbers = f"{row.ms:.2f}", planned, f"{row.over_dense:.3f}", f"{row.mib:.0f}", f"{row.relative_error:.1e}"
         out.add_row(row.shape, str(row.block), f"{row.density:.3f}", row.way, *numbers)
     return out
 
@@ -128,7 +141,7 @@ def main() -> None:
             report = {"environment": environment(device), "rounds": options.rounds, "rows": [asdict(r) for r in rows]}
             if options.out is not None:
                 write_report(report, options.out)
-    Console(width=110).print(table(rows))
+    Console(width=120).print(table(rows))
 
 
 if __name__ == "__main__":

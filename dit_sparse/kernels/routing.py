@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -16,7 +17,8 @@ from dit_sparse.types import AttentionPlan, Remainder, TokenOrder
 __all__ = ["Route", "deviations", "routed_plan", "row_moments"]
 
 
-class Route(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Route:
     """What decides which blocks are kept.
 
     Args:
@@ -30,6 +32,13 @@ class Route(NamedTuple):
     forced: Tensor
     counted: Tensor
     tau: float
+
+    @cached_property
+    def words(self) -> Tensor:
+        """`[1, 1, M, ceil(M/32)]` int32: `forced` a bit a block, lowest first."""
+        padded = torch.nn.functional.pad(self.forced, (0, -self.forced.shape[-1] % 32)).unflatten(-1, (-1, 32))
+        bits = torch.arange(32, dtype=torch.int32, device=padded.device)
+        return (padded.int() << bits).sum(-1, dtype=torch.int32)
 
 
 def row_moments(q_means: Tensor, k_means: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,22 +59,27 @@ def row_moments(q_means: Tensor, k_means: Tensor, counted: Tensor) -> tuple[Tens
     return (q_means * middle).sum(-1), variance.clamp_min(0.0).sqrt()
 
 
-def deviations(q: Tensor, k: Tensor, order: TokenOrder, counted: Tensor) -> Tensor:
+def deviations(q: Tensor, k: Tensor, route: Route) -> Tensor:
     """How many standard deviations each block's score is above the mean of its row, `[B, H, M, M]` float32.
 
     A score is the product of a query and a key block's means.
 
     Args:
-        q, k: `[B, H, N, D]` in `order`.
-        order, counted: as in `Route`.
+        q, k: `[B, H, N, D]` in the order of `route`.
+        route: its order, and which blocks count.
     """
-    q_means, k_means = (pooled_blocks(x, order.offsets).float() for x in (q, k))
-    mean, deviation = row_moments(q_means, k_means, counted)
-    scores = q_means @ k_means.transpose(-1, -2)
+    scores, mean, deviation = _scores(q, k, route)
     return (scores - mean[..., None]) / deviation.clamp_min(torch.finfo(scores.dtype).tiny)[..., None]
 
 
 def routed_plan(q: Tensor, k: Tensor, route: Route, remainder: Remainder = "mean") -> AttentionPlan:
     """The plan that keeps what `route` says of `q, k` `[B, H, N, D]`, which stand in its order."""
-    kept = route.forced | (deviations(q, k, route.order, route.counted) > route.tau)
+    scores, mean, deviation = _scores(q, k, route)
+    kept = route.forced | (scores > (mean + route.tau * deviation)[..., None])
     return AttentionPlan.from_kept(route.order, kept, remainder=remainder)
+
+
+def _scores(q: Tensor, k: Tensor, route: Route) -> tuple[Tensor, Tensor, Tensor]:
+    """The score of each pair of blocks, `[B, H, M, M]`, and mean and deviation of each row, `[B, H, M]`."""
+    q_means, k_means = (pooled_blocks(x, route.order.offsets).float() for x in (q, k))
+    return q_means @ k_means.transpose(-1, -2), *row_moments(q_means, k_means, route.counted)

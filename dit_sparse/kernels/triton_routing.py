@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dit_sparse.kernels.block_layout import BlockLayout
-from dit_sparse.kernels.moments import block_moments
+from dit_sparse.kernels.moments import Moments, block_moments
 from dit_sparse.kernels.remainder import LARGEST_SPREAD
 from dit_sparse.kernels.routing import Route, row_moments
 from dit_sparse.kernels.triton_backend import TritonLaunch, launch_of, refused_tensors
@@ -22,21 +22,47 @@ from dit_sparse.kernels.triton_launch import (
 )
 from dit_sparse.types import AttentionPlan, BlockMask, Remainder
 
-__all__ = ["routed_attention", "routing_refusal"]
+__all__ = ["check_routing", "routed_attention", "routing_refusal"]
 
-_TILE = 64  # means at a time
+_TILE = 64
+
+
+def check_routing(backend: str, remainder: Remainder, device: torch.device | None = None) -> None:
+    """Whether blocks may be routed in the kernel under such a schedule; for callers who want to know before a run.
+
+    Args:
+        backend: what was asked for.
+        remainder: of the plans.
+        device: where it will run, if it is known.
+
+    Raises:
+        ValueError: another backend or remainder than the kernel's, or a device that it does not run on.
+    """
+    reason = _refused_remainder(remainder)
+    if backend not in ("auto", "triton"):
+        reason = f"backend must be 'auto' or 'triton', got {backend!r}"
+    if device is not None:
+        reason = reason or triton_unavailable(device)
+    if reason is not None:
+        raise _refused(reason)
+
+
+def _refused(reason: str) -> ValueError:
+    return ValueError(f"blocks cannot be routed in the kernel: {reason}; set in_kernel to False to plan them first")
+
+
+def _refused_remainder(remainder: Remainder) -> str | None:
+    return None if remainder in ("none", "mean") else f"remainder must be 'none' or 'mean', got {remainder!r}"
 
 
 def routing_refusal(q: Tensor, k: Tensor, v: Tensor, route: Route, remainder: Remainder) -> str | None:
     """Why `routed_attention` cannot compute this call; `None` where it can."""
-    if remainder not in ("none", "mean"):
-        return f"remainder must be 'none' or 'mean' where blocks are routed in the kernel, got {remainder!r}"
-    lacks = triton_unavailable(q.device) or refused_tensors(q, k, v)
+    lacks = _refused_remainder(remainder) or triton_unavailable(q.device) or refused_tensors(q, k, v)
     if lacks is not None:
         return lacks
     largest, most = route.order.geometry.largest, _tiles(q, v, route).block_m
     if largest > most:
-        return f"blocks must be at most {most} tokens, a tile, where they are routed in the kernel, got {largest}"
+        return f"blocks must be at most {most} tokens, one tile, got {largest}"
     return None
 
 
@@ -60,23 +86,42 @@ def routed_attention(
     """
     reason = routing_refusal(q, k, v, route, remainder)
     if reason is not None:
-        raise ValueError(f"blocks cannot be routed in the kernel: {reason}")
+        raise _refused(reason)
     q, k, v = (rows_of(x) for x in (q, k, v))
     layout = BlockLayout(route.order.offsets, route.order.geometry, q.shape[2])
     queries, keys = block_moments(q, layout, centred=False), block_moments(k, layout, v, rounded=True)
     assert keys.rounded is not None
     assert keys.v_rounded is not None
     mean, deviation = row_moments(queries.mean, keys.rounded.float(), route.counted)
-    needed = mean + route.tau * deviation
-    counts, pairs = torch.empty_like(needed, dtype=torch.int32), torch.empty_like(needed, dtype=torch.int32)
+    means = keys.rounded, keys.v_rounded, mean + route.tau * deviation
+    counts, pairs = torch.empty_like(mean, dtype=torch.int32), torch.empty_like(mean, dtype=torch.int32)
     indices = counts.new_empty(*counts.shape, counts.shape[-1])
+    lists = counts, pairs, indices, torch.empty_like(indices, dtype=torch.uint8)
     out = torch.empty_like(q) if q.shape[-1] == v.shape[-1] else q.new_empty(*q.shape[:-1], v.shape[-1])
-    moments = keys.rounded, keys.square, keys.v_rounded, queries.square, needed
     with on_device_of(q):
-        _launch(q, k, v, out, moments, route, (counts, pairs, indices), remainder == "mean")
+        pooled = route.words if remainder == "none" else _pooled(queries, keys, route.words, q.shape[-1] ** -0.5)
+        _launch(q, k, v, out, means, route, pooled, lists, remainder == "mean")
     offsets = route.order.offsets
     mask = BlockMask(counts, indices, offsets, offsets, kept_pairs=pairs.sum(-1, dtype=torch.float64))
+    mask.__dict__["full_blocks"] = lists[3].view(torch.bool)  # known already; making it of the lists takes a scatter
     return out, AttentionPlan(route.order, route.order, mask, remainder)
+
+
+def _pooled(queries: Moments, keys: Moments, forced: Tensor, scale: float) -> Tensor:
+    """`[B, H, M, ceil(M/32)]` int32, a bit for each block that is not `forced` and whose mean may stand in."""
+    from dit_sparse.kernels.routed_kernel import pooled_kernel
+
+    batch, heads, blocks, dim = queries.square.shape
+    words = -(-blocks // 32)
+    found = torch.empty(batch, heads, blocks, words, dtype=torch.int32, device=queries.square.device)
+    rows = 16 if interpreted() else 64
+    pooled_kernel[-(-blocks // rows) * words, heads, batch](
+        queries.square, keys.square, forced, found, *queries.square.stride()[:3], *keys.square.stride()[:3],
+        *broadcast_strides(forced), forced.stride(2), *found.stride()[:3], blocks, blocks, words,
+        LARGEST_SPREAD / (scale * scale / 2),
+        D=dim, BLOCK_D=padded(dim), BLOCK_M=rows, UPCAST=interpreted(), num_warps=4, num_stages=1,
+    )  # fmt: skip
+    return found
 
 
 def _launch(
@@ -84,30 +129,32 @@ def _launch(
     k: Tensor,
     v: Tensor,
     out: Tensor,
-    moments: tuple[Tensor, ...],
+    means: tuple[Tensor, ...],
     route: Route,
+    pooled: Tensor,
     lists: tuple[Tensor, ...],
-    means: bool,
+    attends_to_means: bool,
 ) -> None:
-    """Fill `out` and `lists`; `moments` and `lists` stand in the order of the kernel's arguments."""
+    """Fill `out` and `lists`; `means` and `lists` stand in the order of the kernel's arguments."""
     from dit_sparse.kernels.routed_kernel import routed_kernel
 
-    mean_k, _, mean_v, square_q, needed = moments
-    counts, _, indices = lists
-    offsets, forced = route.order.offsets.contiguous(), route.forced.contiguous().view(torch.uint8)
+    mean_k, mean_v, needed = means
+    counts, _, indices, _ = lists
+    offsets, words = route.order.offsets.contiguous(), route.words
+    sizes = offsets.diff(dim=-1)
     blocks, tiles = route.order.geometry, _tiles(q, v, route)
     # The even run fills its tiles only where tiles divide the blocks.
     run = blocks[1:] if blocks.largest % tiles.block_n == 0 else (0, 0)
-    scale = q.shape[-1] ** -0.5
     routed_kernel[counts.shape[-1], q.shape[1], q.shape[0]](
-        q, k, v, out, *moments, forced, offsets, offsets, *lists,
-        *(stride for x in (q, k, v, out, mean_k, mean_v, square_q) for stride in x.stride()[:3]),
-        *needed.stride()[:2], *broadcast_strides(forced), forced.stride(2), *broadcast_strides(offsets),
-        *broadcast_strides(offsets), *counts.stride()[:2], *indices.stride()[:3], *run, blocks.largest,
-        counts.shape[-1], scale * math.log2(math.e), LARGEST_SPREAD / (scale * scale / 2),
+        q, k, v, out, *means, sizes, words, pooled, offsets, offsets, *lists,
+        *(stride for x in (q, k, v, out, mean_k, mean_v) for stride in x.stride()[:3]),
+        *needed.stride()[:2], *broadcast_strides(sizes), *broadcast_strides(words), words.stride(2),
+        *broadcast_strides(pooled), pooled.stride(2), *broadcast_strides(offsets), *broadcast_strides(offsets),
+        *counts.stride()[:2], *indices.stride()[:3], *run, blocks.largest, counts.shape[-1],
+        q.shape[-1] ** -0.5 * math.log2(math.e),
         D=q.shape[-1], DV=v.shape[-1], BLOCK_D=padded(q.shape[-1]), BLOCK_DV=padded(v.shape[-1]),
         BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, K_TILES=-(-blocks.largest // tiles.block_n),
-        TILE=min(_TILE, tiles.block_n), MEANS=means, UPCAST=interpreted(),
+        TILE=min(_TILE, tiles.block_n), MEANS=attends_to_means, UPCAST=interpreted(),
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
 

@@ -33,12 +33,18 @@ class SolAttention(AnyGrid):
     The control is `tau`; the density that it comes to is in the statistics. With `density` each head keeps the blocks
     that stand out most, whatever their row, so that it is met.
 
-    Differs from the paper: scores are made once and written down, instead of in the kernel of every step; the variance
-    is exact, instead of by the diagonal of the second moments; a block whose keys lie too far apart for a mean leaves
-    nothing; the paper's dense steps (10 of 50) and dense first layer are the schedule's.
+    With `in_kernel` a Triton kernel finds the blocks as it attends, as the paper's does: one tile of scores says which
+    are kept and is what the means of the others attend by, and no map of blocks x blocks scores is written. It keeps
+    the same blocks, but for rounding. It needs a GPU from compute capability 8.0 on, blocks of at most one tile, and
+    the remainder "mean" or "none".
+
+    Differs from the paper: without `in_kernel`, the default because it is faster where the "hopper" backend runs,
+    scores are made first and written down; the variance is exact, instead of by the diagonal of the second moments; a
+    block whose keys lie too far apart for a mean leaves nothing; the paper's dense steps (10 of 50) and dense first
+    layer are the schedule's.
 
     Raises:
-        ValueError: a `tau` that is no number, a density outside (0, 1], or a block below 1.
+        ValueError: a `tau` that is no number, a density outside (0, 1] or beside `in_kernel`, or a block below 1.
     """
 
     tau: float = field(default=1.0, metadata={"help": "standard deviations above the mean score of a row"})
@@ -46,6 +52,9 @@ class SolAttention(AnyGrid):
         default=None, metadata={"help": "share of query-key pairs computed, in place of tau; none: tau decides"}
     )
     block: int = field(default=64, metadata={"help": "tokens a block"})
+    in_kernel: bool = field(
+        default=False, metadata={"help": "find the blocks in the kernel (Triton), without maps; false: plan them first"}
+    )
 
     name: ClassVar[str] = "solattn"
     version: ClassVar[int] = 1
@@ -54,7 +63,7 @@ class SolAttention(AnyGrid):
         order="Morton curve",
         score="product of block means, in standard deviations of its row",
         selection="above a threshold, or the largest of a head by density; neighbours and text kept; the rest as means",
-        differs="scores are made once a plan instead of in the kernel; exact variance",
+        differs="scores are made first unless in_kernel says otherwise; exact variance",
     )
     control: ClassVar[str] = "tau"
     scope: ClassVar[Scope] = "call"
@@ -67,44 +76,44 @@ class SolAttention(AnyGrid):
         check_block("block", self.block)
         if isinstance(self.tau, bool) or not isinstance(self.tau, (int, float)) or not math.isfinite(self.tau):
             raise ValueError(f"tau must be a number, got {self.tau!r}: 1 is the paper's")
+        if self.in_kernel and self.density is not None:
+            raise ValueError(
+                f"density must be none with in_kernel, got {self.density:g}: the kernel knows one row at a time; use "
+                "tau, or in_kernel=False"
+            )
 
     def shared_order(self, grid: TokenGrid, device: torch.device) -> TokenOrder:
         """The order along the curve."""
         return morton_once(grid, self.block, device)
 
     def route(self, grid: TokenGrid, device: torch.device) -> Route | None:
-        """What a kernel that finds the blocks itself goes by; `None` with a density, which compares the rows too."""
-        if self.density is not None:
-            return None
-        order = self.shared_order(grid, device)
-        return Route(order, *_forced(order, grid), self.tau)
+        """What the kernel goes by that finds the blocks itself; `None` where they are planned first."""
+        return _route(self.shared_order(grid, device), grid, self.tau) if self.in_kernel else None
 
     def plan(self, q: Tensor, k: Tensor, v: Tensor, site: Site, previous: Previous | None) -> AttentionPlan:
         """Plan from the block means of `q, k` `[B, H, N, D]`, which stand along the curve where `site.in_order`."""
-        order = self.shared_order(site.grid, q.device)
+        grid, order = site.grid, self.shared_order(site.grid, q.device)
         if not site.in_order:
             q, k = order.permute(q), order.permute(k)
-        route = self.route(site.grid, q.device)
-        if route is not None:
+        route = _route(order, grid, self.tau)
+        if self.density is None:
             return routed_plan(q, k, route, self.own_remainder)
-        assert self.density is not None
-        forced, counted = _forced(order, site.grid)
         # Exponentials rank as the deviations do, and none is negative.
-        weights = deviations(q, k, order, counted).clamp(max=80.0).exp().masked_fill(forced, math.inf)
-        kept = heaviest_blocks(weights, self.density, order.offsets, site.grid)
+        weights = deviations(q, k, route).clamp(max=80.0).exp().masked_fill(route.forced, math.inf)
+        kept = heaviest_blocks(weights, self.density, order.offsets, grid)
         return AttentionPlan.from_kept(order, kept, remainder=self.own_remainder)
 
 
-_known: weakref.WeakKeyDictionary[TokenOrder, dict[TokenGrid, tuple[Tensor, Tensor]]] = weakref.WeakKeyDictionary()
+_known: weakref.WeakKeyDictionary[TokenOrder, dict[tuple[TokenGrid, float], Route]] = weakref.WeakKeyDictionary()
 
 
-def _forced(order: TokenOrder, grid: TokenGrid) -> tuple[Tensor, Tensor]:
-    """`[1, 1, M, M]` bool, a block's neighbours, itself and text, and `[1, 1, M]` bool, the video's; made once."""
+def _route(order: TokenOrder, grid: TokenGrid, tau: float) -> Route:
+    """A block's neighbours, itself and text are kept whatever they score; text does not count. Made once."""
     known = _known.setdefault(order, {})
-    if grid not in known:
+    if (grid, tau) not in known:
         with torch.inference_mode(False):
             number = torch.arange(order.num_blocks, device=order.index.device)
             near = (number[:, None] - number).abs() <= 1
             forced = keep_text(near[None, None], grid, order.offsets, order.offsets)
-            known[grid] = forced, ~text_blocks(grid, order.offsets)
-    return known[grid]
+            known[grid, tau] = Route(order, forced, ~text_blocks(grid, order.offsets), tau)
+    return known[grid, tau]

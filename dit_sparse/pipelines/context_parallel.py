@@ -155,8 +155,8 @@ def check_spread(transformer: Any, schedule: Schedule) -> None:
     """Whether `schedule` can be followed on the ranks that share a sequence of `transformer`; where none do, it can.
 
     Raises:
-        ValueError: a refresh by drift, or in a ring a remainder, skipped blocks, or a plan of the data with more ranks
-            than heads.
+        ValueError: a refresh by drift, blocks routed in the kernel, or in a ring a remainder, skipped blocks, or a plan
+            of the data with more ranks than heads.
     """
     own = context_config(transformer)
     if own is None:
@@ -165,6 +165,8 @@ def check_spread(transformer: Any, schedule: Schedule) -> None:
         raise ValueError(
             f"drift must be none on several ranks, got {schedule.drift}: each would go by its own heads; use refresh"
         )
+    if schedule.routes:
+        raise ValueError("in_kernel must be False on several ranks, got True: plans are told to all of them first")
     if own.ring_degree == 1:
         return
     check_remainder(schedule.planned_remainder)

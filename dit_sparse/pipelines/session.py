@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple, NoReturn, Self
@@ -11,8 +10,9 @@ from typing import Any, NamedTuple, NoReturn, Self
 import torch
 from torch import Tensor
 
+from dit_sparse.attention import attend_routed
 from dit_sparse.course import plans_after
-from dit_sparse.kernels import dense_attention
+from dit_sparse.kernels import check_routing, dense_attention
 from dit_sparse.parallel import ContextParallel
 from dit_sparse.pipelines.drift import DriftMeter
 from dit_sparse.pipelines.engine import Engine, OneDevice
@@ -22,16 +22,9 @@ from dit_sparse.pipelines.installed import dense_transformers
 from dit_sparse.pipelines.judge import Judge
 from dit_sparse.pipelines.layout import Group, Layout
 from dit_sparse.pipelines.statistics import CHANGED, EVERY_BLOCK, CallRecord, RunStatistics, Stopwatch
-from dit_sparse.pipelines.strict import (
-    ALLOW,
-    NotSparseError,
-    check_inside_run,
-    check_layers,
-    check_plan,
-    demands,
-)
+from dit_sparse.pipelines.strict import Warner, check_inside_run, check_layers, check_plan
 from dit_sparse.schedule import Decision, Schedule
-from dit_sparse.types import AttentionPlan, PackedPlan, Previous, Site, TokenGrid, TokenOrder
+from dit_sparse.types import AttentionPlan, Method, PackedPlan, Previous, Site, TokenGrid, TokenOrder
 
 DenseAttention = Callable[[], Tensor]
 PlanListener = Callable[[Site, AttentionPlan], None]
@@ -91,7 +84,7 @@ class Session:
         self._all_asked: set[tuple[Any, ...]] = set()
         self._last_forward = (0, 0)
         self._judge = Judge(self.schedule, self.backend)
-        self._warned = False
+        self._warner = Warner(self.schedule)
         self._has_order = True
         self._forward: _Forward | None = None
         self._agreed: dict[ContextParallel, int] = {}
@@ -137,7 +130,7 @@ class Session:
         if self._follower.has_begun(branch, 0 if latents is None else len(latents), timestep):
             self._begin_run()
         if branch is not None and not self.steps.inside_run:
-            self._warn_of_stranger(model)
+            self._warner.stranger(model)
         self._last_forward = (self.steps.run, self.steps.step)
         # Samples with prompts of several lengths have no order in common; no branch of such a run moves its tokens,
         # because PAB hands what one branch attended to the other.
@@ -183,29 +176,10 @@ class Session:
         # Another pipeline may drive the scheduler, and a cache may leave a forward out.
         if self._last_forward != (self.steps.run, self.steps.step - 1):
             for model in (model for pipe in self._follower.pipelines for model in dense_transformers(pipe)):
-                self._warn(f"{model} was replaced in a sparse pipeline, so its attention is dense; sparsify it again")
+                self._warner.replaced(model)
         if not self.steps.inside_run and self.steps.run == self._last_forward[0]:
             dense = self.statistics.settle()
             check_layers(self.schedule, dense, any(r.density is not None for r in self.statistics.records))
-
-    def _warn_of_stranger(self, model: str) -> None:
-        """Only pipelines name branches, so this one drives a scheduler that is not watched; said once.
-
-        Raises:
-            NotSparseError: the schedule is strict.
-        """
-        self._warn(
-            f"{model} is run by a pipeline whose scheduler is not followed, so its attention is dense; "
-            "sparsify that pipeline"
-        )
-
-    def _warn(self, text: str) -> None:
-        """Say `text` once, or as a `NotSparseError` where the schedule is strict."""
-        if demands(self.schedule):
-            raise NotSparseError(f"{text}, {ALLOW}")
-        if not self._warned:
-            self._warned = True
-            warnings.warn(text, stacklevel=3)
 
     def _begin_run(self) -> None:
         self.statistics = RunStatistics()
@@ -317,6 +291,8 @@ class Session:
     def _part(self, layer: int, num_layers: int, group: Group, q: Tensor) -> _Part:
         batch = len(group.rows) if isinstance(group.rows, list) else q.shape[0]
         site = self._site(layer, num_layers, group.grid, batch)
+        if site.step == 0 and self.schedule.routes:  # not after the warm-up
+            check_routing(self.backend, self.schedule.planned_remainder, q.device)
         key = self.schedule.key(site)
         if self.schedule.method.scope in ("sample", "call"):
             key += (q.shape[0],)  # FasterCache leaves a guidance branch out of some batches
@@ -334,25 +310,17 @@ class Session:
         site, key, previous, decision = part
         if decision.action == "dense":
             return self._dense(decision, key, q, k, v, dense, site.layer, site.grid)
-        planning = None
+        method, planning = self.schedule.method_for(site), None
+        if decision.action == "plan" and self.schedule.routes:
+            return self._route(part, method, q, k, v)
         if decision.action == "plan":
             planning = Stopwatch(q.device)
-            method = self.schedule.method_for(site)
             plan = self.schedule.finish(self.engine.plan(key, method, q, k, v, site, previous))
             planning.stop()
             refused = self._judge.after(plan, site, key, q) if self._judges else None
             if refused is not None:
                 return self._dense(refused, key, q, k, v, dense, site.layer, planning=planning)
-            asked = check_plan(self.schedule, method, site, plan)
-            (self._all_asked.add if asked else self._all_asked.discard)(key)
-            if self.on_plan is not None:
-                self.on_plan(site, plan)
-            at_rest = plan if self.schedule.method.scope == "grid" else _at_rest(plan)  # one plan may lie about
-            again = plans_after(self.schedule, site.step, site.num_steps)
-            lse = previous.lse if previous is not None and again else None  # nobody would read them later
-            self.previous[key] = Previous(at_rest, lse, site.step)
-            if self.schedule.drift is not None:
-                self._drifts[key] = DriftMeter(q, k, site.branch)
+            self._adopt(part, method, plan, q, k)
         else:
             assert previous is not None
             assert previous.plan is not None
@@ -360,7 +328,38 @@ class Session:
             meter = self._meter(key, site)
             if meter is not None:
                 meter.measure(q, k)
-        return self._sparse(key, plan, planning, site, q, k, v)
+        if site.in_order:
+            self._check_order(plan)
+        watch = Stopwatch(q.device)
+        out, backend, skipped = self.engine.sparse(self.backend, q, k, v, plan, site.in_order)
+        self._record(part, plan, backend, watch.stop(), planning, skipped)
+        return out
+
+    def _route(self, part: _Part, method: Method, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """A call whose kernel finds the blocks of `method` as it attends; the plan is known afterwards."""
+        planning, watch = Stopwatch(q.device).stop(), Stopwatch(q.device)
+        route = method.route(part.site.grid, q.device)  # type: ignore[attr-defined]
+        out, plan = attend_routed(q, k, v, route, self.schedule.planned_remainder, part.site.in_order)
+        watch.stop()
+        if self._judges:
+            self._judge.after(plan, part.site, part.key, q)  # for the calls to come; this one is made
+        self._adopt(part, method, plan, q, k)
+        self._record(part, plan, "triton", watch, planning, None)
+        return out
+
+    def _adopt(self, part: _Part, method: Method, plan: AttentionPlan, q: Tensor, k: Tensor) -> None:
+        """Check and show a new plan, and keep it for the steps to come."""
+        site, key, previous, _ = part
+        asked = check_plan(self.schedule, method, site, plan)
+        (self._all_asked.add if asked else self._all_asked.discard)(key)
+        if self.on_plan is not None:
+            self.on_plan(site, plan)
+        at_rest = plan if self.schedule.method.scope == "grid" else _at_rest(plan)  # one plan may lie about
+        again = plans_after(self.schedule, site.step, site.num_steps)
+        lse = previous.lse if previous is not None and again else None  # nobody would read them later
+        self.previous[key] = Previous(at_rest, lse, site.step)
+        if self.schedule.drift is not None:
+            self._drifts[key] = DriftMeter(q, k, site.branch)
 
     def _meter(self, key: tuple[Any, ...], site: Site) -> DriftMeter | None:
         """The drift of the plan of `key`, where it was made by the branch of `site`."""
@@ -374,24 +373,21 @@ class Session:
         place = (at.step, at.num_steps, at.sigma, branch, model, order is not None)
         return self.engine.site(Site(grid, layer, num_layers, *place, branches=branches))
 
-    def _sparse(
+    def _record(
         self,
-        key: tuple[Any, ...],
+        part: _Part,
         plan: AttentionPlan,
+        backend: str,
+        attention: Stopwatch,
         planning: Stopwatch | None,
-        site: Site,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-    ) -> Tensor:
-        full = plan.is_dense
-        if site.in_order:
-            self._check_order(plan)
-        watch = Stopwatch(q.device)
-        out, backend, skipped = self.engine.sparse(self.backend, q, k, v, plan, site.in_order)
-        watch.stop()
-        kept = None if full else self.engine.density(key, plan)
-        left_out = None if skipped is None else skipped.double() / (q.shape[2] * plan.kv_order.num_tokens)
+        skipped: Tensor | None,
+    ) -> None:
+        """Take down a sparse call; `skipped` is `[B, H]` pairs, as the engine tells them."""
+        site, full = part.site, plan.is_dense
+        kept = None if full else self.engine.density(part.key, plan)
+        left_out = None
+        if skipped is not None:
+            left_out = skipped.double() / (self.engine.num_tokens(site.grid) * plan.kv_order.num_tokens)
         self.statistics.records.append(
             CallRecord(
                 layer=site.layer,
@@ -402,14 +398,13 @@ class Session:
                 density=kept if kept is None or left_out is None else kept - left_out / 2,
                 reason=EVERY_BLOCK if full else "",
                 backend=backend,
-                attention=watch,
+                attention=attention,
                 planning=planning,
                 skipped=left_out,
                 # The heads of one rank may keep everything where those of others do not.
-                all_asked=key in self._all_asked or site.heads is not None,
+                all_asked=part.key in self._all_asked or site.heads is not None,
             )
         )
-        return out
 
     def _check_order(self, plan: AttentionPlan) -> None:
         """A plan of another order than the tokens' would give a wrong picture."""

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 from dit_sparse.cost import tables
-from dit_sparse.kernels import check_remainder, check_skips
+from dit_sparse.kernels import check_remainder, check_routing, check_skips
 from dit_sparse.methods import Paro
 from dit_sparse.methods.plan_file import axes_of, write_plans
 from dit_sparse.methods.plan_header import ModelPlans, PlanHeader, one_line
@@ -65,8 +65,8 @@ def sparsify(
 
     Raises:
         ValueError: an unsupported family, a dense layer that the model does not have, a foreign attention processor,
-            tensor parallelism, a backend without the schedule's remainder or without the skipping it asks for, or a
-            table of costs that cannot be read.
+            tensor parallelism, a backend without the schedule's remainder or without the skipping or the routing that
+            it asks for, or a table of costs that cannot be read.
         NotSparseError: strict, and the installed diffusers is not the one the family's adapter was written for.
     """
     schedule = Schedule.of(method)
@@ -75,6 +75,8 @@ def sparsify(
     check_remainder(backend, schedule.planned_remainder)
     if schedule.skips:
         check_skips(backend)
+    if schedule.routes:
+        check_routing(backend, schedule.planned_remainder)
     tables()
     return install(pipe, Session(schedule, backend))
 

@@ -89,3 +89,37 @@ def check_layers(schedule: Schedule, dense: Sequence[tuple[str, int]], any_spars
         warnings.warn(text, stacklevel=2)
         return
     raise NotSparseError(f"{text}; let it keep less, make the blocks smaller or the video larger, {ALLOW}")
+
+
+class Warner:
+    """Says once what makes a run dense without its schedule's word; an error where `schedule` is strict."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self._schedule = schedule
+        self._said = False
+
+    def stranger(self, model: str) -> None:
+        """Only pipelines name branches, so `model` is run by one whose scheduler is not watched.
+
+        Raises:
+            NotSparseError: the schedule is strict.
+        """
+        self._say(
+            f"{model} is run by a pipeline whose scheduler is not followed, so its attention is dense; "
+            "sparsify that pipeline"
+        )
+
+    def replaced(self, model: str) -> None:
+        """Another transformer stands where `model` was made sparse.
+
+        Raises:
+            NotSparseError: the schedule is strict.
+        """
+        self._say(f"{model} was replaced in a sparse pipeline, so its attention is dense; sparsify it again")
+
+    def _say(self, text: str) -> None:
+        if demands(self._schedule):
+            raise NotSparseError(f"{text}, {ALLOW}")
+        if not self._said:
+            self._said = True
+            warnings.warn(text, stacklevel=4)

@@ -75,8 +75,7 @@ def routing(job: dict):
         D=job["dim"], DV=job["dim"], BLOCK_D=job["padded"], BLOCK_DV=job["padded"], BLOCK_M=job["block_m"],
         BLOCK_N=job["block_n"], K_TILES=1, TILE=64, MEANS=True, UPCAST=False,
     )  # fmt: skip
-    special = dict.fromkeys(("square_k", "square_q", "needed"), "*fp32")
-    special |= {"forced": "*u8", "pairs": "*i32", "limit": "fp32"}
+    special = {"needed": "*fp32"} | dict.fromkeys(("sizes", "forced", "pooled", "pairs"), "*i32") | {"chosen": "*u8"}
     return triton_source(routed_kernel.routed_kernel, constants, job, special), options_of(job)
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import statistics
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from dit_sparse.kernels import Route, deviations, routed_attention, routed_plan, routing_refusal, triton_routing
-from dit_sparse.types import TokenOrder
+from dit_sparse.types import BlockMask, TokenOrder
 from tests.kernels import cases
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -85,7 +86,7 @@ def test_deviations_are_those_of_a_loop(name: str) -> None:
     want, kept = literal(q, k, route)
     sizes = route.order.offsets[0, 0].diff() > 0
     full = sizes[:, None] & sizes
-    got = deviations(q, k, route.order, route.counted)[..., full]
+    got = deviations(q, k, route)[..., full]
     torch.testing.assert_close(got.double(), want[..., full], rtol=1e-5, atol=1e-5)
     assert torch.equal(routed_plan(q, k, route).block_mask.kept_blocks & full, kept)
 
@@ -97,12 +98,14 @@ def test_the_kernel_keeps_and_computes_what_the_plan_says(name: str, remainder: 
     route = make_route(name, 0.5)
     q, k, v = inputs(route, 16)
     apart, _ = literal(q, k, route)
-    route = route._replace(tau=between(apart, route))
+    route = replace(route, tau=between(apart, route))
     _, kept = literal(q, k, route)
     out, plan = routed_attention(*(x.to(DEVICE) for x in (q, k, v)), on_device(route), remainder)
     plan = plan.to("cpu")
     assert plan.remainder == remainder
     assert torch.equal(plan.block_mask.kept_blocks, kept)
+    counts, indices = plan.block_mask.kv_counts, plan.block_mask.kv_indices
+    assert torch.equal(BlockMask(counts, indices, *(route.order.offsets,) * 2).kept_blocks, kept), "the lists say else"
     assert 0 < int(kept.sum()) < kept.numel()
     sizes = route.order.offsets.diff(dim=-1).double()
     pairs = (kept * sizes[..., None] * sizes[..., None, :]).sum((-1, -2))
@@ -122,7 +125,7 @@ def test_any_channels_strides_and_dtypes(dim: int, v_dim: int, dtype: torch.dtyp
     q = q.transpose(1, 2).contiguous().transpose(1, 2)
     k = torch.cat([k, k], -1).unflatten(-1, (2, dim)).transpose(-1, -2)[..., 0]
     apart, _ = literal(q, k, route)
-    route = route._replace(tau=between(apart, route))
+    route = replace(route, tau=between(apart, route))
     _, kept = literal(q, k, route)
     out, plan = routed_attention(*(x.to(DEVICE) for x in (q, k, v)), on_device(route))
     assert torch.equal(plan.block_mask.kept_blocks.cpu(), kept)
@@ -146,10 +149,10 @@ def test_what_the_kernel_cannot_do_is_said() -> None:
     route = make_route("even", 0.5)
     q, k, v = inputs(route, 16)
     assert routing_refusal(q.to(DEVICE), k.to(DEVICE), v.to(DEVICE), on_device(route), "mean") is None
-    with pytest.raises(ValueError, match=r"remainder must be 'none' or 'mean' .* got 'value'"):
-        routed_attention(q, k, v, route, "value")
+    with pytest.raises(ValueError, match=r"remainder must be 'none' or 'mean', got 'value'"):
+        routed_attention(*(x.to(DEVICE) for x in (q, k, v)), on_device(route), "value")
     with pytest.raises(ValueError, match=r"dtype must be .*, got torch\.float64"):
-        routed_attention(q.double(), k.double(), v.double(), on_device(route))
+        routed_attention(*(x.double().to(DEVICE) for x in (q, k, v)), on_device(route))
     order = TokenOrder.from_index(torch.arange(160), torch.tensor([0, 150, 160]), is_identity=True)
     forced = torch.eye(2, dtype=torch.bool)[None, None]
     large = Route(order, forced, torch.ones(1, 1, 2, dtype=torch.bool), 0.5)
