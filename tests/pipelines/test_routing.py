@@ -13,11 +13,13 @@ from dit_sparse.kernels import triton_routing
 from dit_sparse.pipelines import session_of
 
 PLANNED = Schedule(SolAttention(tau=0.5, block=32), warmup=0.4)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROUTED = replace(PLANNED, method=SolAttention(tau=0.5, block=32, in_kernel=True))
 
 
 def test_a_run_is_that_of_plans_made_first(pipe, render) -> None:
     pytest.importorskip("triton", reason="triton is not installed")
+    pipe.to(DEVICE)
     dense = render(pipe, steps=4, guidance_scale=1.0)
     found, videos, runs = [], [], []
     for schedule, backend in ((PLANNED, "reference"), (ROUTED, "auto")):
@@ -41,7 +43,7 @@ def test_a_run_is_that_of_plans_made_first(pipe, render) -> None:
 
 def test_plans_are_used_again_where_the_schedule_says_so(pipe, render) -> None:
     pytest.importorskip("triton", reason="triton is not installed")
-    render(sparsify(pipe, replace(ROUTED, refresh=(0.4,))), guidance_scale=1.0)
+    render(sparsify(pipe.to(DEVICE), replace(ROUTED, refresh=(0.4,))), guidance_scale=1.0)
     run = statistics(pipe)
     sparse = [record for record in run.records if record.density is not None]
     assert {record.step for record in sparse if record.planning is not None} == {2}
