@@ -39,6 +39,9 @@ def test_calibrates_inspects_and_generates_from_the_plan(model, capsys, cut):
         assert found["block"] == 8
         assert orders <= set(AXIS_ORDERS)
     run = ["generate", "--prompt", "a ball", "--model", model, *SMALL, "--method", "paro", "--out", "out"]
+    capsys.readouterr()
+    assert exit_code(*run, "--plan-file", "plan.safetensors", "--density", "0.2") == 2
+    assert "--density 0.2 would have no effect beside --plan-file 'plan.safetensors'" in capsys.readouterr().err
     assert exit_code(*run, "--plan-file", "plan.safetensors", "--warmup", "0") == 0
     (line,) = [json.loads(line) for line in Path("out/manifest.jsonl").read_text().splitlines()]
     assert line["dense_calls"] == {}
