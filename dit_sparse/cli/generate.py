@@ -121,6 +121,7 @@ def generate(
 
 def make_videos(request: Request, console: Console, ray: str | None, ray_workers: int | None) -> int:
     """Make the videos of `request` in this process, on ranks or on Ray's workers; returns the exit code."""
+    from dit_sparse.generate import models
     from dit_sparse.generate.ranks import is_rank
 
     with user_errors():
@@ -128,6 +129,8 @@ def make_videos(request: Request, console: Console, ray: str | None, ray_workers
             raise ValueError("--ray-workers needs --ray auto, local or HOST:PORT")
         if ray is not None and is_rank():
             raise ValueError("--ray starts the ranks of its workers itself: give the command without torchrun")
+        if request.parallel is not None:
+            models.check_ranks(request)
     if request.parallel is not None and ray is None:
         return _on_ranks(request)
     return _generate(request, console, ray, ray_workers)
