@@ -32,10 +32,10 @@ _SCHEDULE_OPTIONS = (
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Divide leftover `arguments` into positional ones and `--name value` or `--name=value` options.
+    """Divide leftover `arguments` into positional ones and `--name value` or `--name=value` options; the last counts.
 
     Raises:
-        ValueError: an option without a value, given twice, or with one hyphen.
+        ValueError: an option without a value, or with one hyphen.
     """
     positional: list[str] = []
     options: dict[str, str] = {}
@@ -52,10 +52,7 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]
             if not rest or rest[0].startswith("--"):
                 raise ValueError(f"no such option, or no value after it: {option}")
             value = rest.pop(0)
-        name = option[2:].replace("-", "_")
-        if name in options:
-            raise ValueError(f"option given twice: {option}")
-        options[name] = value
+        options[option[2:].replace("-", "_")] = value
     return positional, options
 
 
