@@ -185,10 +185,13 @@ def _generate(
 ) -> int:
     from dit_sparse.cluster import NoWorkers
     from dit_sparse.generate import report
+    from dit_sparse.generate.hold import hold
     from dit_sparse.generate.run import prepare, run
 
     try:
         with report.warnings_as_lines(console), ExitStack() as stack:
+            with user_errors():
+                stack.enter_context(hold(request))
             with user_errors(), report.loading(console, request.model):
                 job = prepare(request, executor or _executor(request, ray, ray_workers, stack))
             report.warn_of_unknown_words(console, job.settings.model, [clip.prompt for clip in job.todo])

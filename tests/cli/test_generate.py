@@ -3,6 +3,7 @@
 import io
 import json
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -298,6 +299,8 @@ def test_goes_on_where_it_was_stopped(model, capsys, kill, code):
     command = ["generate", prompts, "--model", model, *SMALL, "--out", "out", "--steps", "40", "--block", "8"]
     process = _start(command)
     _wait_for_a_video(process)
+    assert exit_code(*command) == 2
+    assert f"--out 'out' is in use by process {process.pid} on {socket.gethostname()}" in capsys.readouterr().err
     process.send_signal(kill)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == code
