@@ -80,9 +80,13 @@ def check_method(method: Any) -> None:
 def overridden(method: Method) -> dict[str, str]:
     """Parameters that have no effect as `method` is set, by name, each with the parameter that overrides it.
 
-    A method says it itself in `overridden`.
+    A method says it itself in `overridden`; where it does not, a density overrides its `control`.
     """
-    return dict(getattr(method, "overridden", {}))
+    own = getattr(method, "overridden", None)
+    if own is not None:
+        return dict(own)
+    control = threshold_name(method)
+    return {} if control is None or getattr(method, "density", None) is None else {control: "density"}
 
 
 def takes_density(method: Method) -> bool:

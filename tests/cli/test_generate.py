@@ -299,7 +299,9 @@ def test_goes_on_where_it_was_stopped(model, capsys, kill, code):
     command = ["generate", prompts, "--model", model, *SMALL, "--out", "out", "--steps", "40", "--block", "8"]
     process = _start(command)
     _wait_for_a_video(process)
+    process.send_signal(signal.SIGSTOP)  # so that it is not done meanwhile
     assert exit_code(*command) == 2
+    process.send_signal(signal.SIGCONT)
     assert f"--out 'out' is in use by process {process.pid} on {socket.gethostname()}" in capsys.readouterr().err
     process.send_signal(kill)
     _, errors = process.communicate(timeout=60)

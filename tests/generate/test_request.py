@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dit_sparse import LeastError, Paro
+from dit_sparse import LeastError, LoSA, Paro, PbsAttention
 from dit_sparse.generate.config import build_schedule, read_config, split_arguments
 from dit_sparse.generate.request import MAX_SEED, Clip, Request, Settings, clips, slug
 
@@ -185,6 +185,8 @@ def test_a_density_for_a_method_without_one(method, has):
         ({"method": "lea", "error": 0.1, "density": 0.5}, {"density": "0.2"}, "or give --error none"),
         ({"method": "pisa", "layer_densities": [0.5]}, {"density": "0.2"}, "beside --layer-densities (0.5,), which"),
         ({"method": "sta", "window": [3, 3, 3]}, {"density": "0.2"}, "beside --window (3, 3, 3), which decides"),
+        ({"method": "pbs"}, {"threshold": "0.8"}, "--threshold 0.8 would have no effect beside --density 0.25, which"),
+        ({"method": "losa"}, {"density": "0.2", "retained": "0.8"}, "--retained 0.8 would have no effect beside"),
     ],
 )
 def test_an_option_that_would_have_no_effect(tmp_path, config, options, message):
@@ -199,6 +201,8 @@ def test_an_option_that_would_have_no_effect(tmp_path, config, options, message)
     [
         ({"method": "paro", "plan_file": "x"}, {"plan_file": "none", "density": "0.2"}, Paro(density=0.2)),
         ({"method": "lea", "error": 0.1}, {"error": "none", "density": "0.2"}, LeastError(density=0.2)),
+        ({"method": "pbs"}, {"density": "none", "threshold": "0.8"}, PbsAttention(density=None, threshold=0.8)),
+        ({"method": "losa"}, {"retained": "0.8"}, LoSA(retained=0.8)),
         ({"method": "paro", "plan_file": "x", "density": 0.3}, {"warmup": "0"}, Paro(density=0.3, plan_file="x")),
     ],
 )
