@@ -21,6 +21,7 @@ from dit_sparse.methods.parameters import (
     density_at,
     freeze_lists,
     is_number,
+    overridden,
     skip_threshold,
     threshold_at,
     threshold_name,
@@ -32,6 +33,7 @@ from dit_sparse.types import REMAINDERS, AttentionPlan, Method, Previous, Remain
 Action = Literal["dense", "reuse", "plan"]
 
 _TUPLES = ("dense_layers", "refresh", "ramp", "noise_densities", "layer_densities", "layer_thresholds")
+_DENSITIES = ("ramp", "noise_densities", "layer_densities")
 _LEVELS = 8  # of noise, for a static method
 
 
@@ -174,7 +176,7 @@ class Schedule:
     def _check_densities(self) -> None:
         if self.ramp is not None and self.noise_densities is not None:
             raise ValueError("ramp and noise_densities both say the density of a step; give one of them")
-        for name in ("ramp", "noise_densities", "layer_densities"):
+        for name in _DENSITIES:
             if getattr(self, name) is not None:
                 check_densities(name, getattr(self, name), self.method)
         if self.noise_densities is not None and len(self.noise_densities) != 2:
@@ -311,6 +313,13 @@ class Schedule:
         """Whether a kernel finds the method's blocks as it attends, so that nothing is planned before."""
         return getattr(self.method, "in_kernel", False)
 
+    @property
+    def overridden(self) -> dict[str, str]:
+        """Parameters of the method that have no effect, by name, each with what overrides it: a parameter or option."""
+        own = overridden(self.method)
+        by = next((name for name in _DENSITIES if getattr(self, name) is not None), None)
+        return own if by is None else own | {"density": by}
+
     def finish(self, plan: AttentionPlan) -> AttentionPlan:
         """What a method planned, with the remainder and the skipping that this schedule asks for."""
         remainder = plan.remainder if self.remainder == "method" else self.remainder
@@ -329,7 +338,7 @@ class Schedule:
             method = self.method_for(site)
             if self.layer_thresholds is not None:
                 return (site.grid, getattr(method, threshold_name(method) or ""))
-            varies = any(x is not None for x in (self.ramp, self.noise_densities, self.layer_densities))
+            varies = any(getattr(self, name) is not None for name in _DENSITIES)
             return (site.grid, *([method.density] if varies else []))  # type: ignore[attr-defined]
         return (site.grid, site.model, site.layer) + ((site.branch,) if scope == "call" else ())
 

@@ -16,6 +16,7 @@ import typer
 FAILED = 1
 BAD_INPUT = 2
 INTERRUPTED = 130
+_MAY_BE_EMPTY = ("--negative-prompt",)
 _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EPIPE, errno.EBADF)
 
 # Newer typers carry their own copy of click, so the class is reached by a way that both kinds share.
@@ -48,7 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     It is 0, 1 (a video failed, or output cannot be written), 2 (bad input) or 130 (Ctrl-C).
     """
     _open_closed_streams()
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
+        _refuse_empty(arguments)
         code = app(args=arguments, prog_name="dit-sparse", standalone_mode=False)
         sys.stdout.flush()
     except _UsageError as error:
@@ -65,6 +68,21 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         _drop_output()
         code = FAILED
     sys.exit(code or 0)
+
+
+def _refuse_empty(arguments: Sequence[str]) -> None:
+    """Raise the error of bad usage for an empty value, as `--out "$OUT"` has it where the shell knows no OUT.
+
+    Left to themselves some would be taken for a default, and an empty path for the working directory.
+    """
+    for before, argument in zip(("", *arguments), arguments, strict=False):
+        option, equals, value = argument.partition("=")
+        name = before if not argument else option
+        empty = not argument or (option.startswith("--") and equals and not value)
+        if empty and name not in _MAY_BE_EMPTY:
+            if name.startswith("--") and name != "--":
+                raise _UsageError(f"{name} must not be empty: give it a value, or leave it out")
+            raise _UsageError("an argument must not be empty, got ''")
 
 
 def _open_closed_streams() -> None:

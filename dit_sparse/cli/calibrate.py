@@ -19,16 +19,25 @@ def calibrate(
     prompt: opt.Prompt = None,
     model: opt.Model = None,
     method: Annotated[
-        str, opt.option("paro, or with --error or --psnr a method that takes a density or an error.")
-    ] = "paro",
+        str | None,
+        opt.option("paro, or where a config is written any that takes a density or an error.", default="paro"),
+    ] = None,
     error: Annotated[
         float | None, opt.option("Relative error of a layer's attention; each gets the threshold or density it needs.")
     ] = None,
     psnr: Annotated[float | None, opt.option("Least PSNR in dB of every prompt's video against dense.")] = None,
+    velocity_ramp: Annotated[
+        bool,
+        opt.option("A density for each step, by how much the predicted velocity changes.", flag="--velocity-ramp"),
+    ] = False,
     warmup: Annotated[
-        float | None, opt.option("With --error or --psnr: share of the steps that run dense.", default="0")
+        float | None,
+        opt.option("For a config: share of the steps that run dense.", default="0; with --velocity-ramp 0.2"),
     ] = None,
-    density: Annotated[float | None, opt.option("Share of query-key pairs computed.", default="0.3")] = None,
+    density: Annotated[
+        float | None,
+        opt.option("Share of query-key pairs computed.", default="0.3; with --velocity-ramp the method's"),
+    ] = None,
     threshold: Annotated[
         str | None, opt.option("head: each head gets the density; global: one threshold for all heads.", default="head")
     ] = None,
@@ -67,12 +76,14 @@ def calibrate(
     device: opt.Device = "auto",
     offload: opt.Offload = "none",
 ) -> None:
-    """Choose token orders and masks once, for `generate --method paro --plan-file`, or settings for a wanted quality.
+    """Choose token orders and masks once, for `generate --method paro --plan-file`, or densities for a config.
 
     The model runs dense over the prompts twice. The plan serves this model and size, and any prompt and steps.
 
     With --error or --psnr it writes a config for `generate --config` instead: with lea a threshold for each layer, with
     other methods the least densities, with which the error is small enough or the video near enough to the dense one.
+    With --velocity-ramp the config has a density for each step, whose mean is --density: the model runs dense over the
+    prompts once, and steps at which its predicted velocity changes more get more.
     Parameters of the method and the schedule are options then, as for `generate`: `--tile 4x4x4`, `--remainder mean`.
     """
     console = Console(stderr=True)
@@ -86,18 +97,21 @@ def calibrate(
         positional, others = split_arguments(context.args)
         if positional:
             raise ValueError(f"calibrate takes options alone, got {positional[0]!r}: give a file by --prompts")
-        wants_quality = command.wants_quality(method, error, psnr)
+        wanted = command.what_is_wanted(method, error, psnr, velocity_ramp)
+        method = "paro" if method is None else method
         if out is None:
-            out = Path(f"{method}.json" if wants_quality else "plan.safetensors")
+            out = Path("plan.safetensors" if wanted == "plan file" else f"{method}.json")
         check_file("--out", out, example="plan.safetensors", kept={"the prompt file": prompts})
         options: dict[str, Any] = {"density": density, "threshold": threshold, "shared_from": shared_from}
         options |= {"warmup": warmup, "scratch": scratch, "block": block, "tile": tile, "sigma": sigma}
         options |= {"epsilon": epsilon, "alpha": alpha, "sample_blocks": sample_blocks, **others}
         given = {name: str(value) for name, value in options.items() if value is not None}
-        if wants_quality:
+        if wanted == "plan file":
+            calibration = command.plan_calibration(given, seed, own)
+        elif wanted == "quality":
             schedule = command.quality_schedule(method, given, own)
         else:
-            calibration = command.plan_calibration(given, seed, own)
+            schedule = command.ramp_schedule(method, given, own)
         request = Request(
             prompts=tuple(opt.collect_prompts([] if prompts is None else [str(prompts)], prompt)),
             config={},
@@ -116,8 +130,11 @@ def calibrate(
         )
         report.warn_of_unknown_words(console, model, request.prompts)
         with report.warnings_as_lines(console):
-            if wants_quality:
-                table = command.calibrate_quality(request, out, schedule, error, psnr, console)
+            if wanted != "plan file":
+                if wanted == "quality":
+                    table = command.calibrate_quality(request, out, schedule, error, psnr, console)
+                else:
+                    table = command.calibrate_ramp(request, out, schedule, console)
                 report.output_console().print(table)
                 report.output_console().print(f"config: {out}", markup=False, highlight=False, soft_wrap=True)
                 return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -163,11 +164,13 @@ def _compare(
 ) -> int:
     from dit_sparse.compare import prepare, run
     from dit_sparse.compare.report import ConsoleListener
-    from dit_sparse.generate import report
+    from dit_sparse.generate import hold, report
 
     report.warn_of_unknown_words(console, request.model, request.prompts)
-    with report.warnings_as_lines(console):
+    with report.warnings_as_lines(console), ExitStack() as stack:
         try:
+            with user_errors():
+                stack.enter_context(hold(request))
             with user_errors(), report.loading(console, request.model):
                 job = prepare(request, cases, conventions, lpips=lpips, commit=commit)
             with ConsoleListener(console) as listener:

@@ -121,6 +121,7 @@ def generate(
 
 def make_videos(request: Request, console: Console, ray: str | None, ray_workers: int | None) -> int:
     """Make the videos of `request` in this process, on ranks or on Ray's workers; returns the exit code."""
+    from dit_sparse.generate import models
     from dit_sparse.generate.ranks import is_rank
 
     with user_errors():
@@ -128,6 +129,8 @@ def make_videos(request: Request, console: Console, ray: str | None, ray_workers
             raise ValueError("--ray-workers needs --ray auto, local or HOST:PORT")
         if ray is not None and is_rank():
             raise ValueError("--ray starts the ranks of its workers itself: give the command without torchrun")
+        if request.parallel is not None:
+            models.check_ranks(request)
     if request.parallel is not None and ray is None:
         return _on_ranks(request)
     return _generate(request, console, ray, ray_workers)
@@ -182,10 +185,13 @@ def _generate(
 ) -> int:
     from dit_sparse.cluster import NoWorkers
     from dit_sparse.generate import report
+    from dit_sparse.generate.hold import hold
     from dit_sparse.generate.run import prepare, run
 
     try:
         with report.warnings_as_lines(console), ExitStack() as stack:
+            with user_errors():
+                stack.enter_context(hold(request))
             with user_errors(), report.loading(console, request.model):
                 job = prepare(request, executor or _executor(request, ray, ray_workers, stack))
             report.warn_of_unknown_words(console, job.settings.model, [clip.prompt for clip in job.todo])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,10 +32,10 @@ _SCHEDULE_OPTIONS = (
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Divide leftover `arguments` into positional ones and `--name value` or `--name=value` options.
+    """Divide leftover `arguments` into positional ones and `--name value` or `--name=value` options; the last counts.
 
     Raises:
-        ValueError: an option without a value, given twice, or with one hyphen.
+        ValueError: an option without a value, or with one hyphen.
     """
     positional: list[str] = []
     options: dict[str, str] = {}
@@ -52,10 +52,7 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], dict[str, str]
             if not rest or rest[0].startswith("--"):
                 raise ValueError(f"no such option, or no value after it: {option}")
             value = rest.pop(0)
-        name = option[2:].replace("-", "_")
-        if name in options:
-            raise ValueError(f"option given twice: {option}")
-        options[name] = value
+        options[option[2:].replace("-", "_")] = value
     return positional, options
 
 
@@ -99,7 +96,8 @@ def build_schedule(
         preset: what there is before `options`, where neither a method nor a config is given.
 
     Raises:
-        ValueError: an unknown method, option or key (the nearest is named), or a bad value.
+        ValueError: an unknown method, option or key (the nearest is named), a bad value, or an option that would have
+            no effect.
     """
     from dit_sparse.methods import find_method, parameters, parse_parameter
     from dit_sparse.schedule import Schedule
@@ -128,9 +126,23 @@ def build_schedule(
         else:
             raise ValueError(_unknown_option(name, cls.name, own, other_options))
     try:
-        return Schedule.from_config(config)
+        schedule = Schedule.from_config(config)
     except ValueError as error:
         raise ValueError(f"config file {config_path}: {error}" if config_path else str(error)) from None
+    _refuse_overridden(schedule, options)
+    return schedule
+
+
+def _refuse_overridden(schedule: Schedule, options: Mapping[str, str]) -> None:
+    """Raise ValueError for one of `options` that has no effect beside another parameter, wherever that comes from."""
+    overridden = schedule.overridden
+    for name, text in options.items():
+        if (by := overridden.get(name)) is not None:
+            value = getattr(schedule if hasattr(schedule, by) else schedule.method, by)
+            raise ValueError(
+                f"{flag(name)} {text} would have no effect beside {flag(by)} {value!r:.60}, which decides: "
+                f"leave it out, or give {flag(by)} none"
+            )
 
 
 def _unknown_option(name: str, method: str, own: list[str], other_options: Iterable[str]) -> str:

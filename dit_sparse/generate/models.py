@@ -18,6 +18,7 @@ __all__ = [
     "DTYPES",
     "call_arguments",
     "call_parameters",
+    "check_ranks",
     "default_fps",
     "known_defaults",
     "load_model",
@@ -61,9 +62,8 @@ def load_model(request: Request) -> Any:
 
     from dit_sparse.pipelines import load_pipeline, parallelize
 
-    demo = request.model is None or model_name(request.model) == DEMO
-    folder = demo_model_path() if demo else str(request.model)
-    _refuse_preset_name(str(folder))
+    folder = _folder(request)
+    _refuse_preset_name(folder)
     device = resolve_device(request.device)
     dtype = getattr(torch, resolve_dtype(request.dtype, device))
     pipe = load_pipeline(folder, dtype=dtype, device=device, offload=request.offload)
@@ -72,6 +72,26 @@ def load_model(request: Request) -> Any:
         degrees = Degrees.of(request.parallel)
         parallelize(pipe, ulysses=degrees.ulysses, ring=degrees.ring, timeout=degrees.timeout)
     return pipe
+
+
+def check_ranks(request: Request) -> None:
+    """Whether the ranks that `request` asks for can share its model, as far as that can be told without loading it.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    from dit_sparse.pipelines.context_parallel import check_unloaded
+    from dit_sparse.schedule import Schedule
+
+    assert request.parallel is not None
+    degrees, schedule = Degrees.of(request.parallel), Schedule.from_config(dict(request.config))
+    check_unloaded(_folder(request), schedule, ulysses=degrees.ulysses, ring=degrees.ring)
+
+
+def _folder(request: Request) -> str:
+    """Where the model of `request` is: a folder or a hub id."""
+    demo = request.model is None or model_name(request.model) == DEMO
+    return str(demo_model_path() if demo else request.model)
 
 
 def _refuse_preset_name(model: str) -> None:

@@ -49,7 +49,8 @@ class Outcome:
 def prepare(request: Request, executor: Executor | None = None) -> Job:
     """Check everything that can be checked before the first video; writes nothing.
 
-    The model is loaded, unless every video is finished and that can be told without it.
+    The model is loaded, unless every video is finished and that can be told without it. Who holds the folder (`hold`)
+    from here to the end of `run` makes no video that another run makes too.
 
     Args:
         executor: where the videos are rendered; `None` is this process.

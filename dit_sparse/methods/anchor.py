@@ -60,6 +60,7 @@ class AnchorAttention(AnyGrid):
         differs="not causal; stripes are gathered once a head, not once for 16 query blocks",
     )
     control: ClassVar[str] = "theta"
+    overridden: ClassVar[dict[str, str]] = {}  # theta orders the keys beside a density too
     scope: ClassVar[Scope] = "call"
     head_orders: ClassVar[int] = 1
     uses_lse: ClassVar[bool] = False

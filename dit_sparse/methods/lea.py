@@ -123,9 +123,9 @@ class LeastError(AnyGrid):
         return self.key_block * self.query_tiles
 
     @property
-    def takes_density(self) -> bool:
+    def overridden(self) -> dict[str, str]:
         """An error that is given wins over a density."""
-        return self.error is None
+        return {} if self.error is None else {"density": "error"}
 
     def shared_order(self, grid: TokenGrid, device: torch.device) -> TokenOrder:
         """The order by tiles, in even blocks."""

@@ -114,9 +114,9 @@ class Neighborhood:
             raise ValueError(f"density must be above 0 and at most 1, got {self.density}: 0.25 keeps a quarter")
 
     @property
-    def takes_density(self) -> bool:
+    def overridden(self) -> dict[str, str]:
         """A window that is given wins over a density."""
-        return self.window is None
+        return {} if self.window is None else {"density": "window"}
 
     def window_for(self, grid: TokenGrid) -> Axes:
         """The window in use on `grid`: the one given, or one made from `density`.

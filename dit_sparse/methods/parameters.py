@@ -77,12 +77,21 @@ def check_method(method: Any) -> None:
     raise ValueError(f"method must be a method such as AdaSpa(density=0.25), got {got}")
 
 
-def takes_density(method: Method) -> bool:
-    """Whether the `density` of `method` has an effect; a method says itself where another parameter overrides it.
+def overridden(method: Method) -> dict[str, str]:
+    """Parameters that have no effect as `method` is set, by name, each with the parameter that overrides it.
 
-    None leaves it to the method's own threshold.
+    A method says it itself in `overridden`; where it does not, a density overrides its `control`.
     """
-    return bool(getattr(method, "takes_density", getattr(method, "density", None) is not None))
+    own = getattr(method, "overridden", None)
+    if own is not None:
+        return dict(own)
+    control = threshold_name(method)
+    return {} if control is None or getattr(method, "density", None) is None else {control: "density"}
+
+
+def takes_density(method: Method) -> bool:
+    """Whether the `density` of `method` has an effect: none leaves it to the method's own threshold."""
+    return getattr(method, "density", None) is not None and "density" not in overridden(method)
 
 
 def density_at(method: Method, site: Site) -> float | None:

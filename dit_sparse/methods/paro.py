@@ -6,7 +6,7 @@ Generation Models", arXiv 2506.16054.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import ClassVar
 
 from torch import Tensor
@@ -43,7 +43,7 @@ class Paro(AnyGrid):
     density: float = field(default=0.5, metadata={"help": "share of query-key pairs computed, text included"})
     block: int = field(default=64, metadata={"help": "tokens a block, where no tile is given"})
     plan_file: str | None = field(
-        default=None, metadata={"help": "a saved calibration; its density, block and tile win"}
+        default=None, metadata={"help": "a saved calibration; all other parameters are its own"}
     )
     sigma: float = field(default=0.99, metadata={"help": "a block is sparse when this share of its entries is small"})
     epsilon: float | None = field(
@@ -79,9 +79,10 @@ class Paro(AnyGrid):
         return () if self.plan_file is None else PlanFile.open(self.plan_file).header.changes
 
     @property
-    def takes_density(self) -> bool:
-        """A plan file's own density wins."""
-        return self.plan_file is None
+    def overridden(self) -> dict[str, str]:
+        """A plan file has been made with parameters of its own."""
+        names = [f.name for f in fields(self) if f.name != "plan_file"]
+        return {} if self.plan_file is None else dict.fromkeys(names, "plan_file")
 
     @property
     def uses_lse(self) -> bool:

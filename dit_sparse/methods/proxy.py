@@ -64,6 +64,7 @@ class ProxyAttention(AnyGrid):
         differs="not causal; budgets scaled to the density; every fourth query",
     )
     control: ClassVar[str] = "threshold"
+    overridden: ClassVar[dict[str, str]] = {}  # the threshold tells heads apart beside a density too
     scope: ClassVar[Scope] = "call"
     uses_lse: ClassVar[bool] = False
     refresh: ClassVar[tuple[float, ...]] = (0.4, 0.6, 0.8)

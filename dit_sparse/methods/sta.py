@@ -84,9 +84,9 @@ class SlidingTile(AnyGrid):
         return "call" if self.window is None else "grid"
 
     @property
-    def takes_density(self) -> bool:
+    def overridden(self) -> dict[str, str]:
         """A window that is given wins over a density."""
-        return self.window is None
+        return {} if self.window is None else {"density": "window"}
 
     def windows_for(self, grid: TokenGrid) -> tuple[Axes, ...]:
         """The window given, cut to the grid, or the candidates of `density`."""

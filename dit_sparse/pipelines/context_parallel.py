@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -19,9 +20,10 @@ from dit_sparse.pipelines.adapter import FamilyAdapter, SparseProcessor, context
 from dit_sparse.pipelines.families import adapter_for
 from dit_sparse.pipelines.installed import transformers_of
 from dit_sparse.pipelines.layout import Layout
+from dit_sparse.pipelines.loading import unloaded_transformers
 from dit_sparse.schedule import Schedule
 
-__all__ = ["check_spread", "context_of", "cut_anyhow", "cut_as_before", "parallelize"]
+__all__ = ["check_spread", "check_unloaded", "context_of", "cut_anyhow", "cut_as_before", "parallelize"]
 
 Pipeline = TypeVar("Pipeline")
 
@@ -159,15 +161,34 @@ def check_spread(transformer: Any, schedule: Schedule) -> None:
             of the data with more ranks than heads.
     """
     own = context_config(transformer)
-    if own is None:
-        return
+    if own is not None:
+        _check_degrees(transformer, schedule, own.ulysses_degree, own.ring_degree)
+
+
+def check_unloaded(model: str | os.PathLike[str], schedule: Schedule, *, ulysses: int = 1, ring: int = 1) -> None:
+    """What `parallelize` and `check_spread` will say of the ranks and `schedule`, as far as the model's configs tell.
+
+    Args:
+        model: as `load_pipeline` takes it; of a hub id what is in the cache is read.
+        schedule: what `sparsify` will be given.
+        ulysses, ring: as in `parallelize`.
+
+    Raises:
+        ValueError: what they would raise.
+    """
+    for transformer in unloaded_transformers(model):
+        transformer.adapter.check_parallel(transformer, ulysses)
+        _check_degrees(transformer, schedule, ulysses, ring)
+
+
+def _check_degrees(transformer: Any, schedule: Schedule, ulysses: int, ring: int) -> None:
     if schedule.drift is not None:
         raise ValueError(
             f"drift must be none on several ranks, got {schedule.drift}: each would go by its own heads; use refresh"
         )
     if schedule.routes:
         raise ValueError("in_kernel must be False on several ranks, got True: plans are told to all of them first")
-    if own.ring_degree == 1:
+    if ring == 1:
         return
     check_remainder(schedule.planned_remainder)
     if schedule.skips:
@@ -175,7 +196,7 @@ def check_spread(transformer: Any, schedule: Schedule) -> None:
             f"skip_factor must be 0 in a ring, got blocks skipped by {schedule.method.name!r} or the schedule: whole "
             "blocks are skipped, and each rank sees parts of them; use ulysses"
         )
-    heads, ranks = transformer.config.num_attention_heads, own.ulysses_degree * own.ring_degree
+    heads, ranks = transformer.config.num_attention_heads, ulysses * ring
     if ranks > heads and schedule.method.scope != "grid":
         raise ValueError(
             f"ulysses x ring must be at most the model's {heads} heads for {schedule.method.name}, got {ranks} ranks: "

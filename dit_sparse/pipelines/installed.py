@@ -10,11 +10,13 @@ from diffusers.utils.torch_utils import unwrap_module
 INSTALLED = "_dit_sparse"
 """The attribute of a transformer with what is installed there, and of a pipeline with the session that follows it."""
 
+TRANSFORMERS = ("transformer", "transformer_2")
+"""What pipelines call theirs."""
+
 
 def transformers_of(pipe: Any) -> dict[str, torch.nn.Module]:
     """The transformers of `pipe` by component name, taken out of `torch.compile`."""
-    names = ("transformer", "transformer_2")
-    return {name: unwrap_module(module) for name in names if (module := getattr(pipe, name, None)) is not None}
+    return {name: unwrap_module(module) for name in TRANSFORMERS if (module := getattr(pipe, name, None)) is not None}
 
 
 def dense_transformers(pipe: Any) -> list[str]:

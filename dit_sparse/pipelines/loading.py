@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline
+from huggingface_hub import try_to_load_from_cache
 from safetensors import SafetensorError
 
-from dit_sparse.pipelines.families import adapter_for
+from dit_sparse.pipelines.adapter import FamilyAdapter
+from dit_sparse.pipelines.families import FAMILIES, adapter_for
+from dit_sparse.pipelines.installed import TRANSFORMERS
 
 OFFLOADS = ("none", "model", "group")
 
@@ -56,6 +64,41 @@ def load_pipeline(
         raise ModelError(
             f"model {os.fspath(model)!r} cannot be put on {device}: {reason or _first_line(error)}"
         ) from error
+
+
+@dataclass(frozen=True)
+class UnloadedTransformer:
+    """A transformer of which only the config is here, with the defaults of its class for what it leaves out."""
+
+    adapter: FamilyAdapter
+    config: SimpleNamespace
+
+
+def unloaded_transformers(model: str | os.PathLike[str]) -> list[UnloadedTransformer]:
+    """The transformers of a folder, or of a hub id as far as the hub's cache has them.
+
+    Nothing is downloaded. What is missing or damaged is left out: `load_pipeline` says what is wrong with it.
+    """
+    found = []
+    for name in TRANSFORMERS:
+        with suppress(OSError, ValueError):
+            config = _read_object(model, _file_here(model, f"{name}/config.json"))
+            adapter = FAMILIES.get(str(config.get("_class_name")))
+            if adapter is not None:
+                takes = inspect.signature(getattr(diffusers, adapter.transformer_class)).parameters.values()
+                config = {parameter.name: parameter.default for parameter in takes} | config
+                found.append(UnloadedTransformer(adapter, SimpleNamespace(**config)))
+    return found
+
+
+def _file_here(model: str | os.PathLike[str], name: str) -> Path:
+    """The file `name` of a folder or of the hub's cache; raises OSError or ValueError where there is none."""
+    if Path(model).is_dir():
+        return Path(model) / name
+    path = try_to_load_from_cache(os.fspath(model), name)
+    if not isinstance(path, str):
+        raise FileNotFoundError(f"{name} of {os.fspath(model)!r} is not in the hub's cache")
+    return Path(path)
 
 
 def _place(pipe: Any, device: str, offload: str) -> Any:
@@ -110,7 +153,7 @@ def _check_folder(model: str | os.PathLike[str]) -> None:
 
 def _read_object(model: str | os.PathLike[str], path: Path) -> dict[str, Any]:
     """A config of the model: a JSON object."""
-    name = path.relative_to(Path(model))
+    name = path.relative_to(model) if path.is_relative_to(model) else path
     try:
         config = json.loads(path.read_text("utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

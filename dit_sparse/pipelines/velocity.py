@@ -34,6 +34,7 @@ def velocity_ramp(pipe: Any, run: Callable[[], object], density: float, warmup: 
     Raises:
         ValueError: a density or warm-up outside its range, or `run` made no sparse step.
     """
+    check_mean(density)
     changes = velocity_changes(pipe, run)
     first = math.ceil(round(warmup * len(changes), 6))
     return spread_density(changes[first:], density)
@@ -79,8 +80,7 @@ def spread_density(changes: Sequence[float], density: float) -> tuple[float, ...
     """
     if not changes or any(not math.isfinite(change) or change < 0 for change in changes):
         raise ValueError(f"changes must be numbers from 0 on, at least one, got {list(changes)}")
-    if not _LEAST <= density <= 1:
-        raise ValueError(f"density must be from {_LEAST} to 1, got {density!r}")
+    check_mean(density)
     # The factor by which the bounded densities have the wanted mean lies between one that is too small and one too big.
     if not any(changes):
         return (density,) * len(changes)
@@ -90,6 +90,12 @@ def spread_density(changes: Sequence[float], density: float) -> tuple[float, ...
         mean = sum(_bounded(middle * change) for change in changes) / len(changes)
         low, high = (middle, high) if mean < density else (low, middle)
     return tuple(round(_bounded(high * change), 4) for change in changes)
+
+
+def check_mean(density: float) -> None:
+    """Raise ValueError unless `density` can be the mean of a ramp."""
+    if not _LEAST <= density <= 1:
+        raise ValueError(f"density must be from {_LEAST} to 1 to be the mean of a ramp, got {density!r}")
 
 
 def _bounded(density: float) -> float:

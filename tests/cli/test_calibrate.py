@@ -5,9 +5,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from dit_sparse import AdaSpa, Schedule
+from dit_sparse import AdaSpa, Pisa, Schedule, velocity_ramp
 from dit_sparse.calibrate.quality import THRESHOLDS
+from dit_sparse.pipelines import load_pipeline
 from dit_sparse.reorder import AXIS_ORDERS
 from tests.cli.command import SMALL, exit_code, prompts_file
 
@@ -37,6 +39,9 @@ def test_calibrates_inspects_and_generates_from_the_plan(model, capsys, cut):
         assert found["block"] == 8
         assert orders <= set(AXIS_ORDERS)
     run = ["generate", "--prompt", "a ball", "--model", model, *SMALL, "--method", "paro", "--out", "out"]
+    capsys.readouterr()
+    assert exit_code(*run, "--plan-file", "plan.safetensors", "--density", "0.2") == 2
+    assert "--density 0.2 would have no effect beside --plan-file 'plan.safetensors'" in capsys.readouterr().err
     assert exit_code(*run, "--plan-file", "plan.safetensors", "--warmup", "0") == 0
     (line,) = [json.loads(line) for line in Path("out/manifest.jsonl").read_text().splitlines()]
     assert line["dense_calls"] == {}
@@ -70,6 +75,76 @@ def test_a_quality_is_found_with_the_parameters_and_the_schedule_that_are_given(
     assert found.method == AdaSpa(density=found.method.density, block=8, head_shift=0.5)
     wanted = Schedule(found.method, warmup=0.5, dense_layers=(0,), remainder="mean", never_slower=False)
     assert found == replace(wanted, layer_densities=found.layer_densities)
+
+
+def test_measures_a_velocity_ramp_and_generates_with_it(model, capsys):
+    prompts = ["a red ball", "a blue square"]
+    command = ["calibrate", "--prompts", prompts_file(*prompts), "--model", model, *SMALL, "--steps", "5"]
+    options = ["--method", "pisa", "--block", "8", "--density", "0.4", "--dense-layers=0", "--seed", "3"]
+    assert exit_code(*command, "--velocity-ramp", *options) == 0
+    output = capsys.readouterr()
+    heading, *rows, last = output.out.splitlines()
+    assert heading.split() == ["step", "density"]
+    assert last == "config: pisa.json"
+    assert output.err.splitlines()[-2:] == [f"velocity: {prompt}" for prompt in prompts]
+    found = Schedule.from_config(json.loads(Path("pisa.json").read_text()))
+    assert found == Schedule(Pisa(density=0.4, block=8), dense_layers=(0,), ramp=found.ramp)
+
+    pipe = load_pipeline(model)
+
+    def run():
+        for prompt in prompts:
+            sizes = {"height": 64, "width": 64, "num_frames": 9, "num_inference_steps": 5}
+            pipe(prompt, generator=torch.Generator().manual_seed(3), output_type="latent", **sizes)
+
+    assert found.ramp == pytest.approx(velocity_ramp(pipe, run, 0.4), abs=1e-3)
+    assert len(found.ramp) == 4
+    assert max(found.ramp) - min(found.ramp) > 0.01
+    assert [row.split() for row in rows] == [[str(n), f"{density:.3f}"] for n, density in enumerate(found.ramp, 2)]
+
+    run = ["generate", "--prompt", "a ball", "--model", model, *SMALL, "--steps", "5", "--config", "pisa.json"]
+    assert exit_code(*run, "--out", "out") == 0
+    (line,) = [json.loads(line) for line in Path("out/manifest.jsonl").read_text().splitlines()]
+    assert line["config"]["ramp"] == list(found.ramp)
+    assert line["sparse_density"] == pytest.approx(0.4, abs=0.1)
+
+
+@pytest.mark.parametrize("steps", [["--steps", "1"], ["--warmup", "1"]])
+def test_a_ramp_needs_a_sparse_step(model, capsys, monkeypatch, steps):
+    monkeypatch.setattr("dit_sparse.calibrate.command.run_dense", lambda *_: pytest.fail("runs the model first"))
+    command = ["calibrate", "--prompt", "a red ball", "--model", model, *SMALL, "--velocity-ramp", "--method", "pisa"]
+    assert exit_code(*command, *steps) == 2
+    assert "--steps must be at least 2 for --velocity-ramp, and one sparse, got" in capsys.readouterr().err
+    assert list(Path().iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "--velocity-ramp needs --method, got none"),
+        (["--method", "pisa", "--error", "0.1"], "not both of --error and --velocity-ramp"),
+        (["--method", "pisa", "--psnr", "30"], "not both of --psnr and --velocity-ramp"),
+        (["--method", "pisa", "--ramp", "0.5,0.2"], "--ramp would have no effect with --velocity-ramp"),
+        (["--method", "pisa", "--noise-densities", "0.5,0.2"], "--noise-densities would have no effect"),
+        (["--method", "pisa", "--shared-from", "0.2"], "--shared-from would have no effect without a plan file"),
+        (["--method", "pisa", "--density", "0.005"], "density must be from 0.01 to 1 to be the mean of a ramp, got"),
+        (["--method", "pisa", "--density", "2"], "density must be above 0 and at most 1, got 2.0"),
+        (["--method", "pisa", "--warmup", "2"], "warmup must be from 0 to 1, got 2.0"),
+        (["--method", "skip"], "needs a method with a density, got 'skip'"),
+        (["--method", "dense"], "needs a method with a density, got 'dense'"),
+        (["--method", "lea", "--error", "0.1"], "not both"),
+        (["--method", "neighborhood", "--window", "3x3x3"], "'neighborhood', which has none as it is set"),
+        (["--method", "losa"], "--velocity-ramp needs a density, got none for 'losa'"),
+        (["--method", "pisa", "--out", "."], "got the folder '.'"),
+    ],
+)
+def test_what_has_no_ramp_is_refused_in_one_line(capsys, monkeypatch, options, message):
+    monkeypatch.setattr("dit_sparse.generate.models.load_model", lambda request: pytest.fail("loads a model first"))
+    assert exit_code("calibrate", "--prompt", "a", "--velocity-ramp", *options) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert list(Path().iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """`dit-sparse compare` and `fidelity`."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from PIL import Image
 
 from dit_sparse.compare.render import Stage
 from dit_sparse.compare.run import _Runner
+from dit_sparse.generate import Request, hold
 from tests.cli.command import SMALL, assert_refused, exit_code, prompts_file, tree
 from tests.eval.videos import write_video
 from tests.pipelines.tiny_families import tiny_flux
@@ -175,6 +177,12 @@ def test_a_case_that_fails_gives_exit_code_1_and_a_full_disk_too(model, capsys, 
 
 def _lines():
     return record()["runs"] if Path("out/compare.json").exists() else []
+
+
+def test_a_folder_in_use_is_left_alone(model, tmp_path, capsys):
+    again = command(model, "--methods", "adaspa")
+    with hold(Request(("a ball",), {}, Path("out"))):
+        assert_refused(tmp_path, capsys, again, f"--out 'out' is in use by process {os.getpid()} on")
 
 
 def test_goes_on_where_it_was_killed(model, capsys):

@@ -3,6 +3,7 @@
 import io
 import json
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -209,6 +210,14 @@ def test_ray_under_torchrun_is_refused(model, tmp_path, capsys, monkeypatch):
     assert_refused(tmp_path, capsys, command, "give the command without torchrun")
 
 
+@pytest.mark.parametrize("ray", [[], ["--ray", "auto"]], ids=["ranks", "ray"])
+def test_more_ranks_than_heads_are_refused_before_anything_is_started(model, tmp_path, capsys, monkeypatch, ray):
+    for start in ("generate.ranks.launch", "generate.on_ray.RayExecutor", "generate.models.load_model"):
+        monkeypatch.setattr(f"dit_sparse.{start}", lambda *_: pytest.fail("starts ranks first"))
+    command = ["generate", "--prompt", "a", "--model", model, *SMALL, "--parallel", "ulysses=64", *ray]
+    assert_refused(tmp_path, capsys, command, "ulysses must be at most the model's 2 heads, got 64")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
 def test_cuda_without_a_gpu_says_so(model, tmp_path, capsys):
     command = ["generate", "--prompt", "a", "--model", model, *SMALL, "--device", "cuda"]
@@ -290,6 +299,10 @@ def test_goes_on_where_it_was_stopped(model, capsys, kill, code):
     command = ["generate", prompts, "--model", model, *SMALL, "--out", "out", "--steps", "40", "--block", "8"]
     process = _start(command)
     _wait_for_a_video(process)
+    process.send_signal(signal.SIGSTOP)  # so that it is not done meanwhile
+    assert exit_code(*command) == 2
+    process.send_signal(signal.SIGCONT)
+    assert f"--out 'out' is in use by process {process.pid} on {socket.gethostname()}" in capsys.readouterr().err
     process.send_signal(kill)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == code

@@ -1,3 +1,4 @@
+import json
 import re
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dit_sparse import LeastError, LoSA, Paro, PbsAttention
 from dit_sparse.generate.config import build_schedule, read_config, split_arguments
 from dit_sparse.generate.request import MAX_SEED, Clip, Request, Settings, clips, slug
 
@@ -100,9 +102,10 @@ def test_splits_arguments():
     assert positional == ["p.txt"]
     assert options == {"window": "4x12x16", "dense_layers": "0,1", "warmup": "-0.1"}
     assert split_arguments(["-"]) == (["-"], {})
+    assert split_arguments(["--a", "1", "--a=2"]) == ([], {"a": "2"})
 
 
-@pytest.mark.parametrize("arguments", [["--window"], ["--window", "--warmup=1"], ["--a=1", "--a=2"], ["-x"], ["--"]])
+@pytest.mark.parametrize("arguments", [["--window"], ["--window", "--warmup=1"], ["-x"], ["--"]])
 def test_refuses_broken_arguments(arguments):
     with pytest.raises(ValueError, match="option"):
         split_arguments(arguments)
@@ -166,6 +169,47 @@ def test_refuses_bad_options(options, message):
 def test_a_density_for_a_method_without_one(method, has):
     with pytest.raises(ValueError, match=rf"^method {method} takes no --density \(it has {has}"):
         build_schedule(method, None, {"density": "0.5"}, ["density"])
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "message"),
+    [
+        (
+            None,
+            {"plan_file": "x", "density": "0.2"},
+            "--density 0.2 would have no effect beside --plan-file 'x', which",
+        ),
+        (None, {"plan_file": "x", "tile": "2x4x4"}, "--tile 2x4x4 would have no effect beside --plan-file"),
+        ({"method": "paro", "plan_file": "x", "density": 0.5}, {"sigma": "0.9"}, "--sigma 0.9 would have no effect"),
+        ({"method": "pisa", "ramp": [0.5, 0.2]}, {"density": "0.2"}, "leave it out, or give --ramp none"),
+        ({"method": "lea", "error": 0.1, "density": 0.5}, {"density": "0.2"}, "or give --error none"),
+        ({"method": "pisa", "layer_densities": [0.5]}, {"density": "0.2"}, "beside --layer-densities (0.5,), which"),
+        ({"method": "sta", "window": [3, 3, 3]}, {"density": "0.2"}, "beside --window (3, 3, 3), which decides"),
+        ({"method": "pbs"}, {"threshold": "0.8"}, "--threshold 0.8 would have no effect beside --density 0.25, which"),
+        ({"method": "losa"}, {"density": "0.2", "retained": "0.8"}, "--retained 0.8 would have no effect beside"),
+    ],
+)
+def test_an_option_that_would_have_no_effect(tmp_path, config, options, message):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"method": "paro"} if config is None else config))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        build_schedule(None, path, options)
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "want"),
+    [
+        ({"method": "paro", "plan_file": "x"}, {"plan_file": "none", "density": "0.2"}, Paro(density=0.2)),
+        ({"method": "lea", "error": 0.1}, {"error": "none", "density": "0.2"}, LeastError(density=0.2)),
+        ({"method": "pbs"}, {"density": "none", "threshold": "0.8"}, PbsAttention(density=None, threshold=0.8)),
+        ({"method": "losa"}, {"retained": "0.8"}, LoSA(retained=0.8)),
+        ({"method": "paro", "plan_file": "x", "density": 0.3}, {"warmup": "0"}, Paro(density=0.3, plan_file="x")),
+    ],
+)
+def test_what_overrode_an_option_can_be_taken_back(tmp_path, config, options, want):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config))
+    assert build_schedule(None, path, options).method == want
 
 
 def test_a_config_of_compare(tmp_path):

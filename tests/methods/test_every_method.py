@@ -13,7 +13,14 @@ import torch.nn.functional as F
 from dit_sparse import Schedule, Site, TokenGrid, sparse_attention
 from dit_sparse.methods import METHODS, find_method
 from dit_sparse.methods.gate_file import Gate, write_gates
-from dit_sparse.methods.parameters import accepts_density, head_orders, with_density
+from dit_sparse.methods.parameters import (
+    accepts_density,
+    head_orders,
+    overridden,
+    threshold_name,
+    with_density,
+    with_threshold,
+)
 from dit_sparse.types import Method
 
 HEADS, DIM = 3, 16
@@ -25,6 +32,7 @@ GRIDS = [
     TokenGrid(4, 8, 8, 3),
 ]
 WITH_DENSITY = [name for name, cls in METHODS.items() if accepts_density(cls())]
+WITH_THRESHOLD = [name for name in WITH_DENSITY if threshold_name(METHODS[name]()) not in (None, "error")]
 SMALL = {"block": 16, "segment": 32, "tile": (1, 4, 4)}
 
 
@@ -89,3 +97,13 @@ def test_density_is_met_as_a_mean_over_heads(method: Method, density: float) -> 
     q, k = torch.randn(2, 1, HEADS, grid.num_tokens, DIM, generator=torch.Generator().manual_seed(0))
     plan = with_density(method, density).plan(2 * q, k, k, Site(grid), None)
     assert float(plan.density.mean()) == pytest.approx(density, rel=0.1)
+
+
+@pytest.mark.parametrize("method", WITH_THRESHOLD, indirect=True)
+def test_a_threshold_beside_a_density_has_an_effect_unless_it_is_said_to_be_overridden(method: Method) -> None:
+    grid = TokenGrid(2, 8, 16)
+    q, k, v = torch.randn(3, 1, HEADS, grid.num_tokens, DIM, generator=torch.Generator().manual_seed(0))
+    q *= torch.tensor([0.1, 1.0, 4.0])[:, None, None]  # heads that need unlike shares
+    at = with_density(method, 0.4)
+    low, high = (with_threshold(at, value).plan(q, k, v, Site(grid), None).token_mask() for value in (0.3, 0.9))
+    assert torch.equal(low, high) == (threshold_name(method) in overridden(at))

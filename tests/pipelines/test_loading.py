@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from dit_sparse import AdaSpa, LeastError, Schedule
 from dit_sparse.pipelines import ModelError, load_pipeline
+from dit_sparse.pipelines.context_parallel import check_unloaded
+from dit_sparse.pipelines.loading import unloaded_transformers
 
 
 @pytest.fixture
@@ -121,3 +124,44 @@ def test_a_family_that_is_not_supported(tmp_path: Path) -> None:
 def test_bad_placements(folder: Path, options: dict[str, str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_pipeline(folder, **options)
+
+
+def test_ranks_are_checked_by_the_config_alone(folder: Path) -> None:
+    for weights in folder.glob("*/*.safetensors"):
+        weights.unlink()
+    heads = json.loads((folder / "transformer/config.json").read_text())["num_attention_heads"]
+    check_unloaded(folder, Schedule(LeastError()), ulysses=heads)
+    with pytest.raises(ValueError, match=f"ulysses must be at most the model's {heads} heads, got {heads + 1}"):
+        check_unloaded(folder, Schedule(LeastError()), ulysses=heads + 1)
+    with pytest.raises(ValueError, match="remainder must be 'none' in a ring"):
+        check_unloaded(folder, Schedule(LeastError()), ring=2)
+    with pytest.raises(ValueError, match=f"at most the model's {heads} heads for adaspa, got {2 * heads} ranks"):
+        check_unloaded(folder, Schedule(AdaSpa()), ulysses=heads, ring=2)
+
+
+def test_the_config_of_a_hub_id_is_read_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """HunyuanVideo's checkpoints are older than a parameter that is looked at, so its default counts."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert unloaded_transformers("some/model") == []
+    repository = tmp_path / "models--some--model"
+    (repository / "snapshots/0/transformer").mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text("0")
+    config = {"_class_name": "HunyuanVideoTransformer3DModel", "num_attention_heads": 5}
+    (repository / "snapshots/0/transformer/config.json").write_text(json.dumps(config))
+    check_unloaded("some/model", Schedule(AdaSpa()), ulysses=5)
+    with pytest.raises(ValueError, match="at most the model's 5 heads, got 6"):
+        check_unloaded("some/model", Schedule(AdaSpa()), ulysses=6)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"_class_name": "UNet2DModel"}', "\udce4", None])
+def test_what_cannot_be_read_is_left_to_the_loading(folder: Path, content: str | None) -> None:
+    (folder / "transformer/config.json").unlink()
+    if content is not None:
+        (folder / "transformer/config.json").write_text(content, "utf-8", errors="surrogateescape")
+    assert unloaded_transformers(folder) == []
+
+
+@pytest.mark.parametrize("name", ["wan2.1-14b", "a/b/c", "a/b c", "", "nowhere/../x"])
+def test_what_is_no_hub_id_has_no_transformers_here(name: str) -> None:
+    assert unloaded_transformers(name) == []
