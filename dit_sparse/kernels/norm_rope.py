@@ -1,6 +1,6 @@
 """RMS norm and rotary embedding of queries and keys: on a GPU one pass over each instead of about ten."""
 
-# The operator's schema is read from its annotations, so they must not be strings.
+from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +16,8 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 def norm_rope(x: Tensor, weight: Tensor, eps: float, cos: Tensor | None, sin: Tensor | None) -> Tensor:
     """x / rms(x) * weight, then pairs of channels turned by the rotary angles.
 
-    On a CPU, or where gradients are wanted, this is `norm_rope_by_torch`, which computes what diffusers computes, bit
-    for bit; on a GPU one kernel, equal up to rounding, which a compiler takes as one operator.
+    On a CPU, under a compiler, or where gradients are wanted this is `norm_rope_by_torch`, which computes what
+    diffusers computes, bit for bit; on a GPU one kernel, equal up to rounding.
 
     Args:
         x: `[B, N, H, D]` queries or keys as they come from their projection.
@@ -31,10 +31,8 @@ def norm_rope(x: Tensor, weight: Tensor, eps: float, cos: Tensor | None, sin: Te
 
     Source: RoFormer (arXiv 2104.09864), equation 34; RMSNorm (arXiv 1910.07467), equation 4.
     """
-    if x.dtype in _DTYPES and takes_kernel(x, weight, as_operator=True):
-        # Only a compiler needs the operator, and its dispatch costs time on the host.
-        by_kernel = _operator if torch.compiler.is_compiling() else norm_rope_by_triton
-        return by_kernel(x, weight, eps, cos, sin)
+    if x.dtype in _DTYPES and takes_kernel(x, weight):
+        return norm_rope_by_triton(x, weight, eps, cos, sin)
     return norm_rope_by_torch(x, weight, eps, cos, sin)
 
 
@@ -86,11 +84,3 @@ def norm_rope_by_triton(x: Tensor, weight: Tensor, eps: float, cos: Tensor | Non
             PER_HEAD=weight.numel() == dim, ROTATE=cos is not None and sin is not None, num_warps=8,
         )  # fmt: skip
     return out
-
-
-_operator = torch.library.custom_op("dit_sparse::norm_rope", mutates_args=())(norm_rope_by_triton)
-
-
-@_operator.register_fake
-def _fake(x: Tensor, weight: Tensor, eps: float, cos: Tensor | None, sin: Tensor | None) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)

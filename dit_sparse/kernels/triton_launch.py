@@ -43,23 +43,16 @@ def broadcast_strides(x: Tensor) -> tuple[int, int]:
     return (x.stride(0) if x.shape[0] > 1 else 0), (x.stride(1) if x.shape[1] > 1 else 0)
 
 
-def takes_kernel(*tensors: Tensor | None, as_operator: bool = False) -> bool:
-    """Whether a Triton kernel without a backward may compute with `tensors`: on a GPU, where no gradients are wanted.
-
-    Args:
-        tensors: its inputs.
-        as_operator: it is an operator of torch too, so that a compiler need not look into it.
-    """
+def takes_kernel(*tensors: Tensor | None) -> bool:
+    """Whether a Triton kernel without a backward may compute with `tensors`: on a GPU, eager, no gradients wanted."""
     given = [x for x in tensors if x is not None]
     differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in given)
-    may_compile = as_operator or not torch.compiler.is_compiling()
-    return given[0].is_cuda and not differentiable and may_compile and _lacks_nothing(given[0].device)
-
-
-@torch.compiler.assume_constant_result
-def _lacks_nothing(device: torch.device) -> bool:
-    """Whether Triton's kernels run on `device`; torch's compiler asks once and need not trace how it is found out."""
-    return triton_unavailable(device) is None
+    return (
+        given[0].is_cuda
+        and not differentiable
+        and not torch.compiler.is_compiling()
+        and triton_unavailable(given[0].device) is None
+    )
 
 
 def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:

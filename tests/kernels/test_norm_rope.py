@@ -56,32 +56,6 @@ def test_the_kernel_equals_float64(dtype, per_head, rotated) -> None:
 
 
 @needs_interpreter
-@pytest.mark.parametrize("rotated", [True, False])
-def test_the_operator_follows_torchs_rules(rotated) -> None:
-    x, weight, cos, sin = problem(torch.float32, per_head=False)
-    strided = torch.cat([x, x + 1], dim=2)[:, :, HEADS:]
-    for given in (x, strided):
-        tables = (cos, sin) if rotated else (None, None)
-        torch.library.opcheck(torch.ops.dit_sparse.norm_rope.default, (given, weight, 1e-6, *tables))
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-def test_a_compiler_takes_the_kernel_as_one_operator() -> None:
-    x, weight, cos, sin = problem(torch.bfloat16, per_head=False, device="cuda")
-    graphs = []
-
-    def keep(graph, inputs):
-        graphs.append(str(graph.graph))
-        return graph
-
-    compiled = torch.compile(lambda x: norm_rope(x * 2, weight, 1e-6, cos, sin) + 1, fullgraph=True, backend=keep)
-    with torch.no_grad():
-        assert torch.equal(compiled(x), norm_rope_by_triton(x * 2, weight, 1e-6, cos, sin) + 1)
-    assert "dit_sparse.norm_rope" in graphs[0]
-
-
-@needs_interpreter
 def test_the_kernel_takes_strided_projections_and_the_epsilon() -> None:
     x, weight, cos, sin = problem(torch.float32, per_head=False)
     fused = torch.cat([x, x + 1, x], dim=2)  # as of one projection for query, key and value
