@@ -201,6 +201,7 @@ def test_lists_are_tuples_that_can_be_hashed() -> None:
     assert given == want
     assert hash(given) == hash(want)
     assert hash(Schedule(Pisa(), noise_densities=[0.5, 0.1]))  # type: ignore[arg-type]
+    assert Schedule(Pisa(), dense_layers=range(2)) == Schedule(Pisa(), dense_layers=(0, 1))  # type: ignore[arg-type]
     assert hash(Schedule(XAttention(), layer_thresholds=[0.9]))  # type: ignore[arg-type]
 
 

@@ -263,15 +263,15 @@ def check_tile(tile: tuple[int, int, int] | None) -> None:
 
 
 def freeze_lists(owner: Any) -> None:
-    """Make tuples of the lists among the fields of `owner`, a frozen dataclass, which has to be hashable."""
+    """Make tuples of the lists and ranges among the fields of `owner`, a frozen dataclass, which has to be hashable."""
     for f in _fields(type(owner)):
-        if isinstance(value := getattr(owner, f.name), list):
+        if isinstance(value := getattr(owner, f.name), (list, range)):
             object.__setattr__(owner, f.name, tuple(value))
 
 
 def check_list(name: str, value: Any) -> None:
-    """Raise ValueError unless `value` is a list or a tuple."""
-    if not isinstance(value, (list, tuple)):
+    """Raise ValueError unless `value` is a list, a tuple or a range."""
+    if not isinstance(value, (list, tuple, range)):
         raise ValueError(f"{name} must be a list or a tuple of numbers, also where there is one, got {value!r}")
 
 
