@@ -66,15 +66,16 @@ def list_kept(indices, chosen, forced, sizes, k_blocks):
     """
     count = 0
     keys = 0
-    for first in tl.range(0, k_blocks, CHUNK):
+    # Other threads have written the flags; with one stage none is read ahead of this.
+    tl.debug_barrier()
+    for first in tl.range(0, k_blocks, CHUNK, num_stages=1):
         blocks = first + tl.arange(0, CHUNK)
         inside = blocks < k_blocks
         size = tl.load(sizes + blocks, mask=inside, other=0)
-        # Other threads have written the flags, and will read the list.
-        tl.debug_barrier()
         flags = tl.load(indices + blocks, mask=inside, other=0)
         kept = ((flags != 0) | bit_of(forced, blocks, inside)) & (size > 0)
         place = tl.cumsum(kept.to(tl.int32), 0)
+        # No entry stands behind the flag that it comes from, so only flags that all have read are written over.
         tl.debug_barrier()
         tl.store(indices + count + place - 1, blocks, mask=kept)
         tl.store(chosen + blocks, kept.to(tl.uint8), mask=inside)
