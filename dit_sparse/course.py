@@ -42,11 +42,17 @@ def _sites(schedule: Schedule, step: int, num_steps: int) -> list[Site]:
     return [Site(TokenGrid(1, 1, 1), layer, layers, step, num_steps) for layer in range(layers)]
 
 
-def plans_per_call(schedule: Schedule, num_steps: int) -> float:
-    """Plans that a run of `num_steps` makes, over its sparse steps; 0 for a static method."""
-    if schedule.method.scope == "grid":
+def plans_per_call(schedule: Schedule, num_steps: int, forwards: int = 1) -> float:
+    """Plans that a run of `num_steps` makes, over its sparse calls; 0 for a static method.
+
+    Args:
+        forwards: how many a step has, one a guidance branch; with some methods the first plans for all.
+    """
+    scope = schedule.method.scope
+    if scope == "grid":
         return 0.0
-    return max(1, len(plan_steps(schedule, num_steps))) / max(1, num_steps - schedule.warmup_steps(num_steps))
+    calls = max(1, num_steps - schedule.warmup_steps(num_steps)) * (forwards if scope == "sample" else 1)
+    return max(1, len(plan_steps(schedule, num_steps))) / calls
 
 
 def step_densities(schedule: Schedule, num_steps: int, plans: Collection[int] | None = None) -> list[float] | None:

@@ -318,7 +318,8 @@ def _sparse_share(run: Run, density: float) -> float:
 
 def _pays(run: Run, density: float) -> bool:
     """Whether a layer runs sparse, as it is judged in a run: by its share of the planning too."""
-    return _ratio(run, density, plans_per_call(run.schedule, run.steps)) <= 1
+    forwards = 1 if run.shape.batched else run.branches
+    return _ratio(run, density, plans_per_call(run.schedule, run.steps, forwards)) <= 1
 
 
 def _ratio(run: Run, density: float, plans: float = 0.0) -> float:

@@ -23,6 +23,7 @@ class Follower:
 
     Attributes:
         steps: where the run is.
+        forwards: how many a step of the run has, one a guidance branch; 1 too where the pipeline does not say.
     """
 
     def __init__(self, pipelines: Iterable[Any] = ()) -> None:
@@ -30,6 +31,7 @@ class Follower:
         self._pipelines: weakref.WeakSet[Any] = weakref.WeakSet(pipelines)
         self._run = 0
         self._samples = 0
+        self.forwards = 1
         self._unnamed_forwards = (-1, 0)
 
     def copy(self, memo: dict[int, Any]) -> Follower:
@@ -58,7 +60,10 @@ class Follower:
         self._run = self.steps.run
         self._unnamed_forwards = (-1, 0)
         self.steps.begin_at(timestep)
-        both = branch == _BOTH and batch % 2 == 0 and self._guides(timestep)
+        pipe = self._running(timestep)
+        both = branch == _BOTH and batch % 2 == 0 and _guides(pipe)
+        alone = branch not in (None, _BOTH)
+        self.forwards = 2 if alone and getattr(pipe, "do_classifier_free_guidance", False) else 1
         self._samples = batch // 2 if both else batch
         return True
 
@@ -89,16 +94,19 @@ class Follower:
                 self.steps.adopt(pipe.scheduler, getattr(pipe, "_current_timestep", None))
         self.steps.release(keep=[pipe.scheduler for pipe in pipelines])
 
-    def _guides(self, timestep: Tensor | None) -> bool:
-        """Whether the pipeline that runs has guidance on; not where none of those that are followed is at `timestep`.
-
-        Asked at the first forward, as CogVideoX's dynamic guidance sets the scale to 1 in between.
-        """
-        if timestep is None:
-            return False
-        for pipe in self._pipelines:
+    def _running(self, timestep: Tensor | None) -> Any:
+        """The pipeline that is at `timestep`; `None` where none of those that are followed is."""
+        for pipe in self._pipelines if timestep is not None else ():
             current = getattr(pipe, "_current_timestep", None)
-            if current is not None and float(current) == float(timestep.max()):
-                scale = getattr(pipe, "guidance_scale", None) or 0.0
-                return bool(getattr(pipe, "do_classifier_free_guidance", scale > 1))
-        return False
+            if current is not None and timestep is not None and float(current) == float(timestep.max()):
+                return pipe
+        return None
+
+
+def _guides(pipe: Any) -> bool:
+    """Whether `pipe` has guidance on, both branches in one batch.
+
+    Asked at the first forward, as CogVideoX's dynamic guidance sets the scale to 1 in between.
+    """
+    scale = getattr(pipe, "guidance_scale", None) or 0.0
+    return bool(getattr(pipe, "do_classifier_free_guidance", scale > 1))

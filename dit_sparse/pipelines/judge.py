@@ -45,11 +45,12 @@ class Judge:
         self._predicted.clear()
         self._planned.clear()
 
-    def before(self, site: Site, key: Key, q: Tensor) -> Decision | None:
+    def before(self, site: Site, key: Key, q: Tensor, forwards: int = 1) -> Decision | None:
         """To run the call at `site` with `q` `[B, H, N, D]` dense, if it is known to be no gain.
 
         Args:
             key: that of its plan.
+            forwards: how many a step of the run has, one a guidance branch.
 
         Warns:
             UserWarning: at the first layer of a session that is found to run dense, unless the method's density falls
@@ -61,10 +62,10 @@ class Judge:
         density = _stated(method, site)
         key = (*key, method, density, threshold_at(method, site))
         if key not in self._predicted and density is not None:
-            self._predicted[key] = self._before_planning(site, q, density)
-        return self._refused(key, site, q)
+            self._predicted[key] = self._before_planning(site, q, density, forwards)
+        return self._refused(key, site, q, forwards)
 
-    def after(self, plan: AttentionPlan, site: Site, key: Key, q: Tensor) -> Decision | None:
+    def after(self, plan: AttentionPlan, site: Site, key: Key, q: Tensor, forwards: int = 1) -> Decision | None:
         """As `before`, by the first plan of the layer."""
         method = self._method(site)
         if self._is_free(method):
@@ -73,8 +74,8 @@ class Judge:
         key = (*key, method, density, threshold_at(method, site))
         if key not in self._planned:
             self._planned.add(key)
-            self._predicted[key] = self._predict(site, q, **work_of(plan, site, density))
-        return self._refused(key, site, q)
+            self._predicted[key] = self._predict(site, q, forwards=forwards, **work_of(plan, site, density))
+        return self._refused(key, site, q, forwards)
 
     def _method(self, site: Site) -> Method:
         return self._schedule.method_for(site)
@@ -83,32 +84,43 @@ class Judge:
         """Whether nothing is judged: nobody asked for it, it is dense attention, or the share it skips is unknown."""
         return not self._schedule.never_slower or method.name == "dense" or self._schedule.skips
 
-    def _before_planning(self, site: Site, q: Tensor, density: float) -> float:
-        block = block_of(self._method(site))
-        return self._predict(site, q, density=density, block=block, remainder=self._schedule.planned_remainder)
+    def _before_planning(self, site: Site, q: Tensor, density: float, forwards: int) -> float:
+        work = {
+            "density": density,
+            "block": block_of(self._method(site)),
+            "remainder": self._schedule.planned_remainder,
+        }
+        return self._predict(site, q, forwards=forwards, **work)
 
     def _predict(self, site: Site, q: Tensor, **work: Any) -> float:
         """0 for a backend that was asked for by name and that nobody has measured."""
         return predicted_time(self._schedule, site, q, backend=self._backend, **work) or 0.0
 
-    def _refused(self, key: Key, site: Site, q: Tensor) -> Decision | None:
+    def _refused(self, key: Key, site: Site, q: Tensor, forwards: int) -> Decision | None:
         predicted = self._predicted.get(key, 0.0)
         if predicted <= 1:
             return None
-        if not self._warned and not self._pays_later(site, q):
+        if not self._warned and not self._pays_later(site, q, forwards):
             self._warned = True
             warnings.warn(_warning(self._method(site), site, predicted, costs_of(q.device)), stacklevel=2)
         return Decision("dense", NOT_FASTER, predicted=predicted)
 
-    def _pays_later(self, site: Site, q: Tensor) -> bool:
+    def _pays_later(self, site: Site, q: Tensor, forwards: int) -> bool:
         """Whether the method has less density at the last step, and pays there."""
         last = replace(site, step=site.num_steps - 1)
         least, now = (_stated(self._method(at), at) for at in (last, site))
-        return least is not None and least != now and self._before_planning(last, q, least) <= 1
+        return least is not None and least != now and self._before_planning(last, q, least, forwards) <= 1
 
 
 def predicted_time(
-    schedule: Schedule, site: Site, q: Tensor, *, backend: str = "auto", remainder: Remainder = "none", **work: Any
+    schedule: Schedule,
+    site: Site,
+    q: Tensor,
+    *,
+    backend: str = "auto",
+    remainder: Remainder = "none",
+    forwards: int = 1,
+    **work: Any,
 ) -> float | None:
     """Time of a sparse call over dense attention's, planning counted; `None` for a backend that nobody has measured.
 
@@ -116,12 +128,13 @@ def predicted_time(
         schedule, site, q: of the call; of `q` `[B, H, N, D]` only shape and device matter.
         backend: as in `sparse_attention`.
         remainder, work: of its plan, as `work_of` gives them.
+        forwards: how many a step has, one a guidance branch; with some methods the first plans for all.
     """
     costs, method = costs_of(q.device), schedule.method_for(site)
     backend = _backend(backend, q.device, remainder)
     if backend not in costs.backends:
         return None
-    plans = plans_per_call(schedule, site.num_steps)
+    plans = plans_per_call(schedule, site.num_steps, forwards)
     batch, heads, tokens, dim = q.shape
     call = Call(
         tokens, batch * heads, dim, backend=backend, method=method.name, plans=plans, remainder=remainder, **work

@@ -303,7 +303,8 @@ class Session:
         decision = self.schedule.decide(site, previous)
         judged = decision.action == "plan" or decision.reason == "search"  # a plan that is in use was found to pay
         if judged and self._judges:
-            decision = self._judge.before(site, key, q[:, :, : group.grid.num_tokens]) or decision
+            own = q[:, :, : group.grid.num_tokens]
+            decision = self._judge.before(site, key, own, self._follower.forwards) or decision
         return _Part(site, key, previous, decision)
 
     def _run_part(self, part: _Part, q: Tensor, k: Tensor, v: Tensor, dense: DenseAttention) -> Tensor:
@@ -317,7 +318,7 @@ class Session:
             planning = Stopwatch(q.device)
             plan = self.schedule.finish(self.engine.plan(key, method, q, k, v, site, previous))
             planning.stop()
-            refused = self._judge.after(plan, site, key, q) if self._judges else None
+            refused = self._judge.after(plan, site, key, q, self._follower.forwards) if self._judges else None
             if refused is not None:
                 return self._dense(refused, key, q, k, v, dense, site.layer, planning=planning)
             self._adopt(part, method, plan, q, k)
@@ -342,7 +343,8 @@ class Session:
         out, plan = attend_routed(q, k, v, route, self.schedule.planned_remainder, part.site.in_order)
         watch.stop()
         if self._judges:
-            self._judge.after(plan, part.site, part.key, q)  # for the calls to come; this one is made
+            # For the calls to come; this one is made.
+            self._judge.after(plan, part.site, part.key, q, self._follower.forwards)
         self._adopt(part, method, plan, q, k)
         self._record(part, plan, "triton", watch, planning, None)
         return out

@@ -92,6 +92,17 @@ def test_a_plan_counts_by_the_calls_that_it_serves(pipe, render, costs, recwarn,
 
 
 @pytest.mark.parametrize(
+    ("cost", "scale", "is_dense"), [(1.7, 3.0, False), (2.1, 3.0, True), (0.9, 1.0, False), (1.1, 1.0, True)]
+)
+def test_a_plan_that_guidance_branches_share_counts_half(pipe, render, costs, recwarn, cost, scale, is_dense) -> None:
+    """Five plans of five steps: one a call, and half a plan where two forwards share it, beside density 0.5 of 1.0."""
+    method = LeastError(density=0.5, early=1, tile=(1, 2, 4))
+    costs(plans={"lea": [cost / 2, 0]}, kernel={"1": 1.0})
+    render(sparsify(pipe, Schedule(method, warmup=0, refresh=(1, 2, 3, 4), remainder="none")), guidance_scale=scale)
+    assert (NOT_FASTER in statistics(pipe).dense_calls) is is_dense
+
+
+@pytest.mark.parametrize(
     ("remainder", "is_dense"), [("method", True), ("value", True), ("mean", False), ("none", False)]
 )
 def test_a_methods_own_remainder_counts_before_it_plans(pipe, render, costs, recwarn, remainder, is_dense) -> None:
