@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dit_sparse.kernels.triton_kernels import allowed_pairs, load_tile, multiply, score_tile
+from dit_sparse.kernels.triton_kernels import allowed_pairs, load_tile, multiply, plain_entries, score_tile
 
 
 @triton.jit
@@ -84,13 +84,7 @@ def skip_kernel(
     count = tl.load(counts + b * c_sb + h * c_sh + block)
     indices += b * i_sb + h * i_sh + block * i_sm
     last = tl.maximum(count - 1, 0)
-    # Indices ascend, so the blocks that need no mask stand together.
-    plain_start = 0
-    while (plain_start < count) & (tl.load(indices + tl.minimum(plain_start, last)) < run_start):
-        plain_start += 1
-    plain_end = count
-    while (plain_end > plain_start) & (tl.load(indices + tl.maximum(plain_end - 1, 0)) >= run_end):
-        plain_end -= 1
+    plain_start, plain_end = plain_entries(indices, count, run_start, run_end)
     for i in tl.range(0, plain_start, num_stages=1):
         bound = k_offsets + tl.load(indices + i)
         m, total, acc, skipped = attend_needed(

@@ -74,13 +74,8 @@ def attend_tile(
 
 
 @triton.jit
-def attend_kept(
-    q, m, total, acc, k, v, indices, count, k_offsets, run_start, run_end, k_size, k_stride, v_stride, scale,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
-    K_TILES: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    """Running maximum, sum and output after the `count` key blocks of `indices`, which ascend and are kept whole."""
-    # As they ascend, the blocks that need no mask stand together.
+def plain_entries(indices, count, run_start, run_end):
+    """Which of the `count` ascending `indices` are from `run_start` to `run_end`: blocks that need no mask."""
     last = tl.maximum(count - 1, 0)
     plain_start = 0
     while (plain_start < count) & (tl.load(indices + tl.minimum(plain_start, last)) < run_start):
@@ -88,6 +83,18 @@ def attend_kept(
     plain_end = count
     while (plain_end > plain_start) & (tl.load(indices + tl.maximum(plain_end - 1, 0)) >= run_end):
         plain_end -= 1
+    return plain_start, plain_end
+
+
+@triton.jit
+def attend_kept(
+    q, m, total, acc, k, v, indices, count, k_offsets, run_start, run_end, k_size, k_stride, v_stride, scale,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
+    K_TILES: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """Running maximum, sum and output after the `count` key blocks of `indices`, which ascend and are kept whole."""
+    last = tl.maximum(count - 1, 0)
+    plain_start, plain_end = plain_entries(indices, count, run_start, run_end)
     origin = tl.load(k_offsets + run_start) - run_start * k_size
     first = origin + tl.load(indices + tl.minimum(plain_start, last)) * k_size
     for i in tl.range(0, (plain_end - plain_start) * K_TILES):
