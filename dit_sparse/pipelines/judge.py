@@ -118,7 +118,7 @@ def predicted_time(
         remainder, work: of its plan, as `work_of` gives them.
     """
     costs, method = costs_of(q.device), schedule.method_for(site)
-    backend = _backend(backend, q.device, remainder)
+    backend = "triton" if schedule.routes else _backend(backend, q.device, remainder)
     if backend not in costs.backends:
         return None
     plans = plans_per_call(schedule, site.num_steps)
