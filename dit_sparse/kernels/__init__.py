@@ -28,7 +28,7 @@ from dit_sparse.kernels.permute import permute, restore
 from dit_sparse.kernels.pooled import pooled_blocks
 from dit_sparse.kernels.reference import ReferenceBackend
 from dit_sparse.kernels.remainder_error import remainder_errors
-from dit_sparse.kernels.routing import Route, deviations, routed_plan
+from dit_sparse.kernels.routing import Route, deviations, routed_plan, words_of
 from dit_sparse.kernels.triton_backend import TritonBackend
 from dit_sparse.kernels.triton_routing import check_routing, routed_attention, routing_refusal
 
@@ -68,6 +68,7 @@ __all__ = [
     "scattered_places",
     "scattered_rows",
     "select",
+    "words_of",
 ]
 
 for _backend in (
