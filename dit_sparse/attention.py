@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dit_sparse.kernels import Backend, CountingBackend, Route, permute, restore, routed_attention, select
-from dit_sparse.types import AttentionPlan, Remainder
+from dit_sparse.types import AttentionPlan, Remainder, TokenOrder
 
 
 @overload
@@ -121,7 +121,12 @@ def attend(
 def attend_routed(
     q: Tensor, k: Tensor, v: Tensor, route: Route, remainder: Remainder, in_order: bool
 ) -> tuple[Tensor, AttentionPlan]:
-    """`routed_attention` of `q, k, v` `[B, H, N, D]`, which stand in the order of `route` or in the sequence's own."""
+    """`routed_attention` of `q, k, v` `[B, H, N, D]`, which stand in the order of `route` or in the sequence's own.
+
+    Raises:
+        ValueError: tensors that do not fit each other or the order, or what `routed_attention` refuses.
+    """
+    _check_tensors(q, k, v, route.order, route.order)
     if in_order:
         return routed_attention(q, k, v, route, remainder)
     q, k, v = permute(route.order, q, k, v)
@@ -167,6 +172,13 @@ def _permuted(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> tuple[Ten
 
 def check_fit(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> None:
     """Raise ValueError unless tensors and plan are as `sparse_attention` takes them."""
+    _check_tensors(q, k, v, plan.q_order, plan.kv_order)
+    _check_leading("block_mask.kv_counts", plan.block_mask.kv_counts, q)
+    if plan.head_remainders is not None:
+        _check_leading("head_remainders", plan.head_remainders, q)
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor, q_order: TokenOrder, kv_order: TokenOrder) -> None:
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.ndim != 4:
             raise ValueError(f"{name} must be [B, H, N, D], got {tuple(tensor.shape)}")
@@ -178,23 +190,16 @@ def check_fit(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> None:
         raise ValueError(
             f"q, k, v must agree in [B, H, N, D], got {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}"
         )
-    for name, tokens, order in (("q", q.shape[2], plan.q_order), ("kv", k.shape[2], plan.kv_order)):
+    for name, tokens, order in (("q", q.shape[2], q_order), ("kv", k.shape[2], kv_order)):
         if order.num_tokens != tokens:
             raise ValueError(f"plan's {name}_order is for {order.num_tokens} tokens, got {tokens}")
-    _validate_leading(q, plan)
-    plan_device = plan.q_order.index.device
+        _check_leading(f"{name}_order.index", order.index, q)
+    plan_device = q_order.index.device
     if torch.device(plan_device) != q.device:
         raise ValueError(f"plan must be on q's device {q.device}, got {plan_device}; use plan.to(q.device)")
 
 
-def _validate_leading(q: Tensor, plan: AttentionPlan) -> None:
-    mask = plan.block_mask
-    for name, tensor in (
-        ("q_order.index", plan.q_order.index),
-        ("kv_order.index", plan.kv_order.index),
-        ("block_mask.kv_counts", mask.kv_counts),
-        ("head_remainders", mask.kv_counts if plan.head_remainders is None else plan.head_remainders),
-    ):
-        for size, want, letter in zip(tensor.shape[:2], q.shape[:2], "BH", strict=True):
-            if size not in (1, want):
-                raise ValueError(f"plan's {name} must have 1 or {want} in dimension {letter}, got {size}")
+def _check_leading(name: str, tensor: Tensor, q: Tensor) -> None:
+    for size, want, letter in zip(tensor.shape[:2], q.shape[:2], "BH", strict=True):
+        if size not in (1, want):
+            raise ValueError(f"plan's {name} must have 1 or {want} in dimension {letter}, got {size}")

@@ -317,6 +317,8 @@ class Schedule:
     def overridden(self) -> dict[str, str]:
         """Parameters of the method that have no effect, by name, each with what overrides it: a parameter or option."""
         own = overridden(self.method)
+        if self.layer_thresholds is not None and (control := threshold_name(self.method)) is not None:
+            own |= {control: "layer_thresholds"}
         by = next((name for name in _DENSITIES if getattr(self, name) is not None), None)
         return own if by is None else own | {"density": by}
 

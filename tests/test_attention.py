@@ -11,6 +11,7 @@ from torch import Tensor
 
 import dit_sparse.attention
 from dit_sparse import AttentionPlan, TokenOrder, sparse_attention
+from dit_sparse.kernels import Route, words_of
 
 
 def random_plan(
@@ -81,6 +82,24 @@ def test_bad_arguments_are_named(change, message: str) -> None:
     change(arguments)
     with pytest.raises(ValueError, match=message):
         sparse_attention(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ([(1, 3, 5, 16)] * 3, "q_order is for 21 tokens, got 5"),
+        ([(1, 3, 21, 16), (1, 1, 21, 16), (1, 3, 21, 16)], "must agree"),
+        ([(1, 2, 21, 16)] * 3, "must have 1 or 2 in dimension H, got 3"),
+    ],
+)
+@pytest.mark.parametrize("in_order", [False, True])
+def test_tensors_that_do_not_fit_a_route_are_named(shapes, message: str, in_order: bool, monkeypatch) -> None:
+    order = random_plan(3, 21).q_order
+    forced = torch.ones(1, 1, 3, 3, dtype=torch.bool)
+    route = Route(order, forced, words_of(forced), forced[:, :, 0], 0.5)
+    monkeypatch.setattr(dit_sparse.attention, "routed_attention", lambda *_: pytest.fail("the kernel ran"))
+    with pytest.raises(ValueError, match=message):
+        dit_sparse.attention.attend_routed(*(torch.randn(size) for size in shapes), route, "mean", in_order)
 
 
 @pytest.mark.parametrize("skip_threshold", [0.0, 1e-3])

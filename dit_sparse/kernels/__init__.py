@@ -28,9 +28,9 @@ from dit_sparse.kernels.permute import permute, restore
 from dit_sparse.kernels.pooled import pooled_blocks
 from dit_sparse.kernels.reference import ReferenceBackend
 from dit_sparse.kernels.remainder_error import remainder_errors
-from dit_sparse.kernels.routing import Route, deviations, routed_plan
+from dit_sparse.kernels.routing import Route, deviations, routed_plan, words_of
 from dit_sparse.kernels.triton_backend import TritonBackend
-from dit_sparse.kernels.triton_routing import check_routing, routed_attention, routing_refusal
+from dit_sparse.kernels.triton_routing import check_routed_call, check_routing, routed_attention, routing_refusal
 
 __all__ = [
     "BACKENDS",
@@ -44,6 +44,7 @@ __all__ = [
     "attend_rows",
     "block_mass",
     "check_remainder",
+    "check_routed_call",
     "check_routing",
     "check_skips",
     "dense_attention",
@@ -68,6 +69,7 @@ __all__ = [
     "scattered_places",
     "scattered_rows",
     "select",
+    "words_of",
 ]
 
 for _backend in (

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from torch import Tensor
 from dit_sparse.kernels.pooled import pooled_blocks
 from dit_sparse.types import AttentionPlan, Remainder, TokenOrder
 
-__all__ = ["Route", "deviations", "routed_plan", "row_moments"]
+__all__ = ["Route", "deviations", "routed_plan", "row_moments", "words_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,21 +23,23 @@ class Route:
     Args:
         order: of queries and keys, the same for all heads.
         forced: `[1, 1, M, M]` bool, blocks kept whatever they score.
+        words: `[1, 1, M, ceil(M/32)]` int32, `words_of(forced)`.
         counted: `[1, 1, M]` bool, key blocks whose scores make a row's mean and deviation.
         tau: how many standard deviations above its row's mean a score must be.
     """
 
     order: TokenOrder
     forced: Tensor
+    words: Tensor
     counted: Tensor
     tau: float
 
-    @cached_property
-    def words(self) -> Tensor:
-        """`[1, 1, M, ceil(M/32)]` int32: `forced` a bit a block, lowest first."""
-        padded = torch.nn.functional.pad(self.forced, (0, -self.forced.shape[-1] % 32)).unflatten(-1, (-1, 32))
-        bits = torch.arange(32, dtype=torch.int32, device=padded.device)
-        return (padded.int() << bits).sum(-1, dtype=torch.int32)
+
+def words_of(forced: Tensor) -> Tensor:
+    """`[1, 1, M, ceil(M/32)]` int32: `forced` `[1, 1, M, M]` a bit a block, lowest first."""
+    padded = torch.nn.functional.pad(forced, (0, -forced.shape[-1] % 32)).unflatten(-1, (-1, 32))
+    bits = torch.arange(32, dtype=torch.int32, device=padded.device)
+    return (padded.int() << bits).sum(-1, dtype=torch.int32)
 
 
 def row_moments(q_means: Tensor, k_means: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:

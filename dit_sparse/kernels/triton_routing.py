@@ -22,7 +22,7 @@ from dit_sparse.kernels.triton_launch import (
 )
 from dit_sparse.types import AttentionPlan, BlockMask, Remainder
 
-__all__ = ["check_routing", "routed_attention", "routing_refusal"]
+__all__ = ["check_routed_call", "check_routing", "routed_attention", "routing_refusal"]
 
 _TILE = 64
 
@@ -43,6 +43,13 @@ def check_routing(backend: str, remainder: Remainder, device: torch.device | Non
         reason = f"backend must be 'auto' or 'triton', got {backend!r}"
     if device is not None:
         reason = reason or triton_unavailable(device)
+    if reason is not None:
+        raise _refused(reason)
+
+
+def check_routed_call(q: Tensor, route: Route, remainder: Remainder) -> None:
+    """Raise ValueError where `routed_attention` would refuse `q` `[B, H, N, D]` and keys and values like it."""
+    reason = routing_refusal(q, q, q, route, remainder)
     if reason is not None:
         raise _refused(reason)
 

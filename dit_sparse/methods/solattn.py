@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dit_sparse.kernels import Route, deviations, routed_plan
+from dit_sparse.kernels import Route, deviations, routed_plan, words_of
 from dit_sparse.masks import heaviest_blocks, keep_text, text_blocks
 from dit_sparse.methods.any_grid import AnyGrid
 from dit_sparse.methods.description import Description
@@ -104,16 +104,19 @@ class SolAttention(AnyGrid):
         return AttentionPlan.from_kept(order, kept, remainder=self.own_remainder)
 
 
-_known: weakref.WeakKeyDictionary[TokenOrder, dict[tuple[TokenGrid, float], Route]] = weakref.WeakKeyDictionary()
+# By order and grid, not the routes themselves: they hold the order, which would never go.
+_known: weakref.WeakKeyDictionary[TokenOrder, dict[TokenGrid, tuple[Tensor, Tensor, Tensor]]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def _route(order: TokenOrder, grid: TokenGrid, tau: float) -> Route:
-    """A block's neighbours, itself and text are kept whatever they score; text does not count. Made once."""
+    """A block's neighbours, itself and text are kept whatever they score; text does not count. Found once."""
     known = _known.setdefault(order, {})
-    if (grid, tau) not in known:
+    if grid not in known:
         with torch.inference_mode(False):
             number = torch.arange(order.num_blocks, device=order.index.device)
             near = (number[:, None] - number).abs() <= 1
             forced = keep_text(near[None, None], grid, order.offsets, order.offsets)
-            known[grid, tau] = Route(order, forced, ~text_blocks(grid, order.offsets), tau)
-    return known[grid, tau]
+            known[grid] = forced, words_of(forced), ~text_blocks(grid, order.offsets)
+    return Route(order, *known[grid], tau)

@@ -131,7 +131,7 @@ def predicted_time(
         forwards: how many a step has, one a guidance branch; with some methods the first plans for all.
     """
     costs, method = costs_of(q.device), schedule.method_for(site)
-    backend = _backend(backend, q.device, remainder)
+    backend = "triton" if schedule.routes else _backend(backend, q.device, remainder)
     if backend not in costs.backends:
         return None
     plans = plans_per_call(schedule, site.num_steps, forwards)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dit_sparse.attention import attend_routed
 from dit_sparse.course import plans_after
-from dit_sparse.kernels import check_routing, dense_attention
+from dit_sparse.kernels import check_routed_call, dense_attention
 from dit_sparse.parallel import ContextParallel
 from dit_sparse.pipelines.drift import DriftMeter
 from dit_sparse.pipelines.engine import Engine, OneDevice
@@ -292,7 +292,8 @@ class Session:
         batch = len(group.rows) if isinstance(group.rows, list) else q.shape[0]
         site = self._site(layer, num_layers, group.grid, batch)
         if site.step == 0 and self.schedule.routes:  # not after the warm-up
-            check_routing(self.backend, self.schedule.planned_remainder, q.device)
+            route = self.schedule.method_for(site).route(group.grid, q.device)  # type: ignore[attr-defined]
+            check_routed_call(q, route, self.schedule.planned_remainder)
         key = self.schedule.key(site)
         if self.schedule.method.scope in ("sample", "call"):
             key += (q.shape[0],)  # FasterCache leaves a guidance branch out of some batches

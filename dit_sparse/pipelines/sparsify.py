@@ -172,7 +172,8 @@ def check(pipe: Any, method: Method | Schedule, height: int, width: int, frames:
     """Whether `pipe` can make a video of this size with `method`; for programs that want to know before they start.
 
     Raises:
-        ValueError: a size that the model cannot take, or a parameter that does not fit it.
+        ValueError: a size that the model cannot take, a parameter that does not fit it, or blocks routed in the kernel
+            on a device that lacks it.
         NotSparseError: as `sparsify`.
     """
     adapter, grid = adapter_for(pipe), token_grid(pipe, height, width, frames)
@@ -180,6 +181,8 @@ def check(pipe: Any, method: Method | Schedule, height: int, width: int, frames:
     for transformer in transformers_of(pipe).values():
         schedule.check(grid, adapter.num_layers(transformer))
         check_spread(transformer, schedule)
+    if schedule.routes:
+        check_routing("auto", schedule.planned_remainder, pipe._execution_device)
     _changes(adapter, schedule)
     tables()  # read before a run, so that none fails in its middle
 

@@ -179,6 +179,8 @@ def test_a_density_for_a_method_without_one(method, has):
             {"plan_file": "x", "density": "0.2"},
             "--density 0.2 would have no effect beside --plan-file 'x', which",
         ),
+        ({"method": "solattn"}, {"tau": "2", "layer_thresholds": "1,1"}, "beside --layer-thresholds (1.0, 1.0), which"),
+        ({"method": "lea", "error": 0.1, "layer_thresholds": [0.1]}, {"error": "0.2"}, "beside --layer-thresholds"),
         (None, {"plan_file": "x", "tile": "2x4x4"}, "--tile 2x4x4 would have no effect beside --plan-file"),
         ({"method": "paro", "plan_file": "x", "density": 0.5}, {"sigma": "0.9"}, "--sigma 0.9 would have no effect"),
         ({"method": "pisa", "ramp": [0.5, 0.2]}, {"density": "0.2"}, "leave it out, or give --ramp none"),

@@ -9,7 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from dit_sparse.kernels import Route, deviations, routed_attention, routed_plan, routing_refusal, triton_routing
+from dit_sparse.kernels import (
+    Route,
+    deviations,
+    routed_attention,
+    routed_plan,
+    routing_refusal,
+    triton_routing,
+    words_of,
+)
 from dit_sparse.types import BlockMask, TokenOrder
 from tests.kernels import cases
 
@@ -34,11 +42,12 @@ def make_route(name: str, tau: float) -> Route:
     for j in others:
         forced[j] = forced[:, j] = True
         counted[j] = False
-    return Route(order, forced[None, None], counted[None, None], tau)
+    return Route(order, forced[None, None], words_of(forced[None, None]), counted[None, None], tau)
 
 
 def on_device(route: Route) -> Route:
-    return Route(route.order.to(DEVICE), route.forced.to(DEVICE), route.counted.to(DEVICE), route.tau)
+    tensors = (x.to(DEVICE) for x in (route.forced, route.words, route.counted))
+    return Route(route.order.to(DEVICE), *tensors, route.tau)
 
 
 def inputs(route: Route, dim: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -155,7 +164,7 @@ def test_what_the_kernel_cannot_do_is_said() -> None:
         routed_attention(*(x.double().to(DEVICE) for x in (q, k, v)), on_device(route))
     order = TokenOrder.from_index(torch.arange(160), torch.tensor([0, 150, 160]), is_identity=True)
     forced = torch.eye(2, dtype=torch.bool)[None, None]
-    large = Route(order, forced, torch.ones(1, 1, 2, dtype=torch.bool), 0.5)
+    large = Route(order, forced, words_of(forced), torch.ones(1, 1, 2, dtype=torch.bool), 0.5)
     with pytest.raises(ValueError, match=r"blocks must be at most \d+ tokens, .* got 150"):
         routed_attention(*(x.to(DEVICE) for x in (q, k, v)), on_device(large))
 

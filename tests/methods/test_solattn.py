@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
+import weakref
 
 import pytest
 import torch
 from torch import Tensor
 
 from dit_sparse import Site, SolAttention, TokenGrid
+from dit_sparse.reorder import morton_once
 from tests.methods.layouts import DEMO, check_text_and_rows, smooth_inputs
 from tests.methods.literal import GRIDS, Block, fill, random_qkv
 
@@ -94,3 +97,17 @@ def test_tokens_may_stand_in_the_shared_order_already() -> None:
 def test_bad_parameters(options: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SolAttention(**options)  # type: ignore[arg-type]
+
+
+def test_an_order_that_nobody_holds_goes() -> None:
+    """Prompts of every length bring a grid, and what is known of it must not pile up."""
+    held = []
+    for text in range(20):  # more than are remembered
+        grid = TokenGrid(1, 2, 4, text)
+        q, k, v = torch.randn(3, 1, 1, grid.num_tokens, 8)
+        method = SolAttention(block=4)
+        method.plan(q, k, v, Site(grid), None)
+        held.append(weakref.ref(method.shared_order(grid, q.device)))
+    morton_once.cache_clear()  # type: ignore[attr-defined]
+    gc.collect()
+    assert not any(order() is not None for order in held)

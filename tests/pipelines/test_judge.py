@@ -10,7 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from dit_sparse import AdaSpa, LeastError, Neighborhood, Pisa, Schedule, SpargeAttention, sparsify, statistics
+from dit_sparse import (
+    AdaSpa,
+    LeastError,
+    Neighborhood,
+    Pisa,
+    Schedule,
+    SolAttention,
+    SpargeAttention,
+    sparsify,
+    statistics,
+)
 from dit_sparse.cost import TABLE_VARIABLE
 from dit_sparse.pipelines import NotSparseError
 from dit_sparse.pipelines.judge import NOT_FASTER
@@ -29,11 +39,11 @@ def own_table(monkeypatch) -> None:
 def costs(monkeypatch, tmp_path):
     """Writes a table for the CPU."""
 
-    def write(**changes) -> None:
+    def write(backend: str = "gather", **changes) -> None:
         entry = json.loads(Path("tests/costs.json").read_text())["cpu"]
         kernel = entry["backends"]["gather"] | {"kernel": {"1": 1.0}}
         entry |= {key: value for key, value in changes.items() if key in entry}
-        entry["backends"] = {"gather": kernel | {key: value for key, value in changes.items() if key in kernel}}
+        entry["backends"] = {backend: kernel | {key: value for key, value in changes.items() if key in kernel}}
         path = tmp_path / f"costs-{len(list(tmp_path.iterdir()))}.json"
         path.write_text(json.dumps({"cpu": entry}))
         monkeypatch.setenv(TABLE_VARIABLE, str(path))
@@ -158,6 +168,16 @@ def test_a_methods_own_remainder_counts(pipe, render, costs, recwarn, cost, is_d
     costs(kernel={"1": 1.0}, remainder={"none": 0.0, "value": cost / 8})
     render(sparsify(pipe, Pisa(density=0.4, block=16)))
     assert (NOT_FASTER in statistics(pipe).dense_calls) is is_dense
+
+
+def test_blocks_routed_in_the_kernel_cost_what_its_kernel_does(pipe, render, costs, recwarn) -> None:
+    """Whatever other backends would take."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    schedule = Schedule(SolAttention(block=32, in_kernel=True), warmup=0)
+    for cost, is_dense in ((1.0, False), (1000.0, True)):
+        costs(backend="triton", kernel={"1": cost}, call=1e-9, remainder={})
+        render(sparsify(pipe, schedule), steps=2)
+        assert (NOT_FASTER in statistics(pipe).dense_calls) is is_dense
 
 
 def test_a_static_plan_is_judged_once(pipe, render, costs, recwarn, monkeypatch) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dit_sparse import Schedule, SkipSoftmax, SolAttention, sparsify, statistics
 from dit_sparse.kernels import triton_routing
-from dit_sparse.pipelines import session_of
+from dit_sparse.pipelines import check, session_of
 
 PLANNED = Schedule(SolAttention(tau=0.5, block=32), warmup=0.4)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -68,6 +68,23 @@ def test_a_device_without_the_kernel_ends_the_run_at_its_first_step(pipe, render
     with pytest.raises(ValueError, match="it runs on CUDA only; set in_kernel to False"):
         render(pipe)
     assert not statistics(pipe).records
+
+
+def test_blocks_larger_than_a_tile_end_the_run_at_its_first_step(pipe, render) -> None:
+    """Not after the warm-up."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    sparsify(pipe.to(DEVICE), replace(ROUTED, method=replace(ROUTED.method, block=150)))
+    with pytest.raises(ValueError, match=r"blocks must be at most \d+ tokens, one tile, got 150"):
+        render(pipe)
+    assert not statistics(pipe).records
+
+
+def test_a_device_without_the_kernel_is_known_before_a_run(pipe, monkeypatch) -> None:
+    check(pipe, PLANNED, 32, 48, 9)
+    monkeypatch.setattr(triton_routing, "triton_unavailable", lambda device: f"not on {device}")
+    check(pipe, PLANNED, 32, 48, 9)
+    with pytest.raises(ValueError, match="not on cpu; set in_kernel to False"):
+        check(pipe, ROUTED, 32, 48, 9)
 
 
 def test_a_density_and_skipping_do_not_go_with_it() -> None:
