@@ -20,10 +20,10 @@ def test_memory_grows_with_what_is_held() -> None:
 
 def test_a_long_layer_takes_less_than_one_attention_map(tmp_path: Path) -> None:
     out = tmp_path / "memory.json"
-    main(["--memory-tokens", "8192", "--out", str(out)])
+    main(["--memory-tokens", "4096", "--out", str(out)])
     found = json.loads(out.read_text("utf-8"))["memory"]
-    assert found["attention_map_a_head"] == 8192 * 8192 * 4
-    assert found["block_map_a_head"] == 128 * 128 * 4
+    assert found["attention_map_a_head"] == 4096 * 4096 * 4
+    assert found["block_map_a_head"] == 64 * 64 * 4
     assert found["heads"] * found["block_map_a_head"] < found["calibration"] < found["attention_map_a_head"]
     assert found["process"] > found["calibration"] + found["inputs"]
 

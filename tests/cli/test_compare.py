@@ -3,9 +3,6 @@
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,13 +10,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dit_sparse.cli import main
 from dit_sparse.compare.render import Stage
 from dit_sparse.compare.run import _Runner
 from dit_sparse.generate import Request, hold
 from tests.cli.command import SMALL, assert_refused, exit_code, prompts_file, tree
 from tests.eval.videos import write_video
 from tests.pipelines.tiny_families import tiny_flux
-from tests.processes import left_by
+from tests.processes import FORKSERVER, left_by
 
 
 def command(model, *options):
@@ -189,15 +187,15 @@ def test_goes_on_where_it_was_killed(model, capsys):
     """The process is killed in the middle of its second prompt, and a run that is not recorded is done again."""
     arguments = command(model, "--also", '{"method": "adaspa", "block": 8}', "--densities", "0.5,0.3", "--no-floors")
     arguments += ["--steps", "4"]
-    with subprocess.Popen(
-        [sys.executable, "-m", "dit_sparse", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    ) as process:
-        deadline = time.monotonic() + 200
-        while len(_lines()) < 4:
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
+    process = FORKSERVER.Process(target=main, args=(arguments,))
+    process.start()
+    deadline = time.monotonic() + 200
+    while len(_lines()) < 4:
+        assert process.is_alive()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    process.join()
     before = _lines()
     assert 4 <= len(before) < 6
     finished = {path: path.stat().st_mtime_ns for line in before for path in tree(Path("out", line["video"]).parent)}

@@ -2,11 +2,13 @@
 
 import io
 import json
+import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,9 +16,10 @@ import pytest
 import torch
 
 from dit_sparse import preset
+from dit_sparse.cli import main
 from tests.cli.command import SMALL, assert_refused, exit_code, prompts_file, tree
 from tests.pipelines.tiny_families import tiny_flux
-from tests.processes import left_by
+from tests.processes import FORKSERVER, left_by
 
 
 def test_generates_reports_and_resumes(model, capsys):
@@ -267,18 +270,49 @@ def test_interruption_while_loading(model, capsys, monkeypatch):
     assert not list(Path().iterdir())
 
 
-def _start(command: list[str]) -> subprocess.Popen:
+def _refused_meanwhile(pid: int, command: list[str], capsys: pytest.CaptureFixture) -> None:
+    """A second run is told that the process has the folder."""
+    os.kill(pid, signal.SIGSTOP)  # so that it is not done meanwhile
+    assert exit_code(*command) == 2
+    os.kill(pid, signal.SIGCONT)
+    assert f"--out 'out' is in use by process {pid} on {socket.gethostname()}" in capsys.readouterr().err
+
+
+def _interrupted(command: list[str], capsys: pytest.CaptureFixture) -> None:
+    """Start a process, and tell it to stop when it has made a video."""
+
     def default_interrupt():
         # A test run in the background may ignore SIGINT, and children inherit that.
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-m", "dit_sparse", *command],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         preexec_fn=default_interrupt,
     )
+    _wait_for_a_video(lambda: process.poll() is None)
+    _refused_meanwhile(process.pid, command, capsys)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted" in errors
+    assert "Traceback" not in errors
+    assert not list(Path("out").glob(".*"))
+
+
+def _killed(command: list[str], capsys: pytest.CaptureFixture) -> None:
+    """Start a process, and kill it when it has made a video."""
+    process = FORKSERVER.Process(target=main, args=(command,))
+    process.start()
+    _wait_for_a_video(process.is_alive)
+    _refused_meanwhile(process.pid, command, capsys)
+    process.kill()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    # What a kill in the middle of the encoding leaves, which is too short to be hit for sure.
+    Path("out", left_by(process.pid, "0002-a-red-ball-1-seed0.mp4")).write_bytes(b"half")
 
 
 def _finished() -> list[Path]:
@@ -286,33 +320,18 @@ def _finished() -> list[Path]:
     return sorted(path for path in Path("out").glob("*.mp4") if not path.name.startswith("."))
 
 
-def _wait_for_a_video(process: subprocess.Popen) -> None:
+def _wait_for_a_video(runs: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 60
-    while not _finished() and time.monotonic() < deadline and process.poll() is None:
+    while not _finished() and time.monotonic() < deadline and runs():
         time.sleep(0.01)
-    assert process.poll() is None
+    assert runs()
 
 
-@pytest.mark.parametrize(("kill", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
-def test_goes_on_where_it_was_stopped(model, capsys, kill, code):
+@pytest.mark.parametrize("stop", [_killed, _interrupted], ids=["SIGKILL", "SIGINT"])
+def test_goes_on_where_it_was_stopped(model, capsys, stop):
     prompts = prompts_file(*(f"a red ball {n}" for n in range(4)))
     command = ["generate", prompts, "--model", model, *SMALL, "--out", "out", "--steps", "40", "--block", "8"]
-    process = _start(command)
-    _wait_for_a_video(process)
-    process.send_signal(signal.SIGSTOP)  # so that it is not done meanwhile
-    assert exit_code(*command) == 2
-    process.send_signal(signal.SIGCONT)
-    assert f"--out 'out' is in use by process {process.pid} on {socket.gethostname()}" in capsys.readouterr().err
-    process.send_signal(kill)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == code
-    if kill == signal.SIGINT:
-        assert "interrupted" in errors
-        assert "Traceback" not in errors
-        assert not list(Path("out").glob(".*"))
-    else:
-        # What a kill in the middle of the encoding leaves, which is too short to be hit for sure.
-        Path("out", left_by(process.pid, "0002-a-red-ball-1-seed0.mp4")).write_bytes(b"half")
+    stop(command, capsys)
     finished = {path: path.stat().st_mtime_ns for path in _finished()}
     assert 0 < len(finished) < 4
 

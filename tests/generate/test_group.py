@@ -11,7 +11,7 @@ from dit_sparse.generate.group import RankGroup
 from dit_sparse.partials import partial_path
 from tests.generate.workers import KillingWorker, hold_sleeping_ranks, refuse
 from tests.pipelines.tiny import make_tiny_wan
-from tests.processes import alive, within
+from tests.processes import FORKSERVER, alive, within
 
 
 def test_ranks_take_calls_until_one_is_killed(tmp_path):
@@ -39,7 +39,8 @@ def test_ranks_take_calls_until_one_is_killed(tmp_path):
         group.call("whoami")
 
 
-def test_what_a_rank_cannot_start_with_is_told(tmp_path):
+def test_what_a_rank_cannot_start_with_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(multiprocessing, "get_context", lambda _: FORKSERVER)
     request = Request(("a",), {"method": "dense"}, tmp_path / "out", device="cpu", parallel="ulysses=2")
     with pytest.raises(OSError, match="no model here"):
         RankGroup(request, refuse)
@@ -47,7 +48,7 @@ def test_what_a_rank_cannot_start_with_is_told(tmp_path):
 
 def test_busy_ranks_end_when_the_process_that_started_them_is_killed(tmp_path):
     request = Request(("a",), {"method": "dense"}, tmp_path / "out", device="cpu", parallel="ulysses=2")
-    parent = multiprocessing.get_context("spawn").Process(target=hold_sleeping_ranks, args=(request, tmp_path))
+    parent = FORKSERVER.Process(target=hold_sleeping_ranks, args=(request, tmp_path))
     parent.start()
     try:
         assert within(200, lambda: len(list(tmp_path.iterdir())) >= 2 or not parent.is_alive())

@@ -147,12 +147,18 @@ TILED = [
 
 
 @needs_interpreter
-@pytest.mark.parametrize("bounds", [*BOUNDS, *TILED], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("bounds", "dtype"),
+    [
+        *((bounds, torch.bfloat16) for bounds in (*BOUNDS, *TILED)),
+        *((cases.RAGGED, dtype) for dtype in (torch.float32, torch.float16)),
+    ],
+    ids=str,
+)
 def test_triton_says_the_same(bounds: list[int], dtype: torch.dtype) -> None:
     draw = cases.generator()
     for q_bounds, k_bounds in ((bounds, [0, 40, 80, 96, 130]), (cases.RAGGED, bounds)):
-        q, k = (torch.randn(2, 2, n, 24, generator=draw).to(dtype) for n in (q_bounds[-1], k_bounds[-1]))
+        q, k = (torch.randn(1, 2, n, 24, generator=draw).to(dtype) for n in (q_bounds[-1], k_bounds[-1]))
         lse = (q.double() @ k.double().transpose(-1, -2) * 0.3).logsumexp(-1).float()
         lse[:, :, 3] = float("-inf")
         arguments = (q, k, lse, offsets(q_bounds), offsets(k_bounds))

@@ -100,8 +100,9 @@ def test_deviations_are_those_of_a_loop(name: str) -> None:
     assert torch.equal(routed_plan(q, k, route).block_mask.kept_blocks & full, kept)
 
 
-@pytest.mark.parametrize("remainder", ["mean", "none"])
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(
+    ("name", "remainder"), [*((name, "mean") for name in LAYOUTS), ("ragged", "none"), ("text first", "none")]
+)
 def test_the_kernel_keeps_and_computes_what_the_plan_says(name: str, remainder: str) -> None:
     pytest.importorskip("triton", reason="triton is not installed")
     route = make_route(name, 0.5)

@@ -64,13 +64,13 @@ def loop(q: Tensor, k: Tensor, plan: AttentionPlan, threshold: float) -> tuple[T
                     columns = bounds(plan.block_mask.k_offsets, b, h, j)
                     if not rows or not columns:
                         continue
-                    largest = {row: max(float(scores[b, h, row, c]) for c in columns) for row in rows}
+                    block = (b, h, slice(rows.start, rows.stop), slice(columns.start, columns.stop))
+                    largest = dict(zip(rows, scores[block].amax(-1).tolist(), strict=True))
                     needed = False
                     for row in rows:
                         needed |= not largest[row] < peaks[row] + (math.log(threshold) if threshold else -math.inf)
                     known = [largest[row] - peaks[row] for row in rows if not math.isinf(peaks[row])]
                     margins += [max(known)] if len(known) == len(rows) and not math.isinf(max(known)) else []
-                    block = (b, h, slice(rows.start, rows.stop), slice(columns.start, columns.stop))
                     if needed:
                         computed[block] |= allowed[block]
                         peaks = {row: max(peaks[row], largest[row]) for row in rows}
@@ -95,8 +95,6 @@ def run(name: str, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> tupl
     backend, plan, tensors = BACKENDS[name], plan.to(device), [x.to(device) for x in (q, k, v)]
     assert backend.refuses(*tensors, plan) is None
     out, lse, skipped = backend.forward_counting(*tensors, plan, scale=SCALE, return_lse=True)
-    again = backend.forward(*tensors, plan, scale=SCALE, return_lse=False)[0]
-    torch.testing.assert_close(again, out, rtol=0, atol=0, equal_nan=True)
     return out.cpu(), lse.cpu(), skipped.cpu()
 
 
@@ -130,6 +128,19 @@ def test_blocks_of_their_own_size_for_keys_and_a_value_size_of_its_own(name: str
     plan = AttentionPlan(q_order, kv_order, BlockMask.full(q_order.offsets, kv_order.offsets))
     q, k, v = inputs(plan, 1, 2, 16)
     check(name, q, k, v[..., :10], plan)
+
+
+@pytest.mark.parametrize("name", SKIPPING)
+@pytest.mark.parametrize("plan", ["uneven", "partial"])
+def test_without_row_sums_the_output_is_the_same(name: str, plan: str) -> None:
+    made = cases.remainder_plans()[plan].with_skip(0.3)
+    q, k, v = inputs(made, 2, 2, 16)
+    out, _, skipped = run(name, q, k, v, made)
+    on_device = [x.to(DEVICE if name == "triton" else "cpu") for x in (q, k, v)]
+    plan_there = made.to(on_device[0].device)
+    again = BACKENDS[name].forward(*on_device, plan_there, scale=SCALE, return_lse=False)[0]
+    assert torch.equal(again.cpu(), out)
+    assert skipped.any()
 
 
 @pytest.mark.parametrize("name", SKIPPING)

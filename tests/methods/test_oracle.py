@@ -27,13 +27,13 @@ def test_equals_the_literal_choice(grid: TokenGrid, density: float) -> None:
                 chosen[h].add((i, max(range(len(blocks)), key=lambda j, mass=mass: mass[j])))
                 for j, key in enumerate(blocks):
                     entries.append((mass[j] / (len(query.tokens) * len(key.tokens)), h, i, j))
+        areas = [float(fill(c, blocks, blocks, grid.num_tokens).sum()) for c in chosen]
         for _, h, i, j in sorted(entries, reverse=True):
-            now = sum(float(fill(c, blocks, blocks, grid.num_tokens).sum()) for c in chosen)
             more = float(fill(chosen[h] | {(i, j)}, blocks, blocks, grid.num_tokens).sum())
-            more += now - float(fill(chosen[h], blocks, blocks, grid.num_tokens).sum())
-            if more > density * heads * grid.num_tokens**2:
+            if sum(areas) - areas[h] + more > density * heads * grid.num_tokens**2:
                 break
             chosen[h].add((i, j))
+            areas[h] = more
         want = torch.stack([fill(c, blocks, blocks, grid.num_tokens) for c in chosen])
         assert torch.equal(plan.token_mask()[b], want)
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from dit_sparse import Schedule
+from dit_sparse.cli import main
 from dit_sparse.methods import METHODS, all_methods, find_method
 from dit_sparse.methods import plugins as plugins_module
 
@@ -67,13 +67,11 @@ def test_a_plugin_is_found_by_name_in_python_and_configs(install) -> None:
     assert Schedule.from_config(schedule.to_config()) == schedule
 
 
-def test_a_plugin_is_listed_by_the_command_line(install) -> None:
-    folder = install("plug-one", {"everything": "Everything"})
-    code = (
-        f"import sys; sys.path.insert(0, {str(folder)!r}); from dit_sparse.cli import main; main(['methods', '--json'])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    listing = {entry["name"]: entry for entry in json.loads(done.stdout)}
+def test_a_plugin_is_listed_by_the_command_line(install, capsys: pytest.CaptureFixture[str]) -> None:
+    install("plug-one", {"everything": "Everything"})
+    with pytest.raises(SystemExit, match="0"):
+        main(["methods", "--json"])
+    listing = {entry["name"]: entry for entry in json.loads(capsys.readouterr().out)}
     assert [parameter["name"] for parameter in listing["everything"]["parameters"]] == ["share"]
 
 

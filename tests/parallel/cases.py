@@ -153,7 +153,7 @@ def render_with_fate(fate: str) -> Any:
         if step == 1 and dist.get_rank() == 1:
             if fate == "dies":
                 os.kill(os.getpid(), signal.SIGKILL)
-            time.sleep(12)
+            time.sleep(8)
         return tensors
 
     wan = next(f for f in FAMILIES if f.name == "wan")

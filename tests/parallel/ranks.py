@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import tempfile
 import traceback
@@ -15,12 +14,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tests.processes import FORKSERVER
+
 TIMEOUT = 20.0
 """Seconds that a collective may take."""
-
-# Its server has imported everything when the first rank is forked.
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.parallel.cases"])
 
 
 class Ranks:
@@ -34,9 +31,9 @@ class Ranks:
     def __init__(self, count: int, timeout: float = TIMEOUT) -> None:
         folder = tempfile.TemporaryDirectory()
         self._folder = folder
-        pairs = [_context.Pipe() for _ in range(count)]
+        pairs = [FORKSERVER.Pipe() for _ in range(count)]
         self.processes = [
-            _context.Process(target=_serve, args=(rank, count, str(Path(folder.name) / "store"), theirs, timeout))
+            FORKSERVER.Process(target=_serve, args=(rank, count, str(Path(folder.name) / "store"), theirs, timeout))
             for rank, (_, theirs) in enumerate(pairs)
         ]
         for process in self.processes:

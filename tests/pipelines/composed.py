@@ -41,6 +41,16 @@ def composed(
     return pipe
 
 
+def half_run(family: Family) -> Tensor:
+    """A run with `HALF`, the same for all tests."""
+    if family.name not in _half:
+        _half[family.name] = family.run(sparsify(family.make(), HALF))
+    return _half[family.name].clone()
+
+
+_half: dict[str, Tensor] = {}
+
+
 def count_calls(pipe: Any, run: Callable[[], Tensor]) -> int:
     """Self-attention calls of a dense `pipe` during `run`, counted at the projection that only they use."""
     calls = []

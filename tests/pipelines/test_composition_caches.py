@@ -66,13 +66,22 @@ def run(family: Family, pipe: Any, **options: Any) -> Tensor:
     return family.run(pipe, steps=STEPS, **options)
 
 
+_calls: dict[str, int] = {}
+
+
+def calls_without_a_cache(family: Family) -> int:
+    if family.name not in _calls:
+        pipe = family.make()
+        _calls[family.name] = count_calls(pipe, lambda: run(family, pipe))
+    return _calls[family.name]
+
+
 @pytest.mark.parametrize("cache_first", [True, False], ids=["cache_first", "sparse_first"])
 def test_a_cache_skips_what_it_skips_without_us(family, enable, cache_first: bool) -> None:
     plain = composed(family, enable, None)
     results: list[Tensor] = []
     calls = count_calls(plain, lambda: results.append(run(family, plain)))
-    whole = family.make()
-    assert 0 < calls < count_calls(whole, lambda: run(family, whole)), "the cache skipped nothing"
+    assert 0 < calls < calls_without_a_cache(family), "the cache skipped nothing"
     (want,) = results
 
     pipe = composed(family, enable, ALL_DENSE, compose_first=cache_first)
@@ -91,7 +100,7 @@ def test_a_cache_skips_what_it_skips_without_us(family, enable, cache_first: boo
     unsparsify(pipe)
     assert torch.equal(run(family, pipe), want)
     pipe.transformer.disable_cache()
-    assert torch.equal(run(family, pipe), run(family, family.make()))
+    assert torch.equal(run(family, pipe), family.dense(steps=STEPS))
 
 
 @pytest.mark.parametrize("ramp", [None, (0.9, 0.3) * 3], ids=["one_order", "two_orders"])
@@ -183,12 +192,12 @@ def test_faster_cache(name: str, options: dict[str, Any]) -> None:
         pipe.transformer.enable_cache(faster(pipe, **options))
 
     want = run(family, composed(family, enable, None))
-    assert not torch.equal(want, run(family, family.make())), "the cache skipped nothing"
+    assert not torch.equal(want, family.dense(steps=STEPS)), "the cache skipped nothing"
     for first in (True, False):
         assert torch.equal(run(family, composed(family, enable, ALL_DENSE, compose_first=first)), want)
         assert is_close(run(family, composed(family, enable, EVERY_BLOCK, compose_first=first)), want)
-        for method in KINDS:
-            pipe = composed(family, enable, method, compose_first=first)
-            assert torch.isfinite(run(family, pipe)).all()
-            assert set(statistics(pipe).dense_calls) <= {"warm-up", "search"}
-            assert 0.2 < statistics(pipe).sparse_density < 0.7
+    for number, method in enumerate(KINDS):
+        pipe = composed(family, enable, method, compose_first=number % 2 == 0)
+        assert torch.isfinite(run(family, pipe)).all()
+        assert set(statistics(pipe).dense_calls) <= {"warm-up", "search"}
+        assert 0.2 < statistics(pipe).sparse_density < 0.7

@@ -1,9 +1,5 @@
 """The videos that VBench asks for, made by the project's generation with a tiny model."""
 
-import json
-import os
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +11,7 @@ from dit_sparse.vbench.clips import custom_samples, parse_shard, shard_clips
 from dit_sparse.vbench.prompts import Prompt, Sample
 from dit_sparse.vbench.videos import find_samples, inspect
 from tests.pipelines.tiny import make_tiny_wan
-from tests.processes import left_by
+from tests.processes import FORKSERVER, left_by
 
 ADASPA = {"method": "adaspa", "density": 0.3, "block": 8, "warmup": 0.0}
 SAMPLES = [Sample(Prompt(text, (), {}), index) for text in ("a red cup", "a façade") for index in range(2)]
@@ -120,27 +116,20 @@ def test_unfinished_videos_of_shards_on_other_machines_are_left(request_for, tmp
     assert (mine.exists(), other.exists()) == (False, True)
 
 
-_SCRIPT = """
-import json, sys
-from pathlib import Path
-from dit_sparse.generate import Request, prepare, run
-from dit_sparse.generate.request import Clip
-values = json.loads(sys.argv[1])
-clips = tuple(Clip(**clip) for clip in values.pop("clips"))
-run(prepare(Request(**values | {"clips": clips, "out": Path(values["out"])})))
-"""
+def _make(request):
+    run(prepare(request))
 
 
 def test_killed_and_run_again(request_for, tmp_path):
     """SIGKILL while videos are made: what is finished is not made again, and only what is whole counts."""
     out = tmp_path / "out"
     request = request_for(shard_clips(SAMPLES, 0), steps=4)
-    content = json.dumps(vars(request) | {"clips": [vars(clip) for clip in request.clips], "out": str(out)})
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen([sys.executable, "-c", _SCRIPT, content], env=environment) as process:
-        while not list(out.glob("a *.mp4")) and process.poll() is None:
-            time.sleep(0.02)
-        process.kill()
+    process = FORKSERVER.Process(target=_make, args=(request,))
+    process.start()
+    while not list(out.glob("a *.mp4")) and process.is_alive():
+        time.sleep(0.02)
+    process.kill()
+    process.join()
     kept = {path: path.stat().st_mtime_ns for path in out.glob("a *.mp4")}
     assert 1 <= len(kept) < 4
     job = prepare(request)
