@@ -14,7 +14,7 @@ _SIZES = ("height", "width", "frames", "steps", "guidance", "negative_prompt", "
 def generate_command(line: Mapping[str, Any], *, compare_dense: bool = False) -> str:
     """The `dit-sparse generate` command, for a shell, of the manifest line `line`.
 
-    Parameters that have the method's default are left out.
+    Parameters that have the method's default are left out, and those without effect beside others.
     """
     options = {"prompt": line["prompt"], "seed": line["seed"], "model": line["model"]}
     options |= _parameters(line["config"])
@@ -34,11 +34,13 @@ def _parameters(config: Mapping[str, Any]) -> dict[str, Any]:
 
     try:
         defaults = Schedule.from_config({"method": config["method"]}).to_config()
+        without_effect = set(Schedule.from_config(dict(config)).overridden)
     except ValueError:  # a method of a package that is not installed here
-        defaults = {}
+        defaults, without_effect = {}, set()
     if config.get("density") is not None:
         defaults.pop("density", None)  # it is what people look for first
-    return {k: v for k, v in config.items() if k != "version" and (k == "method" or v != defaults.get(k, ...))}
+    left_out = without_effect | {"version"}
+    return {k: v for k, v in config.items() if k not in left_out and (k == "method" or v != defaults.get(k, ...))}
 
 
 def _text(value: Any) -> str:
