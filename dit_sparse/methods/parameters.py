@@ -129,8 +129,12 @@ def head_orders(method: Method) -> int:
 
 def accepts_density(method: Method) -> bool:
     """Whether `with_density` gives a method that its density controls; it may have none to begin with."""
-    has_one = any(f.name == "density" for f in _fields(type(method)))
-    return has_one and takes_density(with_density(method, 1.0))
+    if not any(f.name == "density" for f in _fields(type(method))):
+        return False
+    try:
+        return takes_density(with_density(method, 1.0))
+    except ValueError:  # it has none beside another parameter
+        return False
 
 
 def with_density(method: Method, density: float) -> Method:

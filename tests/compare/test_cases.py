@@ -117,6 +117,13 @@ def test_the_documented_config_runs_on_the_demo_model(tmp_path: Path) -> None:
         check(pipe, case.schedule, demo_defaults["height"], demo_defaults["width"], demo_defaults["num_frames"])
 
 
-def test_a_config_that_takes_no_density_is_one_case() -> None:
-    (case,) = make_cases([{"method": "neighborhood", "window": [6, 8, 8]}], [0.5, 0.25])
-    assert (case.label, case.density) == ("neighborhood window=6x8x8", None)
+@pytest.mark.parametrize(
+    ("config", "label"),
+    [
+        ({"method": "neighborhood", "window": [6, 8, 8]}, "neighborhood window=6x8x8"),
+        ({"method": "solattn", "in_kernel": True}, "solattn in_kernel=True"),
+    ],
+)
+def test_a_config_that_takes_no_density_is_one_case(config: dict[str, object], label: str) -> None:
+    (case,) = make_cases([config], [0.5, 0.25])
+    assert (case.label, case.density) == (label, None)

@@ -104,8 +104,9 @@ def test_the_kernel_that_skips_fits(compile_kernels) -> None:
 
 def test_the_kernel_that_routes_fits(compile_kernels) -> None:
     jobs = []
-    for target, block, dtype in ((80, 64, "bf16"), (90, 128, "bf16"), (120, 64, "fp16")):
-        launch = configuration(block, block, 128, 128, 2, target // 10, LIMITS[target], False)
+    for target, block, dtype in ((86, 64, "fp32"), (90, 128, "bf16"), (120, 64, "fp16")):
+        size = 4 if dtype == "fp32" else 2
+        launch = configuration(block, block, 128, 128, size, target // 10, LIMITS[target], False)
         own = dict(zip(("block_m", "block_n", "warps", "stages"), dataclasses.astuple(launch), strict=True))
         jobs.append(dict(kernel="routing", target=target, dtype=dtype, dim=128, padded=128, **own))
     assert_fit(jobs, compile_kernels(jobs))

@@ -13,6 +13,7 @@ from dit_sparse.methods import (
     Neighborhood,
     Paro,
     PbsAttention,
+    SolAttention,
     find_method,
     parameters,
     parse_parameter,
@@ -102,4 +103,5 @@ def test_every_parameter_has_a_help_text() -> None:
 def test_which_methods_accept_a_density() -> None:
     accept = AdaSpa(), PbsAttention(), PbsAttention(density=None), Neighborhood(density=0.3)
     assert all(accepts_density(method) for method in accept)
-    assert not any(accepts_density(method) for method in (Dense(), Neighborhood(window=(1, 3, 3))))
+    none = Dense(), Neighborhood(window=(1, 3, 3)), SolAttention(in_kernel=True)
+    assert not any(accepts_density(method) for method in none)
