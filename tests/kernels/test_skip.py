@@ -282,8 +282,9 @@ def test_tiles_that_fit() -> None:
 
 def test_torchs_compiler_takes_a_call_as_one_graph() -> None:
     pytest.importorskip("triton", reason="triton is not installed")
-    plan = cases.random_plan(cases.RAGGED, heads=2).with_skip(0.3).to(DEVICE)
-    q, k, v = (plan.q_order.restore(x.to(DEVICE)) for x in inputs(plan, 1, 2, 16))
+    plan = cases.random_plan(cases.RAGGED, heads=2).with_skip(0.3)
+    q, k, v = (plan.q_order.restore(x).to(DEVICE) for x in inputs(plan, 1, 2, 16))
+    plan = plan.to(DEVICE)
     compiled = torch.compile(
         lambda q, k, v: skipping_attention(q, k, v, plan, backend="triton"), fullgraph=True, backend="aot_eager"
     )
