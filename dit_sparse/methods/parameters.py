@@ -311,7 +311,10 @@ def _convert(name: str, kind: Any, value: Any) -> Any:
         converted = _as(option, value)
         if converted is not None:
             return converted
-    raise ValueError(f"{name} must be {' or '.join(_words(o) for o in options)}, got {value!r}")
+    words = [_words(option) for option in options]
+    if type(None) not in options and any(_has_any_length(get_args(option)) for option in options):
+        words.append("none")
+    raise ValueError(f"{name} must be {' or '.join(words)}, got {value!r}")
 
 
 def _as(kind: Any, value: Any) -> Any:
@@ -336,15 +339,21 @@ def _as(kind: Any, value: Any) -> Any:
 
 
 def _as_tuple(kinds: tuple[Any, ...], value: Any) -> tuple[Any, ...] | None:
+    if _has_any_length(kinds) and value == "none":
+        return ()
     parts = value.replace("x", ",").split(",") if isinstance(value, str) else value
     if not isinstance(parts, (list, tuple)):
         return None
-    if len(kinds) == 2 and kinds[1] is Ellipsis:
+    if _has_any_length(kinds):
         kinds = (kinds[0],) * len(parts)
     if len(parts) != len(kinds):
         return None
     converted = tuple(_as(kind, part) for kind, part in zip(kinds, parts, strict=True))
     return None if any(part is None for part in converted) else converted
+
+
+def _has_any_length(kinds: tuple[Any, ...]) -> bool:
+    return len(kinds) == 2 and kinds[1] is Ellipsis
 
 
 def _words(kind: Any) -> str:
@@ -358,7 +367,7 @@ def _words(kind: Any) -> str:
 
 
 def _tuple_words(kinds: tuple[Any, ...]) -> str:
-    if kinds[-1] is Ellipsis:
+    if _has_any_length(kinds):
         example = {int: "whole numbers, such as 0,1", float: "numbers, such as 0.2,0.5"}
         return f"{example.get(kinds[0], 'values')}, with commas between"
     if kinds[0] is bool:

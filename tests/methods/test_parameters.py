@@ -32,6 +32,9 @@ from dit_sparse.schedule import Schedule
         (Neighborhood, "window", "4,12,16", (4, 12, 16)),
         (Neighborhood, "window", "none", None),
         (Paro, "plan_file", "a.safetensors", "a.safetensors"),
+        (Schedule, "dense_layers", "0,-1", (0, -1)),
+        (Schedule, "dense_layers", "none", ()),
+        (Schedule, "refresh", "none", None),
     ],
 )
 def test_text_becomes_a_value(cls: type, name: str, text: str, value: object) -> None:
@@ -47,12 +50,17 @@ def test_text_becomes_a_value(cls: type, name: str, text: str, value: object) ->
         (AdaSpa, "dnsity", "0.5", "did you mean 'density'"),
         (Neighborhood, "window", "4xtwo", "--window must be"),
         (Neighborhood, "causal", "yes", "--causal must be true or false or 3 of true and false such as true,false"),
-        (Schedule, "dense_layers", "a", "--dense-layers must be whole numbers, such as 0,1, with commas between"),
+        (
+            Schedule,
+            "dense_layers",
+            "a",
+            "--dense-layers must be whole numbers, such as 0,1, with commas between or none",
+        ),
         (
             Schedule,
             "dense_layers",
             "",
-            "--dense-layers must be whole numbers, such as 0,1, with commas between, got ''",
+            "--dense-layers must be whole numbers, such as 0,1, with commas between or none, got ''",
         ),
         (Schedule, "refresh", "0.5,a", "--refresh must be numbers, such as 0.2,0.5, with commas between or none, got"),
         (Schedule, "noise_densities", "0.5", "--noise-densities must be 2 numbers such as 0.5,0.25 or none, got '0.5'"),
