@@ -24,6 +24,7 @@ from dit_sparse import (
 from dit_sparse.cost import TABLE_VARIABLE
 from dit_sparse.pipelines import NotSparseError
 from dit_sparse.pipelines.judge import NOT_FASTER
+from tests.kernels.test_block_mass import needs_interpreter
 
 SPARSE = AdaSpa(density=0.5, block=16)
 
@@ -170,9 +171,9 @@ def test_a_methods_own_remainder_counts(pipe, render, costs, recwarn, cost, is_d
     assert (NOT_FASTER in statistics(pipe).dense_calls) is is_dense
 
 
+@needs_interpreter
 def test_blocks_routed_in_the_kernel_cost_what_its_kernel_does(pipe, render, costs, recwarn) -> None:
     """Whatever other backends would take."""
-    pytest.importorskip("triton", reason="triton is not installed")
     schedule = Schedule(SolAttention(block=64, in_kernel=True), warmup=0)
     # The first call of a layer is judged when it is made.
     for cost, steps, is_dense in ((1.0, 1, False), (1000.0, 2, True)):
