@@ -32,9 +32,9 @@ def hold(request: Request) -> Iterator[None]:
     Raises:
         ValueError: another process holds it (it is named), or it cannot be made or locked.
     """
-    folder = request.out
-    check_folder(folder)
-    made = [path for path in (folder.absolute(), *folder.absolute().parents) if not path.exists()]
+    check_folder(request.out)
+    folder = request.out.absolute()  # the process may go elsewhere
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     path = folder / f".dit-sparse{_part(request)}.lock"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -43,23 +43,30 @@ def hold(request: Request) -> Iterator[None]:
         lock.acquire()
     except Timeout:
         raise ValueError(
-            f"--out {str(folder)!r} is in use by {_holder(path)}, which makes videos there: wait for its end, or use "
-            "another folder"
+            f"--out {str(request.out)!r} is in use by {_holder(path)}, which makes videos there: wait for its end, or "
+            "use another folder"
         ) from None
     except OSError as error:
+        if made:  # else the file may be another's
+            _take_away(path, made)
         raise ValueError(
-            f"--out {str(folder)!r} cannot be locked by {path.name!r}: {error.strerror or error}"
+            f"--out {str(request.out)!r} cannot be locked by {path.name!r}: {error.strerror or error}"
         ) from None
     try:
         path.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
         yield
     finally:
         # While it is held, so that nobody else's is removed; who waits for it finds it gone and takes a new one.
-        path.unlink(missing_ok=True)
+        _take_away(path, made)
         lock.release()
-        with suppress(OSError):
-            for empty in made:
-                empty.rmdir()
+
+
+def _take_away(path: Path, made: list[Path]) -> None:
+    """Remove the lock's file, and of the folders that were `made` for it those that are empty."""
+    with suppress(OSError):
+        path.unlink(missing_ok=True)
+        for empty in made:
+            empty.rmdir()
 
 
 def _part(request: Request) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import signal
@@ -11,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from dit_sparse.generate import Request, hold
 from dit_sparse.generate.request import Clip
@@ -42,6 +44,25 @@ def test_a_second_run_is_told_who_holds_the_folder(tmp_path: Path) -> None:
 def test_nothing_is_left_where_nothing_was_made(tmp_path: Path, where: str) -> None:
     with pytest.raises(KeyError), hold(request(tmp_path / where)):
         raise KeyError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_process_may_go_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "else").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with hold(request(Path("videos"))):
+        monkeypatch.chdir("else")
+    assert [path.name for path in tmp_path.iterdir()] == ["else"]
+
+
+def test_a_file_system_without_locks_is_left_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def acquire(lock: FileLock) -> None:
+        Path(lock.lock_file).touch()
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(FileLock, "acquire", acquire)
+    with pytest.raises(ValueError, match=r"cannot be locked by '\.dit-sparse\.lock': No locks available"):
+        hold(request(tmp_path / "one" / "two")).__enter__()
     assert list(tmp_path.iterdir()) == []
 
 
