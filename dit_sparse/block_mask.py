@@ -378,6 +378,11 @@ def pack_bits(blocks: Tensor) -> Tensor:
     return (padded * weights).sum(-1, dtype=torch.uint8)
 
 
+def pack_words(blocks: Tensor) -> Tensor:
+    """`[..., M]` bool as `[..., ceil(M/32)]` int32, lowest bit first, as kernels read them."""
+    return pack_bits(torch.nn.functional.pad(blocks, (0, -blocks.shape[-1] % 32))).view(torch.int32)
+
+
 def unpack_bits(bits: Tensor, blocks: int) -> Tensor:
     """The `[..., blocks]` bool that `pack_bits` packed."""
     shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 import dit_sparse.attention
 from dit_sparse import AttentionPlan, TokenOrder, sparse_attention
-from dit_sparse.kernels import Route, words_of
+from dit_sparse.block_mask import pack_words
+from dit_sparse.kernels import Route
 
 
 def random_plan(
@@ -96,7 +97,7 @@ def test_bad_arguments_are_named(change, message: str) -> None:
 def test_tensors_that_do_not_fit_a_route_are_named(shapes, message: str, in_order: bool, monkeypatch) -> None:
     order = random_plan(3, 21).q_order
     forced = torch.ones(1, 1, 3, 3, dtype=torch.bool)
-    route = Route(order, forced, words_of(forced), forced[:, :, 0], 0.5)
+    route = Route(order, forced, pack_words(forced), forced[:, :, 0], 0.5)
     monkeypatch.setattr(dit_sparse.attention, "routed_attention", lambda *_: pytest.fail("the kernel ran"))
     with pytest.raises(ValueError, match=message):
         dit_sparse.attention.attend_routed(*(torch.randn(size) for size in shapes), route, "mean", in_order)

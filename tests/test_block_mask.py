@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import create_mask
 
-from dit_sparse.block_mask import BlockMask
+from dit_sparse.block_mask import BlockMask, pack_words
 from dit_sparse.types import TokenOrder
 
 
@@ -273,3 +273,14 @@ class TestErrors:
             BlockMask.from_bool(torch.ones(2, 2, dtype=torch.bool), self.offsets, self.offsets)
         with pytest.raises(ValueError, match="kept must have k_offsets' 2 key blocks, got 3"):
             BlockMask.from_bool(torch.ones(1, 1, 2, 3, dtype=torch.bool), self.offsets, self.offsets)
+
+
+@pytest.mark.parametrize("blocks", [1, 31, 32, 75])
+def test_words_hold_a_bit_a_block_lowest_first(blocks: int) -> None:
+    kept = torch.rand(2, 3, blocks, generator=torch.Generator().manual_seed(0)) < 0.5
+    kept[..., 31 : min(32, blocks)] = True  # the sign of a word
+    words = pack_words(kept)
+    assert words.dtype == torch.int32
+    for row, found in zip(kept.flatten(0, 1).tolist(), words.flatten(0, 1).tolist(), strict=True):
+        want = [sum(bit << i for i, bit in enumerate(row[start : start + 32])) for start in range(0, blocks, 32)]
+        assert [word % 2**32 for word in found] == want

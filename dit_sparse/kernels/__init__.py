@@ -28,9 +28,9 @@ from dit_sparse.kernels.permute import permute, restore
 from dit_sparse.kernels.pooled import pooled_blocks
 from dit_sparse.kernels.reference import ReferenceBackend
 from dit_sparse.kernels.remainder_error import remainder_errors
-from dit_sparse.kernels.routing import Route, deviations, routed_plan, words_of
+from dit_sparse.kernels.routing import Route, deviations, routed_plan
 from dit_sparse.kernels.triton_backend import TritonBackend
-from dit_sparse.kernels.triton_routing import check_routed_call, check_routing, routed_attention, routing_refusal
+from dit_sparse.kernels.triton_routing import check_routed_call, check_routing, routed_attention
 
 __all__ = [
     "BACKENDS",
@@ -63,13 +63,11 @@ __all__ = [
     "restore",
     "routed_attention",
     "routed_plan",
-    "routing_refusal",
     "sample_rows",
     "sampled_block_mass",
     "scattered_places",
     "scattered_rows",
     "select",
-    "words_of",
 ]
 
 for _backend in (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dit_sparse.block_mask import pack_words
 from dit_sparse.types import AttentionPlan
 
 __all__ = ["partial_bits"]
@@ -76,10 +77,7 @@ def _pack_rows(plan: AttentionPlan, b: int, h: int, part: slice, width: int, q_b
     k_token = _tokens(_at(plan.kv_order.index, b, h), k_bounds[blocks], words * 32)
     batch, head = (torch.tensor(value, device=device) for value in (b, h))
     allowed = mask.predicate(batch, head, q_token[:, None, :, None], k_token[:, :, None, :])
-    allowed = allowed.expand(*blocks.shape, q_block, words * 32).unflatten(-1, (words, 32))
-    weights = (1 << torch.arange(32, device=device)).to(torch.int64)
-    packed = (allowed * weights).sum(-1)
-    return torch.where(packed >= 1 << 31, packed - (1 << 32), packed).to(torch.int32)
+    return pack_words(allowed.expand(*blocks.shape, q_block, words * 32))
 
 
 def _tokens(index: Tensor, starts: Tensor, length: int) -> Tensor:

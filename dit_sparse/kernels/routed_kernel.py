@@ -22,8 +22,8 @@ PLAIN_NUMBERS = [
 
 
 @triton.jit(do_not_specialize=PLAIN_NUMBERS)
-def pooled_kernel(
-    square_q, square_k, forced, pooled, mq_sb, mq_sh, mq_sm, mk_sb, mk_sh, mk_sm, f_sb, f_sh, f_sm, u_sb, u_sh, u_sm,
+def stand_in_kernel(
+    square_q, square_k, forced, stand_ins, mq_sb, mq_sh, mq_sm, mk_sb, mk_sh, mk_sm, f_sb, f_sh, f_sm, u_sb, u_sh, u_sm,
     q_blocks, k_blocks, words, limit,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -45,8 +45,8 @@ def pooled_kernel(
     alike = multiply_split(squares, squares_low, variances, variances_low, UPCAST) <= 1.0
     must = tl.load(forced + b * f_sb + h * f_sh + rows.to(tl.int64) * f_sm + word, mask=rows < q_blocks, other=0)
     found = tl.sum(alike.to(tl.int32) << bit[None, :], 1) & ~must
-    pooled += b * u_sb + h * u_sh + rows.to(tl.int64) * u_sm + word
-    tl.store(pooled, found, mask=rows < q_blocks)
+    stand_ins += b * u_sb + h * u_sh + rows.to(tl.int64) * u_sm + word
+    tl.store(stand_ins, found, mask=rows < q_blocks)
 
 
 CHUNK = tl.constexpr(256)  # blocks that are listed at a time
@@ -87,9 +87,9 @@ def list_kept(indices, chosen, forced, sizes, k_blocks):
 
 @triton.jit(do_not_specialize=PLAIN_NUMBERS)
 def routed_kernel(
-    q, k, v, out, mean_k, mean_v, needed, sizes, forced, pooled, q_offsets, k_offsets, counts, pairs, indices, chosen,
-    q_sb, q_sh, q_sn, k_sb, k_sh, k_sn, v_sb, v_sh, v_sn, o_sb, o_sh, o_sn, mk_sb, mk_sh, mk_sm, mv_sb, mv_sh, mv_sm,
-    n_sb, n_sh, z_sb, z_sh, f_sb, f_sh, f_sm, u_sb, u_sh, u_sm, qo_sb, qo_sh, ko_sb, ko_sh,
+    q, k, v, out, mean_k, mean_v, needed, sizes, forced, stand_ins, q_offsets, k_offsets, counts, pairs, indices,
+    chosen, q_sb, q_sh, q_sn, k_sb, k_sh, k_sn, v_sb, v_sh, v_sn, o_sb, o_sh, o_sn, mk_sb, mk_sh, mk_sm,
+    mv_sb, mv_sh, mv_sm, n_sb, n_sh, z_sb, z_sh, f_sb, f_sh, f_sm, u_sb, u_sh, u_sm, qo_sb, qo_sh, ko_sb, ko_sh,
     c_sb, c_sh, i_sb, i_sh, i_sm, run_start, run_end, k_size, k_blocks, scale,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, K_TILES: tl.constexpr, TILE: tl.constexpr, MEANS: tl.constexpr, UPCAST: tl.constexpr,
@@ -101,7 +101,7 @@ def routed_kernel(
         needed: `[B, H, Mq]` float32, the mean product above which a key block stands out.
         sizes: `[B|1, H|1, Mk]` int32 tokens a key block.
         forced: `[B|1, H|1, Mq, ceil(Mk/32)]` int32, a bit for each block that is kept whatever it scores.
-        pooled: `[B, H, Mq, ceil(Mk/32)]` int32, of `pooled_kernel`.
+        stand_ins: `[B, H, Mq, ceil(Mk/32)]` int32, of `stand_in_kernel`.
         counts, pairs, indices: `[B, H, Mq]`, `[B, H, Mq]`, `[B, H, Mq, Mk]` int32, filled here.
         chosen: `[B, H, Mq, Mk]` uint8, 1 where a block is kept, filled here; strides as of `indices`.
         scale: of the scores, in base 2; above 0.
@@ -133,7 +133,7 @@ def routed_kernel(
     mean_v += b * mv_sb + h * mv_sh
     sizes += b * z_sb + h * z_sh
     forced += b * f_sb + h * f_sh + block.to(tl.int64) * f_sm
-    pooled += b * u_sb + h * u_sh + block.to(tl.int64) * u_sm
+    stand_ins += b * u_sb + h * u_sh + block.to(tl.int64) * u_sm
     indices += i_row
     m = tl.full([BLOCK_M], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -147,7 +147,7 @@ def routed_kernel(
         tl.store(indices + blocks, stands_out.to(tl.int32), mask=inside)
         if MEANS:
             size = tl.load(sizes + blocks, mask=inside, other=0)
-            stands_in = (stands_out == 0) & (size > 0) & bit_of(pooled, blocks, inside)
+            stands_in = (stands_out == 0) & (size > 0) & bit_of(stand_ins, blocks, inside)
             bias = tl.where(stands_in, tl.log2(tl.maximum(size, 1).to(tl.float32)), -float("inf"))
             m, total, tail, acc = add_means(
                 products * scale + bias[None, :], m, total, tail, acc, mean_v, blocks, k_blocks, mv_sm,

@@ -13,7 +13,7 @@ from torch import Tensor
 from dit_sparse.kernels.pooled import pooled_blocks
 from dit_sparse.types import AttentionPlan, Remainder, TokenOrder
 
-__all__ = ["Route", "deviations", "routed_plan", "row_moments", "words_of"]
+__all__ = ["Route", "deviations", "routed_plan", "row_moments"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +23,7 @@ class Route:
     Args:
         order: of queries and keys, the same for all heads.
         forced: `[1, 1, M, M]` bool, blocks kept whatever they score.
-        words: `[1, 1, M, ceil(M/32)]` int32, `words_of(forced)`.
+        words: `[1, 1, M, ceil(M/32)]` int32, `pack_words(forced)`.
         counted: `[1, 1, M]` bool, key blocks whose scores make a row's mean and deviation.
         tau: how many standard deviations above its row's mean a score must be.
     """
@@ -33,13 +33,6 @@ class Route:
     words: Tensor
     counted: Tensor
     tau: float
-
-
-def words_of(forced: Tensor) -> Tensor:
-    """`[1, 1, M, ceil(M/32)]` int32: `forced` `[1, 1, M, M]` a bit a block, lowest first."""
-    padded = torch.nn.functional.pad(forced, (0, -forced.shape[-1] % 32)).unflatten(-1, (-1, 32))
-    bits = torch.arange(32, dtype=torch.int32, device=padded.device)
-    return (padded.int() << bits).sum(-1, dtype=torch.int32)
 
 
 def row_moments(q_means: Tensor, k_means: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from dit_sparse.kernels import triton_skip
 from dit_sparse.kernels.block_sparse import Call, block_sparse, register_launcher
 from dit_sparse.kernels.remainder import RemainderTerms
-from dit_sparse.kernels.triton_launch import broadcast_strides, interpreted, padded, triton_unavailable
+from dit_sparse.kernels.triton_launch import broadcast_strides, interpreted, padded, plain_run, triton_unavailable
 from dit_sparse.types import REMAINDERS, AttentionPlan, BlockGeometry
 
 __all__ = ["TritonBackend", "TritonLaunch", "launch_of", "refused_tensors"]
@@ -79,8 +79,6 @@ def _launch(call: Call) -> None:
     k_tiles = triton.cdiv(call.k_blocks.largest, launch.block_n)
     packed = call.counts[..., None, None, None] if bits is None else bits
     lse = call.out if call.lse is None else call.lse
-    fills = call.k_blocks.largest % launch.block_n == 0
-    run_start, run_end = call.k_blocks[1:] if fills else (0, 0)
     num_q_blocks = call.q_offsets.shape[-1] - 1
     means = _no_means(call) if call.terms is None else call.terms
     slopes = means.values[..., None] if means.slopes is None else means.slopes
@@ -93,7 +91,7 @@ def _launch(call: Call) -> None:
         *broadcast_strides(call.indices), call.indices.stride(2),
         *broadcast_strides(call.partial_counts), *broadcast_strides(call.partial_indices),
         call.partial_indices.stride(2), *broadcast_strides(packed), *packed.stride()[2:4],
-        packed.shape[-1], call.q_blocks.largest, run_start, run_end, call.k_blocks.largest,
+        packed.shape[-1], call.q_blocks.largest, *plain_run(call.k_blocks, launch.block_n), call.k_blocks.largest,
         call.scale * math.log2(math.e),
         means.keys.shape[2], means.base,
         *(stride for x in (means.keys, means.values, means.bias) for stride in x.stride()[:3]), *slopes.stride()[:4],

@@ -9,11 +9,14 @@ import os
 import torch
 from torch import Tensor
 
+from dit_sparse.types import BlockGeometry
+
 __all__ = [
     "broadcast_strides",
     "interpreted",
     "on_device_of",
     "padded",
+    "plain_run",
     "rows_of",
     "takes_kernel",
     "triton_unavailable",
@@ -63,6 +66,11 @@ def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[object]:
 def rows_of(x: Tensor) -> Tensor:
     """`x` contiguous in its last dimension, as kernels need it."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def plain_run(blocks: BlockGeometry, tile: int) -> tuple[int, int]:
+    """First and last of the even key blocks that fill their tiles, which need no mask; (0, 0) where none do."""
+    return (blocks.run_start, blocks.run_end) if blocks.largest % tile == 0 else (0, 0)
 
 
 def padded(dim: int) -> int:

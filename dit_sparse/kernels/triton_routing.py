@@ -17,12 +17,13 @@ from dit_sparse.kernels.triton_launch import (
     interpreted,
     on_device_of,
     padded,
+    plain_run,
     rows_of,
     triton_unavailable,
 )
 from dit_sparse.types import AttentionPlan, BlockMask, Remainder
 
-__all__ = ["check_routed_call", "check_routing", "routed_attention", "routing_refusal"]
+__all__ = ["check_routed_call", "check_routing", "routed_attention"]
 
 _TILE = 64
 
@@ -47,9 +48,18 @@ def check_routing(backend: str, remainder: Remainder, device: torch.device | Non
         raise _refused(reason)
 
 
-def check_routed_call(q: Tensor, route: Route, remainder: Remainder) -> None:
-    """Raise ValueError where `routed_attention` would refuse `q` `[B, H, N, D]` and keys and values like it."""
-    reason = routing_refusal(q, q, q, route, remainder)
+def check_routed_call(q: Tensor, k: Tensor, v: Tensor, route: Route, remainder: Remainder) -> None:
+    """Whether `routed_attention` computes this call; arguments as there.
+
+    Raises:
+        ValueError: it does not, for the remainder, the device, dtype, head size or wanted gradients, or because a block
+            is larger than a tile.
+    """
+    reason = _refused_remainder(remainder) or triton_unavailable(q.device) or refused_tensors(q, k, v)
+    if reason is None:
+        largest, most = route.order.geometry.largest, _tiles(q, v, route).block_m
+        if largest > most:
+            reason = f"blocks must be at most {most} tokens, one tile, got {largest}"
     if reason is not None:
         raise _refused(reason)
 
@@ -60,17 +70,6 @@ def _refused(reason: str) -> ValueError:
 
 def _refused_remainder(remainder: Remainder) -> str | None:
     return None if remainder in ("none", "mean") else f"remainder must be 'none' or 'mean', got {remainder!r}"
-
-
-def routing_refusal(q: Tensor, k: Tensor, v: Tensor, route: Route, remainder: Remainder) -> str | None:
-    """Why `routed_attention` cannot compute this call; `None` where it can."""
-    lacks = _refused_remainder(remainder) or triton_unavailable(q.device) or refused_tensors(q, k, v)
-    if lacks is not None:
-        return lacks
-    largest, most = route.order.geometry.largest, _tiles(q, v, route).block_m
-    if largest > most:
-        return f"blocks must be at most {most} tokens, one tile, got {largest}"
-    return None
 
 
 @torch.no_grad()
@@ -89,11 +88,11 @@ def routed_attention(
         dtype, so a block within its rounding of the limit may be kept or not.
 
     Raises:
-        ValueError: what `routing_refusal` says.
+        ValueError: what `check_routed_call` says.
+
+    Source: Sol-Attn (arXiv 2607.24027).
     """
-    reason = routing_refusal(q, k, v, route, remainder)
-    if reason is not None:
-        raise _refused(reason)
+    check_routed_call(q, k, v, route, remainder)
     q, k, v = (rows_of(x) for x in (q, k, v))
     layout = BlockLayout(route.order.offsets, route.order.geometry, q.shape[2])
     queries, keys = block_moments(q, layout, centred=False), block_moments(k, layout, v, rounded=True)
@@ -106,23 +105,23 @@ def routed_attention(
     lists = counts, pairs, indices, torch.empty_like(indices, dtype=torch.uint8)
     out = torch.empty_like(q) if q.shape[-1] == v.shape[-1] else q.new_empty(*q.shape[:-1], v.shape[-1])
     with on_device_of(q):
-        pooled = route.words if remainder == "none" else _pooled(queries, keys, route.words, q.shape[-1] ** -0.5)
-        _launch(q, k, v, out, means, route, pooled, lists, remainder == "mean")
+        stand_ins = route.words if remainder == "none" else _stand_ins(queries, keys, route.words, q.shape[-1] ** -0.5)
+        _launch(q, k, v, out, means, route, stand_ins, lists, remainder == "mean")
     offsets = route.order.offsets
     mask = BlockMask(counts, indices, offsets, offsets, kept_pairs=pairs.sum(-1, dtype=torch.float64))
     mask.__dict__["full_blocks"] = lists[3].view(torch.bool)  # known already; making it of the lists takes a scatter
     return out, AttentionPlan(route.order, route.order, mask, remainder)
 
 
-def _pooled(queries: Moments, keys: Moments, forced: Tensor, scale: float) -> Tensor:
+def _stand_ins(queries: Moments, keys: Moments, forced: Tensor, scale: float) -> Tensor:
     """`[B, H, M, ceil(M/32)]` int32, a bit for each block that is not `forced` and whose mean may stand in."""
-    from dit_sparse.kernels.routed_kernel import pooled_kernel
+    from dit_sparse.kernels.routed_kernel import stand_in_kernel
 
     batch, heads, blocks, dim = queries.square.shape
     words = -(-blocks // 32)
     found = torch.empty(batch, heads, blocks, words, dtype=torch.int32, device=queries.square.device)
     rows = 16 if interpreted() else 64
-    pooled_kernel[-(-blocks // rows) * words, heads, batch](
+    stand_in_kernel[-(-blocks // rows) * words, heads, batch](
         queries.square, keys.square, forced, found, *queries.square.stride()[:3], *keys.square.stride()[:3],
         *broadcast_strides(forced), forced.stride(2), *found.stride()[:3], blocks, blocks, words,
         LARGEST_SPREAD / (scale * scale / 2),
@@ -138,7 +137,7 @@ def _launch(
     out: Tensor,
     means: tuple[Tensor, ...],
     route: Route,
-    pooled: Tensor,
+    stand_ins: Tensor,
     lists: tuple[Tensor, ...],
     attends_to_means: bool,
 ) -> None:
@@ -150,15 +149,13 @@ def _launch(
     offsets, words = route.order.offsets.contiguous(), route.words
     sizes = offsets.diff(dim=-1)
     blocks, tiles = route.order.geometry, _tiles(q, v, route)
-    # The even run fills its tiles only where tiles divide the blocks.
-    run = blocks[1:] if blocks.largest % tiles.block_n == 0 else (0, 0)
     routed_kernel[counts.shape[-1], q.shape[1], q.shape[0]](
-        q, k, v, out, *means, sizes, words, pooled, offsets, offsets, *lists,
+        q, k, v, out, *means, sizes, words, stand_ins, offsets, offsets, *lists,
         *(stride for x in (q, k, v, out, mean_k, mean_v) for stride in x.stride()[:3]),
         *needed.stride()[:2], *broadcast_strides(sizes), *broadcast_strides(words), words.stride(2),
-        *broadcast_strides(pooled), pooled.stride(2), *broadcast_strides(offsets), *broadcast_strides(offsets),
-        *counts.stride()[:2], *indices.stride()[:3], *run, blocks.largest, counts.shape[-1],
-        q.shape[-1] ** -0.5 * math.log2(math.e),
+        *broadcast_strides(stand_ins), stand_ins.stride(2), *broadcast_strides(offsets), *broadcast_strides(offsets),
+        *counts.stride()[:2], *indices.stride()[:3], *plain_run(blocks, tiles.block_n), blocks.largest,
+        counts.shape[-1], q.shape[-1] ** -0.5 * math.log2(math.e),
         D=q.shape[-1], DV=v.shape[-1], BLOCK_D=padded(q.shape[-1]), BLOCK_DV=padded(v.shape[-1]),
         BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, K_TILES=-(-blocks.largest // tiles.block_n),
         TILE=min(_TILE, tiles.block_n), MEANS=attends_to_means, UPCAST=interpreted(),

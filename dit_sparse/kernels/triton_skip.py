@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dit_sparse.kernels.block_sparse import Call
-from dit_sparse.kernels.triton_launch import broadcast_strides, interpreted, padded
+from dit_sparse.kernels.triton_launch import broadcast_strides, interpreted, padded, plain_run
 from dit_sparse.types import AttentionPlan
 
 __all__ = ["SkipLaunch", "launch", "refusal", "skip_configuration"]
@@ -49,8 +49,6 @@ def launch(call: Call) -> None:
     assert tiles is not None
     lse = call.out if call.lse is None else call.lse
     bits = call.counts[..., None, None, None] if call.bits is None else call.bits
-    fills = call.k_blocks.largest == tiles.block_n
-    run = call.k_blocks[1:] if fills else (0, 0)
     skip_kernel[call.q_offsets.shape[-1] - 1, q.shape[1], q.shape[0]](
         q, k, v, call.out, lse, skipped,
         call.q_offsets, call.k_offsets, call.counts, call.indices, call.partial_counts, call.partial_indices, bits,
@@ -59,7 +57,8 @@ def launch(call: Call) -> None:
         *broadcast_strides(call.indices), call.indices.stride(2),
         *broadcast_strides(call.partial_counts), *broadcast_strides(call.partial_indices),
         call.partial_indices.stride(2), *broadcast_strides(bits), *bits.stride()[2:4], bits.shape[-1],
-        call.q_blocks.largest, *run, call.scale * math.log2(math.e), math.log2(call.skip_threshold),
+        call.q_blocks.largest, *plain_run(call.k_blocks, tiles.block_n),
+        call.scale * math.log2(math.e), math.log2(call.skip_threshold),
         D=q.shape[-1], DV=v.shape[-1], BLOCK_D=padded(q.shape[-1]), BLOCK_DV=padded(v.shape[-1]),
         BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
         PARTIAL=call.bits is not None, RETURN_LSE=call.lse is not None, UPCAST=interpreted(),

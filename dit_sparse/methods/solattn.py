@@ -13,7 +13,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dit_sparse.kernels import Route, deviations, routed_plan, words_of
+from dit_sparse.block_mask import pack_words
+from dit_sparse.kernels import Route, deviations, routed_plan
 from dit_sparse.masks import heaviest_blocks, keep_text, text_blocks
 from dit_sparse.methods.any_grid import AnyGrid
 from dit_sparse.methods.description import Description
@@ -118,5 +119,5 @@ def _route(order: TokenOrder, grid: TokenGrid, tau: float) -> Route:
             number = torch.arange(order.num_blocks, device=order.index.device)
             near = (number[:, None] - number).abs() <= 1
             forced = keep_text(near[None, None], grid, order.offsets, order.offsets)
-            known[grid] = forced, words_of(forced), ~text_blocks(grid, order.offsets)
+            known[grid] = forced, pack_words(forced), ~text_blocks(grid, order.offsets)
     return Route(order, *known[grid], tau)

@@ -96,9 +96,11 @@ class Follower:
 
     def _running(self, timestep: Tensor | None) -> Any:
         """The pipeline that is at `timestep`; `None` where none of those that are followed is."""
-        for pipe in self._pipelines if timestep is not None else ():
+        if timestep is None:
+            return None
+        for pipe in self._pipelines:
             current = getattr(pipe, "_current_timestep", None)
-            if current is not None and timestep is not None and float(current) == float(timestep.max()):
+            if current is not None and float(current) == float(timestep.max()):
                 return pipe
         return None
 

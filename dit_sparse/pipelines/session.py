@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dit_sparse.attention import attend_routed
 from dit_sparse.course import plans_after
-from dit_sparse.kernels import check_routed_call, dense_attention
+from dit_sparse.kernels import Route, check_routed_call, dense_attention
 from dit_sparse.parallel import ContextParallel
 from dit_sparse.pipelines.drift import DriftMeter
 from dit_sparse.pipelines.engine import Engine, OneDevice
@@ -292,8 +292,8 @@ class Session:
         batch = len(group.rows) if isinstance(group.rows, list) else q.shape[0]
         site = self._site(layer, num_layers, group.grid, batch)
         if site.step == 0 and self.schedule.routes:  # not after the warm-up
-            route = self.schedule.method_for(site).route(group.grid, q.device)  # type: ignore[attr-defined]
-            check_routed_call(q, route, self.schedule.planned_remainder)
+            route = _route_of(self.schedule.method_for(site), site, q)
+            check_routed_call(q, q, q, route, self.schedule.planned_remainder)
         key = self.schedule.key(site)
         if self.schedule.method.scope in ("sample", "call"):
             key += (q.shape[0],)  # FasterCache leaves a guidance branch out of some batches
@@ -312,10 +312,11 @@ class Session:
         site, key, previous, decision = part
         if decision.action == "dense":
             return self._dense(decision, key, q, k, v, dense, site.layer, site.grid)
-        method, planning = self.schedule.method_for(site), None
         if decision.action == "plan" and self.schedule.routes:
-            return self._route(part, method, q, k, v)
+            return self._route(part, q, k, v)
+        planning = None
         if decision.action == "plan":
+            method = self.schedule.method_for(site)
             planning = Stopwatch(q.device)
             plan = self.schedule.finish(self.engine.plan(key, method, q, k, v, site, previous))
             planning.stop()
@@ -337,10 +338,11 @@ class Session:
         self._record(part, plan, backend, watch.stop(), planning, skipped)
         return out
 
-    def _route(self, part: _Part, method: Method, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """A call whose kernel finds the blocks of `method` as it attends; the plan is known afterwards."""
+    def _route(self, part: _Part, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """A call whose kernel finds the blocks as it attends; the plan is known afterwards."""
+        method = self.schedule.method_for(part.site)
         planning, watch = Stopwatch(q.device).stop(), Stopwatch(q.device)
-        route = method.route(part.site.grid, q.device)  # type: ignore[attr-defined]
+        route = _route_of(method, part.site, q)
         out, plan = attend_routed(q, k, v, route, self.schedule.planned_remainder, part.site.in_order)
         watch.stop()
         if self._judges:
@@ -452,6 +454,11 @@ class Session:
             )
         )
         return out
+
+
+def _route_of(method: Method, site: Site, q: Tensor) -> Route:
+    """What the kernel goes by that finds the blocks of `method`, one of a schedule that `routes`."""
+    return method.route(site.grid, q.device)  # type: ignore[attr-defined]
 
 
 def _at_rest(plan: AttentionPlan) -> AttentionPlan | PackedPlan:

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from dit_sparse.block_mask import pack_words
 from dit_sparse.kernels import (
     Route,
+    check_routed_call,
     deviations,
     routed_attention,
     routed_plan,
-    routing_refusal,
     triton_routing,
-    words_of,
 )
 from dit_sparse.types import BlockMask, TokenOrder
 from tests.kernels import cases
@@ -42,7 +42,7 @@ def make_route(name: str, tau: float) -> Route:
     for j in others:
         forced[j] = forced[:, j] = True
         counted[j] = False
-    return Route(order, forced[None, None], words_of(forced[None, None]), counted[None, None], tau)
+    return Route(order, forced[None, None], pack_words(forced[None, None]), counted[None, None], tau)
 
 
 def on_device(route: Route) -> Route:
@@ -158,14 +158,14 @@ def test_what_the_kernel_cannot_do_is_said() -> None:
     pytest.importorskip("triton", reason="triton is not installed")
     route = make_route("even", 0.5)
     q, k, v = inputs(route, 16)
-    assert routing_refusal(q.to(DEVICE), k.to(DEVICE), v.to(DEVICE), on_device(route), "mean") is None
+    check_routed_call(q.to(DEVICE), k.to(DEVICE), v.to(DEVICE), on_device(route), "mean")
     with pytest.raises(ValueError, match=r"remainder must be 'none' or 'mean', got 'value'"):
         routed_attention(*(x.to(DEVICE) for x in (q, k, v)), on_device(route), "value")
     with pytest.raises(ValueError, match=r"dtype must be .*, got torch\.float64"):
         routed_attention(*(x.double().to(DEVICE) for x in (q, k, v)), on_device(route))
     order = TokenOrder.from_index(torch.arange(160), torch.tensor([0, 150, 160]), is_identity=True)
     forced = torch.eye(2, dtype=torch.bool)[None, None]
-    large = Route(order, forced, words_of(forced), torch.ones(1, 1, 2, dtype=torch.bool), 0.5)
+    large = Route(order, forced, pack_words(forced), torch.ones(1, 1, 2, dtype=torch.bool), 0.5)
     with pytest.raises(ValueError, match=r"blocks must be at most \d+ tokens, .* got 150"):
         routed_attention(*(x.to(DEVICE) for x in (q, k, v)), on_device(large))
 
